@@ -1,0 +1,93 @@
+"""HIPS autograd, NumPy's own tape, for softk: every primitive as an `autograd.extend.primitive` with its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import autograd.numpy as anp
+import numpy as np
+from autograd.builtins import tuple as boxed_tuple
+from autograd.extend import defjvp_argnums, defvjp_argnums
+from autograd.extend import primitive as traced
+
+from softk.backend import Array, Backend, Primitive
+from softk_numpy import NumpyBackend
+from softk_numpy import backend as numpy_backend
+
+__all__ = ["AutogradBackend", "backend"]
+
+
+class _Namespace:
+    """autograd.numpy, with the few functions of the standard that it does not differentiate or know."""
+
+    __name__ = "autograd.numpy"
+    isdtype = staticmethod(np.isdtype)
+    finfo = staticmethod(np.finfo)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(anp, name)
+
+    @staticmethod
+    def astype(x: Array, dtype: Any) -> Array:
+        return x.astype(dtype)
+
+    @staticmethod
+    def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
+        return anp.broadcast_to(anp.reshape(x, (1,) * (len(shape) - x.ndim) + tuple(x.shape)), shape)
+
+    @staticmethod
+    def full(shape: Any, value: float, *, dtype: Any, device: Any) -> Array:
+        return np.full(shape, value, dtype=dtype)
+
+
+class AutogradBackend(NumpyBackend):
+    """Boxed NumPy arrays, beside plain ones."""
+
+    wraps = "numpy"
+
+    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
+        return _bound(primitive, tuple(sorted(options.items())))
+
+    def device(self, x: Array) -> Any:
+        return "cpu"
+
+
+@cache
+def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
+    operator: Callable[..., tuple[Array, ...]] = traced(numpy_backend.bind(primitive, **dict(options)))
+
+    def pullback(argnums: Any, outputs: Any, inputs: Any, _: Any) -> Callable[[Any], tuple[Array, ...]]:
+        def pull(cotangents: Any) -> tuple[Array, ...]:
+            with backend.quiet():
+                found = primitive.vjp(
+                    backend, inputs, _parts(primitive, outputs), _differentiable(primitive, cotangents)
+                )
+            return tuple(found[i] for i in argnums)
+
+        return pull
+
+    def push(argnums: Any, tangents: Any, outputs: Any, inputs: Any, _: Any) -> Any:
+        given = dict(zip(argnums, tangents, strict=True))
+        parts = _parts(primitive, outputs)
+        with backend.quiet():
+            found = primitive.jvp(backend, inputs, parts, tuple(given.get(i) for i in range(len(inputs))))
+            constants = parts[len(found) :]
+            return boxed_tuple((*found, *(anp.zeros_like(value) for value in constants)))
+
+    defvjp_argnums(operator, pullback)
+    defjvp_argnums(operator, push)
+    return operator
+
+
+def _parts(primitive: Primitive, boxed: Any) -> tuple[Array, ...]:
+    """The arrays in a tuple that may be one box."""
+    return tuple(boxed[i] for i in range(len(boxed)))
+
+
+def _differentiable(primitive: Primitive, cotangents: Any) -> tuple[Array, ...]:
+    return _parts(primitive, cotangents)[: len(cotangents) - primitive.constants]
+
+
+backend: Backend = AutogradBackend(_Namespace(), "autograd")

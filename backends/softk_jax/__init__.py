@@ -1,0 +1,76 @@
+"""JAX for softk: every primitive as a `jax.custom_jvp`, from which JAX derives all other transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from softk.backend import Array, Backend, Primitive
+
+__all__ = ["JaxBackend", "backend"]
+
+
+class JaxBackend(Backend):
+    """JAX arrays and tracers."""
+
+    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
+        return _bound(primitive, tuple(sorted(options.items())))
+
+    def device(self, x: Array) -> Any:
+        return None  # where JAX puts a new array is JAX's own affair, under a trace and outside of it
+
+    def share_device(self, x: Array, other: Array) -> bool:
+        return True  # JAX checks it, and knows about shardings
+
+    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
+        def unfinished(loop: tuple[Any, Array, Array]) -> Array:
+            _, done, count = loop
+            return (count < limit) & ~jnp.all(done)
+
+        def body(loop: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+            inner, _, count = loop
+            return (*step(inner), count + 1)
+
+        return jax.lax.while_loop(unfinished, body, (*step(state), jnp.asarray(1)))[0]
+
+
+@cache
+def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
+    def forward(*inputs: Array | None) -> tuple[Array, ...]:
+        return primitive.forward(backend, *inputs, **dict(options))
+
+    forward.__name__ = primitive.name.replace(" ", "_").replace("-", "_")
+    operator = jax.custom_jvp(forward)
+
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        outputs = operator(*primals)
+        given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
+        found = _tangents(primitive, primals, outputs, given)
+        constants = outputs[len(outputs) - primitive.constants :]
+        return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
+
+    operator.defjvp(rule, symbolic_zeros=True)
+    compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
+    return compiled
+
+
+def _tangents(
+    primitive: Primitive, inputs: tuple[Any, ...], outputs: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, ...]:
+    """The rule, recomputed rather than stored: the backward pass keeps the inputs and nothing else of their size."""
+
+    @jax.checkpoint
+    def push(inputs: Any, outputs: Any, tangents: Any) -> tuple[Array, ...]:
+        found = primitive.jvp(backend, inputs, (None, *outputs), tangents)
+        return tuple(jnp.asarray(value) for value in found)
+
+    found: tuple[Array, ...] = push(inputs, outputs[1:], tangents)
+    return found
+
+
+backend = JaxBackend(jnp, "jax")

@@ -1,0 +1,126 @@
+"""How PyTorch differentiates a primitive.
+
+One `torch.autograd.Function` serves every primitive, with its rule in both directions and its batching. `torch.compile`
+cannot trace a Function that has a jvp, so it is called through a function marked ``allow_in_graph``, which the compiler
+keeps whole and differentiates by the rule. ``torch.compile(torch.func.grad(f))`` and ``torch.export`` ignore the rule
+and differentiate the operations of the forward pass: those end in two Newton corrections from a detached root, which
+is right to second order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+
+from softk.backend import PRIMITIVES, Array, Backend, Primitive
+
+__all__ = ["TorchBackend", "backend"]
+
+
+class TorchBackend(Backend):
+    """Tensors, eager or under a trace."""
+
+    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
+        return partial(_apply, primitive.name, tuple(sorted(options.items())))
+
+    def device(self, x: Array) -> Any:
+        return x.device
+
+    def constant(self, x: Array) -> Array:
+        return x.detach()
+
+    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
+        for _ in range(limit):
+            state, done = step(state)
+            if _readable(done) and bool(done.all()):
+                break
+        return state
+
+    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
+        if static is None:
+            return super().order_statistics(x, ranks, static)
+        # topk selects in O(n) and sorts what it selects; the shorter end is selected.
+        n, most, least = x.shape[-1], max(static), min(static)
+        if most <= n - least + 1:
+            found, index = torch.topk(x, most, dim=-1).values, [rank - 1 for rank in static]
+        else:
+            found, index = torch.topk(x, n - least + 1, dim=-1, largest=False).values, [n - rank for rank in static]
+        return torch.cat([found[..., i : i + 1] for i in index], dim=-1)
+
+
+def _readable(values: torch.Tensor) -> bool:
+    """Whether looking at a value costs nothing: a plain tensor in the memory of the CPU, outside of any trace."""
+    return type(values) is torch.Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@torch.compiler.allow_in_graph
+def _apply(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The primitive of that name. The compiler keeps the call whole, so its constants are what a graph can hold."""
+    # The same tensor in two argument slots would get the sum of both gradients in each.
+    distinct = [
+        value.view_as(value) if value is not None and any(value is earlier for earlier in inputs[:i]) else value
+        for i, value in enumerate(inputs)
+    ]
+    outputs: tuple[torch.Tensor, ...] = _Function.apply(name, options, *distinct)
+    return outputs
+
+
+class _Function(torch.autograd.Function):
+    """Any primitive as an autograd function: its name and options, then its inputs."""
+
+    @staticmethod
+    def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
+        return PRIMITIVES[name].forward(backend, *inputs, **dict(options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        name, _, *tensors = inputs
+        ctx.primitive = PRIMITIVES[name]
+        ctx.differentiable = len(output) - ctx.primitive.constants
+        ctx.mark_non_differentiable(*output[ctx.differentiable :])
+        ctx.set_materialize_grads(False)
+        # The result itself (the first output) is not kept: the rule is built from those that follow it.
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors, *output[1:])
+        ctx.count = len(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = ctx.primitive.vjp(backend, *_saved(ctx), cotangents[: ctx.differentiable])
+        needed = ctx.needs_input_grad[2:]
+        return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = ctx.primitive.jvp(backend, *_saved(ctx), tangents)
+        return (*found, *(None,) * ctx.primitive.constants)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], name: str, options: Any, *inputs: torch.Tensor | None) -> Any:
+        """Every primitive batches over leading axes, so a new one in front is all there is to do."""
+        pairs = list(zip(inputs, in_dims[2:], strict=True))
+        axes = max(value.ndim - (dim is not None) for value, dim in pairs if value is not None)
+        batched = [None if value is None else _lead(value, dim, axes, info.batch_size) for value, dim in pairs]
+        outputs = _apply(name, options, *batched)
+        return outputs, (0,) * len(outputs)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The inputs and the outputs of the forward pass; the rules do not read the first output."""
+    saved = ctx.saved_tensors
+    return saved[: ctx.count], (None, *saved[ctx.count :])
+
+
+def _lead(value: torch.Tensor, dim: int | None, axes: int, size: int) -> torch.Tensor:
+    """The batched axis in front, and as many axes behind it as the others have."""
+    if dim is None:
+        return value.expand(size, *value.shape) if value.ndim == axes else value
+    value = value.movedim(dim, 0)
+    return value.reshape(size, *(1,) * (axes - value.ndim + 1), *value.shape[1:])
+
+
+backend = TorchBackend(xp, "torch")

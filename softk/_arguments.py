@@ -1,0 +1,377 @@
+"""Arguments made canonical, and the results put back: what every public function does before and after its primitive.
+
+Canonical means: the selected axis last, float32 or float64, k and epsilon of shape (..., 1) or (), the smallest turned
+into the largest, removed items at -inf. Each argument becomes an `Argument`, which knows the linear part of its own
+conversion in both directions; where the framework has autodiff it differentiates the conversion by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ._registry import backend_of, is_array
+from .backend import Array, Backend, Primitive
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A canonical argument. `push` maps its tangent to canonical form, `pull` a cotangent back; None for a number."""
+
+    value: Array | None
+    given: Any = None
+    push: Callable[[Array], Array] | None = None
+    pull: Callable[[Array], Array] | None = None
+
+    def lead(self, slices: Slices, leading: tuple[int, ...]) -> Argument:
+        """The same, repeated along new axes in front."""
+        value, push, pull, xp = self.value, self.push, self.pull, slices.xp
+        if not leading or value is None or value.ndim == 0:
+            return self
+        shape = tuple(value.shape)
+
+        def repeat(values: Array) -> Array:
+            return xp.broadcast_to(values, (*leading, *shape))
+
+        def gather(cotangent: Array) -> Array:
+            return xp.sum(cotangent, axis=tuple(range(len(leading))))
+
+        return Argument(
+            repeat(value),
+            self.given,
+            None if push is None else lambda tangent: repeat(push(tangent)),
+            None if pull is None else lambda cotangent: pull(gather(cotangent)),
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A public function applied to arguments: a primitive, its canonical inputs and the way back."""
+
+    backend: Backend
+    primitive: Primitive
+    options: dict[str, Any]
+    arguments: dict[str, Argument]
+    restore: Argument
+
+    @property
+    def inputs(self) -> tuple[Array | None, ...]:
+        return tuple(argument.value for argument in self.arguments.values())
+
+    def evaluate(self) -> Array:
+        """The result, differentiable by the arrays' own framework."""
+        assert self.restore.push is not None
+        bound = self.backend.bind(self.primitive, **self.options)
+        return self.restore.push(bound(*self.inputs)[0])
+
+
+class Slices:
+    """The scores and how they are sliced: what the other arguments are made canonical against."""
+
+    def __init__(self, x: Any, axis: Any, *, smallest: bool = False, where: Any = None, **others: Any) -> None:
+        require_array("x", x)
+        arrays = {}
+        for name, value in {"where": where, **others}.items():
+            per_item = name in ("where", "weights")
+            if (value is None and per_item) or (is_number(value) and not per_item):
+                continue
+            require_array(name, value, or_number=not per_item)
+            arrays[name] = value
+        self.backend = backend = _common_backend(x, arrays)
+        self.xp = xp = backend.xp
+        if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
+            raise TypeError(
+                f"x must have a real floating-point dtype of at most 64 bits, got {x.dtype}; "
+                "convert it, for example with astype, to float32"
+            )
+        if x.ndim == 0:
+            raise ValueError("x must have at least one axis, got an array of shape ()")
+        self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
+        self.axis = _axis(axis, x.ndim)
+        self.n = self.shape[self.axis]
+        self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        self.dtype = x.dtype
+        self.working = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+        self.sign = -1.0 if smallest else 1.0
+        self.where = None if where is None else self._where(where)
+
+    # -- conversions
+
+    def _last(self, values: Array) -> Array:
+        return values if self.axis == self.ndim - 1 else self.xp.moveaxis(values, self.axis, -1)
+
+    def _back(self, values: Array) -> Array:
+        return values if self.axis == self.ndim - 1 else self.xp.moveaxis(values, -1, self.axis)
+
+    def _cast(self, values: Array, dtype: Any) -> Array:
+        return values if values.dtype == dtype else self.xp.astype(values, dtype)
+
+    def _where(self, where: Array) -> Array:
+        if not self.xp.isdtype(where.dtype, "bool"):
+            raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
+        return self._last(self._stretch("where", where))
+
+    def _stretch(self, name: str, values: Array) -> Array:
+        """Broadcast an array of one value an item to the scores."""
+        if tuple(values.shape) == self.shape:
+            return values
+        if not _fits(tuple(values.shape), self.shape):
+            raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
+        return self.xp.broadcast_to(values, self.shape)
+
+    def scores(self) -> Argument:
+        xp = self.xp
+
+        def place(values: Array, removed: float) -> Array:
+            values = self._last(self._cast(values, self.working))
+            if self.sign < 0.0:
+                values = -values
+            return values if self.where is None else xp.where(self.where, values, removed)
+
+        def pull(cotangent: Array) -> Array:
+            if self.where is not None:
+                cotangent = xp.where(self.where, cotangent, 0.0)
+            if self.sign < 0.0:
+                cotangent = -cotangent
+            return self._cast(self._back(cotangent), self.dtype)
+
+        return Argument(place(self.given, -math.inf), self.given, lambda tangent: place(tangent, 0.0), pull)
+
+    def per_slice(self, name: str, value: Any, scale: float = 1.0) -> Argument:
+        """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
+        xp = self.xp
+        if is_number(value):
+            number = scale * float(value)
+            return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
+        shape, target = tuple(value.shape), (*self.batch, 1)
+        aligned = (1,) * (self.ndim - len(shape)) + shape
+        slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
+        if not _fits(shape, slices):
+            raise ValueError(
+                f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
+                f"got shape {shape}"
+            )
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+
+        def push(values: Array) -> Array:
+            values = self._last(xp.reshape(self._cast(values, self.working), aligned))
+            if scale != 1.0:
+                values = scale * values
+            return xp.broadcast_to(values, target)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._back(xp.broadcast_to(cotangent, target))
+            return self._cast(scale * _shrink(xp, cotangent, shape), value.dtype)
+
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def per_item(self, name: str, value: Any) -> Argument:
+        """weights: an array that broadcasts to the scores. A removed item keeps its weight, unless it is not one."""
+        xp = self.xp
+        if value is None:
+            return Argument(None)
+        shape = tuple(value.shape)
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+
+        def push(values: Array) -> Array:
+            return self._last(self._stretch(name, self._cast(values, self.working)))
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(_shrink(xp, self._back(cotangent), shape), value.dtype)
+
+        weights = push(value)
+        if self.where is not None:
+            usable = (weights >= 0.0) & (weights < math.inf)
+            weights = xp.where(self.where | usable, weights, 0.0)
+        return Argument(weights, value, *self._linear(value, push, pull))
+
+    def probabilities(self, q: Any) -> Probabilities:
+        """q: a number, or an array whose axes come first."""
+        xp = self.xp
+        if is_number(q):
+            return Probabilities(self.per_slice("q", q), ())
+        if not xp.isdtype(q.dtype, ("real floating", "integral")):
+            raise TypeError(f"q must be real, got dtype {q.dtype}")
+        shape = tuple(q.shape)
+        apart, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
+
+        def push(values: Array) -> Array:
+            return xp.broadcast_to(xp.reshape(self._cast(values, self.working), apart), full)
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(xp.reshape(_shrink(xp, cotangent, apart), shape), q.dtype)
+
+        return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
+
+    def frequencies(self, weights: Any) -> Argument:
+        """The weights of a quantile, in which a removed item does not count."""
+        found = self.per_item("weights", weights)
+        if self.where is None:
+            return found
+        xp = self.xp
+        push, pull, where = found.push, found.pull, self.where
+        if found.value is None:
+            return Argument(self._cast(where, self.working))
+
+        def keep(values: Array) -> Array:
+            return xp.where(where, values, 0.0)
+
+        return Argument(
+            keep(found.value),
+            weights,
+            None if push is None else lambda tangent: keep(push(tangent)),
+            None if pull is None else lambda cotangent: pull(keep(cotangent)),
+        )
+
+    def _linear(self, value: Array, push: Any, pull: Any) -> tuple[Any, Any]:
+        return (push, pull) if self.xp.isdtype(value.dtype, "real floating") else (None, None)
+
+    # -- results
+
+    def like_scores(self) -> Argument:
+        """A result of the scores' shape."""
+
+        def push(values: Array) -> Array:
+            return self._cast(self._back(values), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return self._last(self._cast(cotangent, self.working))
+
+        return Argument(None, None, push, pull)
+
+    def one_a_slice(self, keepdims: bool, leading: int = 0) -> Argument:
+        """A result of one value a slice, in the units of the scores, after `leading` axes of its own."""
+        xp = self.xp
+        axis = leading + self.axis
+
+        def push(values: Array) -> Array:
+            values = values if self.sign > 0.0 else -values
+            values = self._cast(values, self.dtype)
+            return xp.moveaxis(values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._cast(cotangent, self.working)
+            cotangent = xp.moveaxis(cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
+            return cotangent if self.sign > 0.0 else -cotangent
+
+        return Argument(None, None, push, pull)
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """q made canonical, and the axes that it puts in front of everything else."""
+
+    argument: Argument
+    leading: tuple[int, ...]
+
+
+# --- checks of numbers
+
+
+def _common_backend(x: Array, others: dict[str, Array]) -> Backend:
+    """The one library, and device, of all array arguments."""
+    backend = backend_of(x)
+    for value in others.values():
+        other = backend_of(value)
+        if other.wraps == backend.name:
+            backend = other
+    for name, value in others.items():
+        if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
+            raise TypeError(
+                f"{name} must be an array of the same library as x: got {_kind(value)} beside {_kind(x)}; convert one"
+            )
+        if not backend.share_device(x, value):
+            raise TypeError(
+                f"{name} must be on the device of x: got {backend.device(value)} beside {backend.device(x)}; move one"
+            )
+    return backend
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
+    wanted = "a number or an array" if or_number else "an array"
+    if not is_array(value) or is_number(value):
+        raise TypeError(
+            f"{name} must be {wanted} of a library that follows the Python Array API standard "
+            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {_kind(value)}"
+        )
+    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
+        raise TypeError(f"{name} must be an ordinary array, got {_kind(value)}; pass its data, and its mask as where=")
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _axis(axis: Any, ndim: int) -> int:
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
+    return number % ndim
+
+
+def check_mode(mode: Any) -> bool:
+    """Whether the smallest are meant."""
+    if mode not in ("largest", "smallest"):
+        raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
+    return bool(mode == "smallest")
+
+
+def check_mass(k: Any, n: int, weighted: bool) -> None:
+    """k as a number: 0 <= k <= n, or 0 <= k where weights decide how much there is."""
+    if not is_number(k):
+        return
+    most = math.inf if weighted else n
+    if not 0 <= k <= most or math.isinf(k):
+        allowed = "at least 0 and finite" if weighted else f"from 0 to {n}, the size of x along axis"
+        raise ValueError(f"k must be {allowed}, got {k!r}")
+
+
+def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
+    if not is_number(epsilon):
+        return
+    info = xp.finfo(dtype)
+    least, most = 2.0 * float(info.smallest_normal), float(info.max)
+    if not least <= epsilon <= most:
+        raise ValueError(
+            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in {dtype}), got {epsilon!r}"
+        )
+
+
+def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
+    """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
+    if not is_number(k):
+        return None
+    rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
+    return math.ceil(rounded), math.floor(rounded) + 1
+
+
+# --- shapes
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of the shape broadcasts to the target without enlarging it."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, full) for size, full in pairs)
+
+
+def _shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
+    """The transpose of broadcasting: sum over what broadcasting repeated."""
+    lead = values.ndim - len(shape)
+    repeated = tuple(i for i in range(values.ndim) if i < lead or (shape[i - lead] == 1 and values.shape[i] != 1))
+    if repeated:
+        values = xp.sum(values, axis=repeated, keepdims=True)
+    return xp.reshape(values, shape)

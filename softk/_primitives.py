@@ -1,0 +1,162 @@
+"""The operators as primitives: what each one reads off the solved threshold, and its derivative in both directions.
+
+Inputs, in this order: scores x (..., n), mass k and temperature tau (..., 1) or (), item weights (..., n) or None.
+Every primitive ends its outputs with the offset, which is differentiable and from which its rule is built, so that
+rules nest, and the reference, which is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ._rule import Linearisation, sigmoid
+from ._solver import between, logits, solve
+from .backend import Array, Backend, Primitive
+
+Arrays = tuple[Array, ...]
+Maybe = tuple[Array | None, ...]
+
+
+def _linearise(backend: Backend, inputs: Maybe, outputs: Arrays) -> Linearisation:
+    x, _, tau, weights = inputs
+    *_, offset, reference = outputs
+    return Linearisation(backend.xp, x, tau, weights, reference, offset)
+
+
+# --- the mask: sigmoid((x - t) / tau)
+
+
+def _mask_forward(
+    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+) -> Arrays:
+    reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
+    return sigmoid(backend.xp, logits(backend.xp, x, reference, tau) - offset), offset, reference
+
+
+def _mask_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+    mask, offset, _ = _linearise(backend, inputs, outputs).push(*tangents)
+    return mask, offset
+
+
+def _mask_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+    u, c = cotangents
+    return _linearise(backend, inputs, outputs).pull(u, c, None)
+
+
+mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
+
+
+# --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
+
+
+def _hard_forward(
+    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+) -> Arrays:
+    xp = backend.xp
+    reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
+    whole = (k == xp.floor(k)) & ~xp.isnan(offset)
+    wanted = xp.astype(xp.where(whole, k, 0.0), xp.int64)
+    # The reference is the k-th largest score, but for an infinite one, of which it is the finite stand-in.
+    infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
+    level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
+    above, tied = x > level, x == level
+    # Of the scores equal to it, as many as are still wanted, the lowest indices first.
+    place = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=-1)
+    place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
+    chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
+    return xp.where(whole, xp.astype(chosen, x.dtype), math.nan), offset, reference
+
+
+hard_mask = Primitive("topk_hard_mask", _hard_forward, _mask_jvp, _mask_vjp, constants=1)
+
+
+# --- the threshold: t = r + tau s
+
+
+def _threshold_forward(
+    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+) -> Arrays:
+    reference, offset, extreme = solve(backend, x, k, tau, weights, ranks)
+    return reference + tau * offset + extreme, offset, reference
+
+
+def _threshold_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+    _, offset, threshold = _linearise(backend, inputs, outputs).push(*tangents)
+    return threshold, offset
+
+
+def _threshold_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+    b, c = cotangents
+    return _linearise(backend, inputs, outputs).pull(None, c, b)
+
+
+threshold = Primitive("topk_threshold", _threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)
+
+
+# --- the quantile: linear interpolation between the thresholds of two neighbouring ranks, half-way between their counts
+
+
+class _Place:
+    """Where the quantile q lies among n weighted scores: between the thresholds at `first` and at `second`."""
+
+    def __init__(self, xp: Any, x: Array, q: Array, weights: Array | None) -> None:
+        n = xp.full_like(q, float(x.shape[-1])) if weights is None else xp.sum(weights, axis=-1, keepdims=True)
+        position = (n - 1.0) * q
+        index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
+        margin = 0.5 * xp.minimum(n, 1.0)
+        self.n = n
+        self.first = between(xp, n - index - 0.5, margin, n - margin)
+        self.second = between(xp, n - index - 1.5, margin, n - margin)
+        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & (n > 0.0), xp.maximum(position - index, 0.0), math.nan)
+
+
+def _quantile_forward(backend: Backend, x: Array, q: Array, tau: Array, weights: Array | None) -> Arrays:
+    xp = backend.xp
+    place = _Place(xp, x, q, weights)
+    one, first, first_reference = _threshold_forward(backend, x, place.first, tau, weights, ranks=None)
+    two, second, second_reference = _threshold_forward(backend, x, place.second, tau, weights, ranks=None)
+    inner = one + place.fraction * xp.where(one == two, 0.0, two - one)
+    value = xp.where(place.fraction == 0.0, one, inner)
+    return value, first, second, first_reference, second_reference
+
+
+def _quantile_parts(
+    backend: Backend, inputs: Maybe, outputs: Arrays
+) -> tuple[_Place, Linearisation, Linearisation, Array]:
+    x, q, tau, weights = inputs
+    _, first, second, first_reference, second_reference = outputs
+    one = Linearisation(backend.xp, x, tau, weights, first_reference, first)
+    two = Linearisation(backend.xp, x, tau, weights, second_reference, second)
+    apart = (second_reference - first_reference) + tau * (second - first)
+    return _Place(backend.xp, x, q, weights), one, two, apart
+
+
+def _quantile_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+    dx, dq, dtau, da = tangents
+    q = inputs[1]
+    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    dn = None if da is None else one.total(da)  # both masses are n minus a constant
+    _, first, one_push = one.push(dx, dn, dtau, da)
+    _, second, two_push = two.push(dx, dn, dtau, da)
+    value = one_push + place.fraction * (two_push - one_push)
+    if dq is not None:
+        value = value + apart * (place.n - 1.0) * dq
+    if dn is not None:
+        value = value + apart * q * dn
+    return value, first, second
+
+
+def _quantile_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+    b, first_bar, second_bar = cotangents
+    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    if b is None:
+        b = backend.xp.zeros_like(apart)
+    xbar, nbar, taubar, abar = one.pull(None, first_bar, (1.0 - place.fraction) * b)
+    xbar_two, nbar_two, taubar_two, abar_two = two.pull(None, second_bar, place.fraction * b)
+    if abar is not None:
+        abar = abar + abar_two + (nbar + nbar_two + inputs[1] * apart * b)
+    return xbar + xbar_two, (place.n - 1.0) * apart * b, taubar + taubar_two, abar
+
+
+quantile = Primitive("soft_quantile", _quantile_forward, _quantile_jvp, _quantile_vjp, constants=2)

@@ -1,0 +1,118 @@
+"""Which backend serves an array: found from the array's type, without importing anything.
+
+An adapter is imported when the first array of its framework arrives. softk knows its own adapters by name; a third
+party adds one through the entry-point group ``softk.backends``: the entry's name is the top-level module of the
+array type, its value a `Backend`.
+
+Everything here is plain dictionaries and import statements, which a framework that traces Python can follow.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import array_api_compat
+
+from .backend import Array, Backend
+
+
+def _numpy() -> Backend:
+    from softk_numpy import backend
+
+    return backend
+
+
+def _torch() -> Backend:
+    from softk_torch import backend
+
+    return backend
+
+
+def _jax() -> Backend:
+    from softk_jax import backend
+
+    return backend
+
+
+def _cupy() -> Backend:
+    from softk_cupy import backend
+
+    return backend
+
+
+def _dask() -> Backend:
+    from softk_dask import backend
+
+    return backend
+
+
+def _autograd() -> Backend:
+    from softk_autograd import backend
+
+    return backend
+
+
+#: Top-level module of an array type -> its adapter.
+ADAPTERS: dict[str, Callable[[], Backend]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "jaxlib": _jax,
+    "cupy": _cupy,
+    "dask": _dask,
+    "autograd": _autograd,
+}
+
+_by_type: dict[type, Backend | None] = {}
+_by_namespace: dict[str, Backend] = {}
+
+
+def is_array(value: Any) -> bool:
+    """Whether some backend can serve the value: an array of a known framework or of the standard."""
+    return _adapter(type(value)) is not None or hasattr(type(value), "__array_namespace__")
+
+
+def backend_of(x: Array) -> Backend:
+    """The backend of an array, found from its type."""
+    adapter = _adapter(type(x))
+    return adapter if adapter is not None else _standard(array_api_compat.array_namespace(x))
+
+
+def _adapter(kind: type) -> Backend | None:
+    if kind not in _by_type:
+        _by_type[kind] = _load(kind)
+    return _by_type[kind]
+
+
+def _load(kind: type) -> Backend | None:
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    for root in roots:
+        if root in ADAPTERS:
+            return ADAPTERS[root]()
+    for entry in entry_points(group="softk.backends"):
+        if entry.name in roots:
+            return _third_party(entry)
+    return None
+
+
+def _third_party(entry: Any) -> Backend | None:
+    """A third party's adapter; its fault must not break softk for its users."""
+    try:
+        found = entry.load()
+        if isinstance(found, Backend):
+            return found
+        fault = f"it is a {type(found).__name__}, not a softk.backend.Backend"
+    except Exception as error:
+        fault = repr(error)
+    warnings.warn(f"softk backend {entry.name!r} ({entry.value}) is ignored: {fault}", stacklevel=2)
+    return None
+
+
+def _standard(xp: Any) -> Backend:
+    name = xp.__name__
+    if name not in _by_namespace:
+        _by_namespace[name] = Backend(xp)
+    return _by_namespace[name]

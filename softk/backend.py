@@ -1,0 +1,133 @@
+"""What a framework supplies to softk: the two types that an adapter is written against.
+
+`Primitive` is a differentiable operator, stated once against the array API. `Backend` is a framework: its
+namespace, how it differentiates a primitive, and the few things that only it can say. The base class is
+complete: it serves every array that follows the standard and has no autodiff of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+
+__all__ = ["PRIMITIVES", "Array", "Backend", "Primitive"]
+
+#: Any array of any library; Python has no type for it yet.
+Array = Any
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A differentiable operator on canonical arrays, with its derivative in both directions.
+
+    Every function takes the `Backend` first and is written against its namespace, so that the derivative of a
+    derivative is taken by the framework itself, through the outputs that the rule is built from.
+
+    Attributes
+    ----------
+    name : str
+        What a traced graph calls it: unique, lower case.
+    forward : callable
+        ``forward(backend, *inputs, **options) -> outputs``. An input may be None (an argument that was not
+        given); options are hashable and have no derivative. The outputs are a tuple of arrays.
+    jvp : callable
+        ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the differentiable outputs. A tangent that is
+        None is zero.
+    vjp : callable
+        ``vjp(backend, inputs, outputs, cotangents) -> cotangents``, one an input (None for an input that is
+        None). A cotangent that is None is zero.
+    constants : int
+        How many of the outputs, counted from the last, have no derivative.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Array, ...]]
+    jvp: Callable[..., tuple[Array, ...]]
+    vjp: Callable[..., tuple[Array | None, ...]]
+    constants: int = 0
+
+    def __post_init__(self) -> None:
+        PRIMITIVES[self.name] = self
+
+
+#: Every primitive by its name, for a framework that can hold a name in a graph but not a Python object.
+PRIMITIVES: dict[str, Primitive] = {}
+
+
+class Backend:
+    """A framework as softk sees it. Subclass it and override what the framework does in its own way.
+
+    Parameters
+    ----------
+    xp : module
+        A namespace that follows the Python Array API standard, version 2024.12 or later.
+    name : str, optional
+        The library's name, for messages.
+    """
+
+    #: The name of another library whose arrays may stand beside this one's.
+    wraps: str | None = None
+
+    def __init__(self, xp: Any, name: str | None = None) -> None:
+        self.xp = xp
+        self.name = name or xp.__name__.removeprefix("array_api_compat.")
+
+    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
+        """The primitive as a function of its inputs that the framework can differentiate natively."""
+
+        def bound(*inputs: Array | None) -> tuple[Array, ...]:
+            with self.quiet():
+                return primitive.forward(self, *inputs, **options)
+
+        return bound
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """A context in which overflow to infinity, which softk means, is not reported as a warning."""
+        return nullcontext()
+
+    def device(self, x: Array) -> Any:
+        """The device of an array, as creation functions take it."""
+        return array_api_compat.device(x)
+
+    def share_device(self, x: Array, other: Array) -> bool:
+        """Whether two arrays can meet in one operation."""
+        return bool(self.device(x) == self.device(other))
+
+    def constant(self, x: Array) -> Array:
+        """The same values, cut off from automatic differentiation."""
+        return x
+
+    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
+        """Apply ``step(state) -> (state, done)`` at most `limit` times.
+
+        A backend that can read `done` (a boolean array) without waiting for the device may stop as soon as all of
+        it is true. Here nothing is read: an array may be lazy.
+        """
+        for _ in range(limit):
+            state, _ = step(state)
+        return state
+
+    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
+        """The scores of the given ranks along the last axis: rank 1 is the largest.
+
+        Parameters
+        ----------
+        x : array
+            Scores, shape (..., n).
+        ranks : array
+            Integers from 1 to n, shape (..., m), broadcasting against `x` but for the last axis.
+        static : tuple of int or None
+            The same ranks as Python numbers, where they are known without looking into an array.
+
+        Returns
+        -------
+        array
+            The scores, shape (..., m).
+        """
+        xp = self.xp
+        ranks = xp.broadcast_to(ranks, (*x.shape[:-1], ranks.shape[-1]))
+        return xp.take_along_axis(xp.sort(x, axis=-1, stable=False), x.shape[-1] - ranks, axis=-1)

@@ -1,0 +1,50 @@
+"""Fixtures of the whole suite: the library under test, its settings, and seeded random numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from .libraries import LIBRARIES, Library
+
+hypothesis.settings.register_profile("softk", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("softk")
+
+if importlib.util.find_spec("jax") is not None:
+    import jax
+
+    # The strictest settings: no implicit promotion of dtypes or ranks.
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if importlib.util.find_spec("array_api_strict") is not None:
+    import array_api_strict
+
+    array_api_strict.set_array_api_strict_flags(
+        data_dependent_shapes=False, boolean_indexing=False, enabled_extensions=()
+    )
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(library, id=library.name, marks=[pytest.mark.gpu] if "gpu" in library.tags else [])
+        for library in LIBRARIES
+    ]
+)
+def lib(request: pytest.FixtureRequest) -> Library:
+    """Every array library in turn."""
+    library: Library = request.param
+    library.require()
+    return library
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> Any:
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
