@@ -56,13 +56,13 @@ def _hard_forward(
     xp = backend.xp
     reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
-    wanted = xp.astype(xp.where(whole, k, 0.0), xp.int64)
+    wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
     # The reference is the k-th largest score, but for an infinite one, of which it is the finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
     above, tied = x > level, x == level
     # Of the scores equal to it, as many as are still wanted, the lowest indices first.
-    place = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=-1)
+    place = xp.cumulative_sum(xp.astype(tied, backend.index), axis=-1)
     place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     return xp.where(whole, xp.astype(chosen, x.dtype), math.nan), offset, reference

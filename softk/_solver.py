@@ -259,8 +259,7 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) 
     xp, n = backend.xp, x.shape[-1]
     k = xp.broadcast_to(k, (*(k.shape[:-1] or (1,) * (x.ndim - 1)), 1))
     k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
-    index = xp.int64
-    first, second = xp.astype(xp.ceil(k), index), xp.astype(xp.floor(k), index) + 1
+    first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
     both = between(xp, xp.concat([first, second], axis=-1), 1, n)
     static = None if ranks is None else tuple(min(max(rank, 1), n) for rank in ranks)
     found = backend.order_statistics(x, both, static)

@@ -71,6 +71,8 @@ class Backend:
 
     #: The name of another library whose arrays may stand beside this one's.
     wraps: str | None = None
+    #: How derivatives are taken, for the table of ``python -m softk``.
+    autodiff: str = "softk.vjp, softk.jvp"
 
     def __init__(self, xp: Any, name: str | None = None) -> None:
         self.xp = xp
@@ -92,6 +94,19 @@ class Backend:
     def device(self, x: Array) -> Any:
         """The device of an array, as creation functions take it."""
         return array_api_compat.device(x)
+
+    def devices(self) -> list[Any]:
+        """The devices that arrays can be on now, for the self-check."""
+        return [None]
+
+    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array | None:
+        """The framework's own reverse-mode derivative of `f`, for the self-check; None where it has none."""
+        return None
+
+    @property
+    def index(self) -> Any:
+        """The dtype of counts and indices."""
+        return self.xp.int64
 
     def share_device(self, x: Array, other: Array) -> bool:
         """Whether two arrays can meet in one operation."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import autograd.numpy as anp
 import numpy as np
+from autograd import make_vjp
 from autograd.builtins import tuple as boxed_tuple
 from autograd.extend import defjvp_argnums, defvjp_argnums
 from autograd.extend import primitive as traced
@@ -46,9 +47,13 @@ class AutogradBackend(NumpyBackend):
     """Boxed NumPy arrays, beside plain ones."""
 
     wraps = "numpy"
+    autodiff = "autograd.grad, jacobian, ..."
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())))
+
+    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        return make_vjp(f)(x)[0](cotangent)
 
     def device(self, x: Array) -> Any:
         return "cpu"

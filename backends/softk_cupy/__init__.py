@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import array_api_compat.cupy as xp
 import cupy as cp
 
@@ -12,6 +14,9 @@ __all__ = ["CupyBackend", "backend"]
 
 class CupyBackend(Backend):
     """Arrays on a CUDA device. The solver runs its full number of steps, since reading a value would wait for it."""
+
+    def devices(self) -> list[Any]:
+        return [cp.cuda.Device(i) for i in range(cp.cuda.runtime.getDeviceCount())]
 
     def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
         if static is None or x.size == 0:

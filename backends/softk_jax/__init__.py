@@ -18,11 +18,23 @@ __all__ = ["JaxBackend", "backend"]
 class JaxBackend(Backend):
     """JAX arrays and tracers."""
 
+    autodiff = "every JAX transform"
+
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())))
 
     def device(self, x: Array) -> Any:
         return None  # where JAX puts a new array is JAX's own affair, under a trace and outside of it
+
+    def devices(self) -> list[Any]:
+        return jax.devices()
+
+    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        return jax.vjp(f, x)[1](cotangent)[0]
+
+    @property
+    def index(self) -> Any:
+        return jnp.result_type(int)  # int32 where 64 bits are not enabled
 
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings

@@ -24,11 +24,20 @@ __all__ = ["TorchBackend", "backend"]
 class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
+    autodiff = "torch.autograd, torch.func"
+
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return partial(_apply, primitive.name, tuple(sorted(options.items())))
 
     def device(self, x: Array) -> Any:
         return x.device
+
+    def devices(self) -> list[Any]:
+        return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x, cotangent)[0]
 
     def constant(self, x: Array) -> Array:
         return x.detach()

@@ -1,0 +1,140 @@
+"""``python -m softk``: the libraries that softk can serve here, with a self-check of each.
+
+For newcomers, and for bug reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from typing import Any
+
+from . import __version__, topk, vjp
+from ._registry import ADAPTERS
+from .backend import Array, Backend
+
+N, K, EPSILON = 1000, 10, 0.05
+# Exact in every binary format, with ties; the cotangent is as uneven as the scores.
+SCORES = [((i * 7919) % 2048 - 1024) / 512 for i in range(N)]
+COTANGENT = [((i * 5077) % 1024 - 512) / 256 for i in range(N)]
+
+HEADER = ("library", "version", "device", "dtype", "autodiff", "mass error", "gradient error", "self-check")
+
+
+def main() -> int:
+    """Print the table; the exit status is 1 if a self-check failed."""
+    print(f"softk {__version__}, Python {platform.python_version()}, {platform.platform()}\n")
+    reference = _reference()
+    rows = [row for name in _names() for row in _rows(name, reference)]
+    table = [HEADER, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    for i, row in enumerate(table):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if i == 0:
+            print("  ".join("-" * width for width in widths))
+    print(f"\nSelf-check: topk of {N} scores, k = {K}, epsilon = {EPSILON}. The mass error is |sum mask - k| / k; the")
+    print("gradient error is relative to the largest entry of NumPy's float64 gradient.")
+    return int(any(row[-1].startswith("failed") for row in rows))
+
+
+def _names() -> Iterator[str]:
+    """The libraries with an adapter that are installed, softk's own adapters first."""
+    for name in (*ADAPTERS, *(entry.name for entry in entry_points(group="softk.backends"))):
+        if name != "jaxlib" and find_spec(name) is not None:
+            yield name
+
+
+def _reference() -> list[float] | None:
+    """NumPy's gradient, where there is NumPy."""
+    if find_spec("numpy") is None:
+        return None
+    xp = ADAPTERS["numpy"]().xp
+    found = vjp(topk, xp.asarray(SCORES), K, epsilon=EPSILON)[1](xp.asarray(COTANGENT))["x"]
+    return [float(value) for value in found]
+
+
+def _rows(name: str, reference: list[float] | None) -> Iterator[tuple[str, ...]]:
+    try:
+        backend = _backend(name)
+        devices = backend.devices()
+    except Exception as error:  # a broken installation is a row of the table, not a traceback
+        yield (
+            name,
+            _version(name),
+            "-",
+            "-",
+            "-",
+            "-",
+            "-",
+            f"failed: {type(error).__name__}: {error}".splitlines()[0],
+        )
+        return
+    for device in devices:
+        try:
+            mass, gradient, dtype, eps = _check(backend, device, reference)
+        except Exception as error:
+            fault = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            yield (name, _version(name), str(device), "-", backend.autodiff, "-", "-", fault)
+            continue
+        passed = mass <= 16.0 * eps and not gradient > (2e-5 if eps > 1e-10 else 1e-11)
+        yield (
+            name,
+            _version(name),
+            "cpu" if device is None else str(device),
+            dtype,
+            backend.autodiff,
+            f"{mass:.1e}",
+            "-" if math.isnan(gradient) else f"{gradient:.1e}",
+            "passed" if passed else "failed",
+        )
+
+
+def _backend(name: str) -> Backend:
+    if name in ADAPTERS:
+        return ADAPTERS[name]()
+    found: Backend = next(entry for entry in entry_points(group="softk.backends") if entry.name == name).load()
+    return found
+
+
+def _check(backend: Backend, device: Any, reference: list[float] | None) -> tuple[float, float, str, float]:
+    """Relative mass error, relative gradient error, dtype and its eps."""
+    xp = backend.xp
+    placement = {} if device is None else {"device": device}
+    x, cotangent = xp.asarray(SCORES, **placement), xp.asarray(COTANGENT, **placement)
+
+    def operator(scores: Array) -> Array:
+        return topk(scores, K, epsilon=EPSILON)
+
+    mask = operator(x)
+    gradient = backend.gradient(operator, x, cotangent)
+    if gradient is None:
+        gradient = vjp(topk, x, K, epsilon=EPSILON)[1](cotangent)["x"]
+    mass = abs(math.fsum(_values(mask)) - K) / K
+    dtype, eps = str(x.dtype).removeprefix("torch."), float(xp.finfo(x.dtype).eps)
+    if reference is None:
+        return mass, math.nan, dtype, eps
+    scale = max(abs(value) for value in reference)
+    error = max(abs(a - b) for a, b in zip(_values(gradient), reference, strict=True)) / scale
+    return mass, error, dtype, eps
+
+
+def _values(x: Array) -> list[float]:
+    x = x.compute() if hasattr(x, "compute") else x  # lazy arrays are asked once, not once an element
+    found: list[float] = x.tolist()
+    return found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # installed under another name, as CuPy is
+        return str(getattr(importlib.import_module(name), "__version__", "?"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
