@@ -71,15 +71,14 @@ def _rows(name: str, reference: list[float] | None) -> Iterator[tuple[str, ...]]
             "-",
             "-",
             "-",
-            f"failed: {type(error).__name__}: {error}".splitlines()[0],
+            _fault(error),
         )
         return
     for device in devices:
         try:
             mass, gradient, dtype, eps = _check(backend, device, reference)
         except Exception as error:
-            fault = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            yield (name, _version(name), str(device), "-", backend.autodiff, "-", "-", fault)
+            yield (name, _version(name), str(device), "-", backend.autodiff, "-", "-", _fault(error))
             continue
         passed = mass <= 16.0 * eps and not gradient > (2e-5 if eps > 1e-10 else 1e-11)
         yield (
@@ -92,6 +91,10 @@ def _rows(name: str, reference: list[float] | None) -> Iterator[tuple[str, ...]]
             "-" if math.isnan(gradient) else f"{gradient:.1e}",
             "passed" if passed else "failed",
         )
+
+
+def _fault(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 def _backend(name: str) -> Backend:
