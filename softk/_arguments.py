@@ -8,14 +8,13 @@ conversion in both directions; where the framework has autodiff it differentiate
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._registry import backend_of, is_array
+from ._checks import check_axis, is_number, kind_of, require_array
+from ._registry import backend_of
 from .backend import Array, Backend, Primitive
 
 
@@ -92,7 +91,7 @@ class Slices:
         if x.ndim == 0:
             raise ValueError("x must have at least one axis, got an array of shape ()")
         self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
-        self.axis = _axis(axis, x.ndim)
+        self.axis = check_axis(axis, x.ndim)
         self.n = self.shape[self.axis]
         self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         self.dtype = x.dtype
@@ -272,9 +271,6 @@ class Probabilities:
     leading: tuple[int, ...]
 
 
-# --- checks of numbers
-
-
 def _common_backend(x: Array, others: dict[str, Array]) -> Backend:
     """The one library, and device, of all array arguments."""
     backend = backend_of(x)
@@ -285,70 +281,14 @@ def _common_backend(x: Array, others: dict[str, Array]) -> Backend:
     for name, value in others.items():
         if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
             raise TypeError(
-                f"{name} must be an array of the same library as x: got {_kind(value)} beside {_kind(x)}; convert one"
+                f"{name} must be an array of the same library as x: got {kind_of(value)} beside {kind_of(x)}; "
+                "convert one"
             )
         if not backend.share_device(x, value):
             raise TypeError(
                 f"{name} must be on the device of x: got {backend.device(value)} beside {backend.device(x)}; move one"
             )
     return backend
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
-    wanted = "a number or an array" if or_number else "an array"
-    if not is_array(value) or is_number(value):
-        raise TypeError(
-            f"{name} must be {wanted} of a library that follows the Python Array API standard "
-            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {_kind(value)}"
-        )
-    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
-        raise TypeError(f"{name} must be an ordinary array, got {_kind(value)}; pass its data, and its mask as where=")
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _axis(axis: Any, ndim: int) -> int:
-    try:
-        number = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
-    if not -ndim <= number < ndim:
-        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
-    return number % ndim
-
-
-def check_mode(mode: Any) -> bool:
-    """Whether the smallest are meant."""
-    if mode not in ("largest", "smallest"):
-        raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
-    return bool(mode == "smallest")
-
-
-def check_mass(k: Any, n: int, weighted: bool) -> None:
-    """k as a number: 0 <= k <= n, or 0 <= k where weights decide how much there is."""
-    if not is_number(k):
-        return
-    most = math.inf if weighted else n
-    if not 0 <= k <= most or math.isinf(k):
-        allowed = "at least 0 and finite" if weighted else f"from 0 to {n}, the size of x along axis"
-        raise ValueError(f"k must be {allowed}, got {k!r}")
-
-
-def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
-    if not is_number(epsilon):
-        return
-    info = xp.finfo(dtype)
-    least, most = 2.0 * float(info.smallest_normal), float(info.max)
-    if not least <= epsilon <= most:
-        raise ValueError(
-            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in {dtype}), got {epsilon!r}"
-        )
 
 
 def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:

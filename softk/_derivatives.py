@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._arguments import Call, is_number
+from ._arguments import Call
+from ._checks import is_number
 from .backend import Array
 
 __all__ = ["jvp", "vjp"]
@@ -52,7 +53,7 @@ def vjp(
     >>> import softk
     >>> mask, pullback = softk.vjp(softk.topk, np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
     >>> pullback(np.asarray([1.0, 0.0, 0.0, 0.0]))["x"].round(3).tolist()
-    [0.247, -0.032, -0.018, -0.198]
+    [0.34, -0.018, -0.026, -0.295]
     """
     call = _describe(f)(x, k, **kwargs)
     backend, primitive = call.backend, call.primitive

@@ -1,0 +1,90 @@
+"""Draws the pictures of the README and the documentation: `python docs/figures.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import softk
+
+STATIC = Path(__file__).parent / "_static"
+EPSILONS = (1.0, 0.3, 0.1, 0.01)
+COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
+MARKED = "#d94801"
+
+
+def scores() -> np.ndarray:
+    """Twenty scores, sorted so that the eye can follow them."""
+    return np.sort(np.random.default_rng(3).normal(size=20))[::-1]
+
+
+def draw_mask(path: Path) -> None:
+    """What the operator returns, and where its gradient goes, for several epsilon."""
+    x, k = scores(), 5
+    places = np.arange(1, x.size + 1)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+
+    left.bar(places, x, color=np.where(places <= k, MARKED, "#bdbdbd"))
+    left.axhline(0, color="black", lw=0.8)
+    left.set(title=f"{x.size} scores, k = {k}", xlabel="item", ylabel="score")
+
+    for epsilon, colour in zip(EPSILONS, COLOURS, strict=True):
+        mask, pullback = softk.vjp(softk.topk, x, k, epsilon=epsilon)
+        line = {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.6, "label": f"ε = {epsilon:g}"}
+        middle.plot(places, mask, **line)
+        cotangent = np.zeros_like(x)
+        cotangent[k - 1] = 1.0
+        right.plot(places, pullback(cotangent)["x"], **line)
+    middle.set(title="softk.topk(x, k): sums to k", xlabel="item", ylabel="mask")
+    middle.axvline(k + 0.5, color=MARKED, lw=0.9, ls=":")
+    middle.legend(frameon=False)
+    right.set(title=f"gradient of the mask of item {k}", xlabel="item", ylabel="derivative by each score")
+    right.axhline(0, color="black", lw=0.8)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks([1, 5, 10, 15, 20])
+    save(figure, path)
+
+
+def draw_epsilon(path: Path) -> None:
+    """How many scores share in the decision: the effective number of items in the gradient against epsilon."""
+    rng = np.random.default_rng(0)
+    n, k = 1000, 50
+    x = rng.normal(size=n)
+    epsilons = np.geomspace(1e-4, 10, 60)
+    shares = [softk.vjp(softk.threshold, x, k, epsilon=e)[1](np.asarray(1.0))["x"] for e in epsilons]
+    effective = [1.0 / np.sum(p * p) for p in shares]
+    sharpness = [np.sum(np.sort(softk.topk(x, k, epsilon=e))[-k:]) / k for e in epsilons]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3), layout="constrained")
+    left.loglog(epsilons, effective, color=COLOURS[2], lw=2)
+    left.set(xlabel="ε / standard deviation of the scores", ylabel="items", title="items that share the gradient")
+    right.semilogx(epsilons, sharpness, color=COLOURS[2], lw=2)
+    right.set(xlabel="ε / standard deviation of the scores", ylabel="share", title="mask on the true top k")
+    right.set_ylim(0, 1.05)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """The same bytes for the same picture."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """All pictures."""
+    STATIC.mkdir(exist_ok=True)
+    draw_mask(STATIC / "mask.png")
+    draw_epsilon(STATIC / "epsilon.png")
+
+
+if __name__ == "__main__":
+    main()

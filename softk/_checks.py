@@ -1,0 +1,68 @@
+"""Checks of numbers and kinds. Every error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+from ._registry import is_array
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
+    wanted = "a number or an array" if or_number else "an array"
+    if not is_array(value) or is_number(value):
+        raise TypeError(
+            f"{name} must be {wanted} of a library that follows the Python Array API standard "
+            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
+        )
+    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
+        raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+
+
+def kind_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def check_axis(axis: Any, ndim: int) -> int:
+    """The axis counted from the first."""
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
+    return number % ndim
+
+
+def check_mode(mode: Any) -> bool:
+    """Whether the smallest are meant."""
+    if mode not in ("largest", "smallest"):
+        raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
+    return bool(mode == "smallest")
+
+
+def check_mass(k: Any, n: int, weighted: bool) -> None:
+    """k as a number: 0 <= k <= n, or 0 <= k where weights decide how much there is."""
+    if not is_number(k):
+        return
+    most = math.inf if weighted else n
+    if not 0 <= k <= most or math.isinf(k):
+        allowed = "at least 0 and finite" if weighted else f"from 0 to {n}, the size of x along axis"
+        raise ValueError(f"k must be {allowed}, got {k!r}")
+
+
+def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
+    if not is_number(epsilon):
+        return
+    info = xp.finfo(dtype)
+    least, most = 2.0 * float(info.smallest_normal), float(info.max)
+    if not least <= epsilon <= most:
+        raise ValueError(
+            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in {dtype}), got {epsilon!r}"
+        )

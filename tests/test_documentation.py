@@ -1,0 +1,48 @@
+"""Every example in the README, the documentation and the docstrings is executed, and its printed output compared."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:^```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE)
+MODULES = ["softk._operators", "softk._derivatives", "softk_torch._module"]
+
+EXAMPLES = [
+    pytest.param(match["code"], match["output"], id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, match in enumerate(BLOCK.finditer(page.read_text()))
+]
+
+
+@pytest.mark.parametrize(("code", "output"), EXAMPLES)
+def test_example_prints_what_is_shown(code: str, output: str | None) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert output is not None, "the block shows no output"
+    assert done.stdout == output
+
+
+def test_pages_have_examples() -> None:
+    assert len(EXAMPLES) >= 5
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
