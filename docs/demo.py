@@ -1,0 +1,428 @@
+"""Sees ten digits in two dimensions: a linear embedding learned through a soft k-nearest-neighbour classifier.
+
+Run it with `make demo`, or `python docs/demo.py --help`. In three steps:
+
+1. `objective` is the whole model. Every query selects its k nearest neighbours with `softk.topk`, the neighbours vote,
+   and the loss is the negative log likelihood of the query's own class. It is written once, for any array library.
+2. `differentiate` is its gradient: the framework's own autodiff on PyTorch and JAX; on NumPy, which has none,
+   `softk.vjp` for the selection and the chain rule by hand for the few lines around it.
+3. `compare` asks an ordinary nearest-neighbour classifier what the embedding is worth on digits it has never seen,
+   beside principal components (PCA) and scikit-learn's neighbourhood components analysis (NCA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import softk
+
+Array = Any
+"""An array of whichever library trains."""
+
+DIMENSIONS = 2
+UNITS = (0.5, 1.0, 2.0, 4.0)
+"""Candidates for the squared distance that counts as one: epsilon for softk.topk, the initial scale for NCA."""
+FLOOR = 1e-3
+"""Added to every probability, so that one hopeless digit among strangers does not outweigh all the others."""
+PICTURE = Path(__file__).parent / "_static" / "digits.png"
+NAMESPACES = {"numpy": "array_api_compat.numpy", "torch": "array_api_compat.torch", "jax": "jax.numpy"}
+COLOURS = (
+    "#4269d0", "#efb118", "#ff725c", "#2a9d8f", "#3a3a3a", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#7fb800"
+)  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """What stays the same while the embedding is learned."""
+
+    xp: Any  # the array namespace: NumPy's, PyTorch's or JAX's
+    data: Array  # (n, pixels)
+    one_hot: Array  # (n, classes)
+    k: int
+    epsilon: float
+
+
+# The model, once for every array library -----------------------------------------------------------------------------
+
+
+def similarities(problem: Problem, embedding: Array, queries: Array) -> tuple[Array, Array]:
+    """Minus the squared distances from some embedded digits to all, (queries, n), and which of these may vote.
+
+    A digit is its own nearest neighbour and knows the answer, so it is left out of the vote.
+    """
+    xp = problem.xp
+    points = problem.data @ embedding
+    asked = xp.take(points, queries, axis=0)
+    norms = xp.sum(points * points, axis=-1)
+    distances = xp.take(norms, queries)[:, None] + norms[None, :] - 2.0 * (asked @ points.T)
+    others = queries[:, None] != xp.arange(points.shape[0])[None, :]
+    return -distances, others
+
+
+def surprise(problem: Problem, mask: Array, queries: Array) -> Array:
+    """Negative log likelihood of the queries' own classes when the selected neighbours vote."""
+    xp = problem.xp
+    votes = (mask @ problem.one_hot) / problem.k
+    own = xp.sum(votes * xp.take(problem.one_hot, queries, axis=0), axis=-1)
+    return -xp.mean(xp.log(own + FLOOR))
+
+
+def objective(problem: Problem, embedding: Array, queries: Array) -> Array:
+    """Loss of the soft k-nearest-neighbour classifier on some of the digits, all others being the reference."""
+    scores, others = similarities(problem, embedding, queries)
+    mask = softk.topk(scores, problem.k, epsilon=problem.epsilon, where=others)
+    return surprise(problem, mask, queries)
+
+
+# Its gradient --------------------------------------------------------------------------------------------------------
+
+
+def differentiate(backend: str, problem: Problem) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """A function of (embedding, queries) that returns the loss and its gradient by the embedding."""
+    if backend == "numpy":
+        return lambda embedding, queries: by_hand(problem, embedding, queries)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(jax.value_and_grad(lambda embedding, queries: objective(problem, embedding, queries)))
+
+    import torch
+
+    def by_tape(embedding: Array, queries: Array) -> tuple[Array, Array]:
+        embedding = embedding.detach().requires_grad_()
+        loss = objective(problem, embedding, queries)
+        (gradient,) = torch.autograd.grad(loss, embedding)
+        return loss.detach(), gradient
+
+    return by_tape
+
+
+def by_hand(problem: Problem, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chain rule on NumPy: `softk.vjp` differentiates the selection, the lines around it are written out."""
+    data, one_hot, k = problem.data, problem.one_hot, problem.k
+    scores, others = similarities(problem, embedding, queries)
+    mask, pullback = softk.vjp(softk.topk, scores, k, epsilon=problem.epsilon, where=others)
+    loss = surprise(problem, mask, queries)
+
+    # loss = -mean log(own + floor), own = sum_j mask_j [the same class] / k
+    same = one_hot[queries] @ one_hot.T
+    own = np.sum(mask * same, axis=-1, keepdims=True) / k
+    by_mask = -same / (k * len(queries) * (own + FLOOR))
+
+    by_scores = pullback(by_mask)["x"]
+
+    # scores_ij = -|q_i - r_j|^2, q = data[queries] @ embedding, r = data @ embedding
+    points = data @ embedding
+    asked = points[queries]
+    by_asked = 2.0 * (by_scores @ points - np.sum(by_scores, axis=1)[:, None] * asked)
+    by_points = 2.0 * (by_scores.T @ asked - np.sum(by_scores, axis=0)[:, None] * points)
+    return loss, data[queries].T @ by_asked + data.T @ by_points
+
+
+# Learning ------------------------------------------------------------------------------------------------------------
+
+
+def namespace(backend: str) -> Any:
+    """The array namespace of a framework, or a clear way out if it is not installed."""
+    try:
+        xp = importlib.import_module(NAMESPACES[backend])
+    except ModuleNotFoundError:
+        raise SystemExit(f"--backend {backend} needs {backend}, which is not here: pip install {backend}") from None
+    if backend == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)  # as precise as the others, which makes the three comparable
+    return xp
+
+
+def principal_axes(data: np.ndarray) -> np.ndarray:
+    """The linear embedding of PCA, (pixels, 2): where learning starts, for NCA too."""
+    axes: np.ndarray = np.linalg.svd(data - data.mean(axis=0), full_matrices=False)[2][:DIMENSIONS].T
+    return axes
+
+
+def adam(
+    xp: Any, embedding: Array, gradient: Array, moments: tuple[Array, Array], step: int, rate: float
+) -> tuple[Array, tuple[Array, Array]]:
+    """One step of Adam (Kingma and Ba, ICLR 2015); `step` counts from one."""
+    keep, keep_square = 0.9, 0.99
+    mean = keep * moments[0] + (1.0 - keep) * gradient
+    square = keep_square * moments[1] + (1.0 - keep_square) * gradient * gradient
+    direction = mean / (1.0 - keep**step) / (xp.sqrt(square / (1.0 - keep_square**step)) + 1e-12)
+    return embedding - rate * direction, (mean, square)
+
+
+def train(
+    backend: str,
+    data: np.ndarray,
+    labels: np.ndarray,
+    *,
+    k: int = 10,
+    epsilon: float = 1.0,
+    steps: int = 300,
+    batch: int = 64,
+    rate: float = 0.05,
+    seed: int = 0,
+    watch: Callable[[float], None] | None = None,
+) -> tuple[np.ndarray, list[float]]:
+    """Learn the embedding (pixels, 2); also returns the loss at every step.
+
+    Each step asks `batch` random digits about all the others. The seed alone decides which, so that every backend sees
+    the same ones. `watch` is called with the loss after each step.
+    """
+    xp = namespace(backend)
+    one_hot = (labels[:, None] == np.unique(labels)).astype(data.dtype)
+    problem = Problem(xp, xp.asarray(data), xp.asarray(one_hot), k, epsilon)
+    loss_and_gradient = differentiate(backend, problem)
+    embedding = xp.asarray(principal_axes(data))
+    moments = (xp.zeros_like(embedding), xp.zeros_like(embedding))
+    draw = np.random.default_rng(seed)
+    losses = []
+    for step in range(1, steps + 1):
+        queries = draw.choice(len(data), min(batch, len(data)), replace=False)
+        loss, gradient = loss_and_gradient(embedding, xp.asarray(queries))
+        slowing = 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
+        embedding, moments = adam(xp, embedding, gradient, moments, step, rate * slowing)
+        losses.append(float(loss))
+        if watch is not None:
+            watch(losses[-1])
+    return np.asarray(embedding), losses
+
+
+# What it is worth ----------------------------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """Digits to learn from and digits to be judged by."""
+
+    data: np.ndarray
+    labels: np.ndarray
+    test_data: np.ndarray
+    test_labels: np.ndarray
+
+
+class Result(NamedTuple):
+    """A method on one split."""
+
+    embedding: np.ndarray
+    accuracy: float
+    seconds: float
+    unit: float
+
+
+Learner = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+"""(data, labels, unit of squared distance) -> embedding."""
+
+
+def split(data: np.ndarray, labels: np.ndarray, share: float, seed: int) -> Digits:
+    """Set aside a share of the digits, with all classes in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    kept, aside, kept_labels, aside_labels = train_test_split(
+        data, labels, test_size=share, stratify=labels, random_state=seed
+    )
+    return Digits(kept, kept_labels, aside, aside_labels)
+
+
+def accuracy(digits: Digits, embedding: np.ndarray, k: int) -> float:
+    """Share of the test digits that the ordinary, hard k nearest neighbours in the embedding get right."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    neighbours = KNeighborsClassifier(k).fit(digits.data @ embedding, digits.labels)
+    return float(neighbours.score(digits.test_data @ embedding, digits.test_labels))
+
+
+def judge(learn: Learner, units: Sequence[float], digits: Digits, k: int, seed: int) -> Result:
+    """Choose the unit on a quarter of the training digits, learn from all of them, look at the test digits once."""
+    unit = units[0]
+    if len(units) > 1:
+        inner = split(digits.data, digits.labels, 0.25, seed)
+        trials = [accuracy(inner, learn(inner.data, inner.labels, candidate), k) for candidate in units]
+        unit = units[int(np.argmax(trials))]
+    start = time.perf_counter()
+    embedding = learn(digits.data, digits.labels, unit)
+    seconds = time.perf_counter() - start
+    return Result(embedding, accuracy(digits, embedding, k), seconds, unit)
+
+
+def neighbourhood_components(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
+    """scikit-learn's NCA, run to convergence.
+
+    It is a softmax of minus the squared distances, without a temperature: the unit is set by the scale of the start.
+    """
+    from sklearn.neighbors import NeighborhoodComponentsAnalysis
+
+    start = principal_axes(data).T / math.sqrt(unit)
+    nca = NeighborhoodComponentsAnalysis(n_components=DIMENSIONS, init=start, max_iter=300)
+    components: np.ndarray = nca.fit(data, labels).components_.T
+    return components
+
+
+def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[Result]]]:
+    """All three methods on every split, with a progress bar on a terminal and silence elsewhere."""
+    from sklearn.datasets import load_digits
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    from tqdm import tqdm
+
+    pixels, labels = load_digits(return_X_y=True)
+    splits = [split(pixels / 16.0, labels, 0.3, options.seed + i) for i in range(options.splits)]
+    units, scales = (UNITS, UNITS) if options.epsilon is None else ((options.epsilon,), (1.0,))
+    fits = len(units) + 1 if len(units) > 1 else 1
+    results: dict[str, list[Result]] = {"PCA": [], "NCA (scikit-learn)": [], "softk.topk": []}
+    bar = tqdm(total=len(splits) * fits * options.steps, unit="step", disable=None, leave=False, dynamic_ncols=True)
+    # The arrays are small: a second thread costs more than it brings, above all on a busy machine.
+    with bar, threadpool_limits(1):
+        average = math.nan
+
+        def watch(loss: float) -> None:
+            nonlocal average
+            average = loss if math.isnan(average) else 0.95 * average + 0.05 * loss
+            bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
+            bar.update()
+
+        def soft_neighbours(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
+            nonlocal average
+            average = math.nan
+            bar.set_description(f"split {number}/{len(splits)}, epsilon {unit:g}")
+            return train(
+                options.backend,
+                data,
+                labels,
+                k=options.k,
+                epsilon=unit,
+                steps=options.steps,
+                seed=options.seed,
+                watch=watch,
+            )[0]
+
+        for number, digits in enumerate(splits, 1):
+            seed = options.seed + number - 1
+            results["PCA"].append(judge(lambda data, *_: principal_axes(data), (1.0,), digits, options.k, seed))
+            bar.set_description(f"split {number}/{len(splits)}, NCA")
+            results["NCA (scikit-learn)"].append(judge(neighbourhood_components, scales, digits, options.k, seed))
+            results["softk.topk"].append(judge(soft_neighbours, units, digits, options.k, seed))
+    return splits, results
+
+
+def mean_and_error(values: Sequence[float], sign: str = "") -> str:
+    """A mean with its standard error, as text; the error needs at least two values."""
+    mean = f"{np.mean(values):{sign}.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    """Test accuracies: a row for every method, a column for every split; the seconds are those of one fit."""
+    count = len(next(iter(results.values())))
+    rows = [["", *(f"split {i + 1}" for i in range(count)), "mean" if count < 2 else "mean ± s.e.", "seconds"]]
+    for name, found in results.items():
+        accuracies = [result.accuracy for result in found]
+        seconds = f"{np.mean([result.seconds for result in found]):.2f}"
+        rows.append([name, *(f"{a:.3f}" for a in accuracies), mean_and_error(accuracies), seconds])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("   ".join([first.strip().ljust(widths[0]), *others]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
+    """The test digits of the first split in the three embeddings, turned to look alike: neighbours do not care."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+
+    figure = Figure(figsize=(12, 4.7))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    panels = figure.subplots(1, len(results))
+    reference = digits.test_data @ results["PCA"][0].embedding
+    order = np.random.default_rng(0).permutation(len(reference))  # no class is painted over by the next
+    for panel, (name, found) in zip(panels, results.items(), strict=True):
+        points = digits.test_data @ found[0].embedding
+        left, _, right = np.linalg.svd((points - points.mean(axis=0)).T @ reference)
+        points = points @ left @ right
+        colours = [COLOURS[label] for label in digits.test_labels[order]]
+        panel.scatter(*points[order].T, c=colours, s=17, alpha=0.8, linewidths=0)
+        for digit in np.unique(digits.test_labels):
+            middle = np.median(points[digits.test_labels == digit], axis=0)
+            halo = [withStroke(linewidth=3.5, foreground="white")]
+            style = {"color": COLOURS[digit], "fontsize": 17, "fontweight": "bold", "path_effects": halo}
+            panel.text(*middle, str(digit), ha="center", va="center", **style)
+        low, high = points.min(axis=0), points.max(axis=0)
+        reach = 0.53 * np.max(high - low)
+        (across, up) = 0.5 * (low + high)
+        panel.set(xlim=(across - reach, across + reach), ylim=(up - reach, up + reach), aspect="equal")
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_color("#cccccc")
+        panel.set_title(f"{name}: {100 * found[0].accuracy:.1f} % correct", fontsize=13, pad=8)
+    handles = [
+        Line2D([], [], color=colour, marker="o", ls="", ms=7, label=str(digit)) for digit, colour in enumerate(COLOURS)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=10, frameon=False, handletextpad=0, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Learn a linear embedding of handwritten digits in two dimensions through softk.topk.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+what to try:
+  --epsilon 0.01     nearly hard neighbours: only the few digits at the boundary carry gradient, hardly better than PCA
+  --epsilon 50       far too soft: digits from far away vote too, and only the coarse layout is learned
+  --k 3, --k 50      how many neighbours vote, in training (softly) and in the test (hard)
+  --backend torch    the same model with autodiff through softk.topk; jax as well, under jit
+
+epsilon is in the units of the scores, here squared distances in the embedding, which starts as the two principal
+components of pixels between 0 and 1: neighbours whose squared distances differ by much more than epsilon are told
+apart. Without --epsilon it is chosen among 0.5, 1, 2 and 4 on a quarter of the training digits, never on the test
+digits, and so is the initial scale of NCA, which plays the same part there.
+""",
+    )
+    parser.add_argument("--backend", choices=tuple(NAMESPACES), default="numpy", help="who trains (default: numpy)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of Adam, on 64 digits each (default: 300)")
+    parser.add_argument("--k", type=int, default=10, help="number of neighbours (default: 10)")
+    parser.add_argument("--epsilon", type=float, help="softness of the selection (default: chosen by validation)")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits and the minibatches (default: 0)")
+    parser.add_argument("--splits", type=int, default=3, help="how many random train/test splits (default: 3)")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="the picture (default: docs/_static/digits.png)")
+    options = parser.parse_args(argv)
+    for name in ("steps", "k", "splits"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.epsilon is not None and not 0.0 < options.epsilon < math.inf:
+        parser.error(f"--epsilon must be positive and finite, got {options.epsilon}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, compare, print the table and draw the picture."""
+    options = parse(argv)
+    namespace(options.backend)  # before any work, in case it is missing
+    start = time.perf_counter()
+    splits, results = compare(options)
+    sizes = f"{len(splits[0].labels)} digits to learn from, {len(splits[0].test_labels)} to be judged by"
+    print(f"Hard {options.k}-nearest-neighbour accuracy in {DIMENSIONS} linear dimensions; {sizes}.\n")
+    print(table(results))
+    ours, theirs = results["softk.topk"], results["NCA (scikit-learn)"]
+    differences = [a.accuracy - b.accuracy for a, b in zip(ours, theirs, strict=True)]
+    print(f"\nsoftk.topk minus NCA, split by split: {mean_and_error(differences, sign='+')}")
+    print(f"epsilon of softk.topk on {options.backend}: {', '.join(f'{result.unit:g}' for result in ours)}")
+    draw(options.output, splits[0], results)
+    print(f"picture: {os.path.relpath(options.output)}; everything took {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
