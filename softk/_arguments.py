@@ -65,8 +65,9 @@ class Call:
     def evaluate(self) -> Array:
         """The result, differentiable by the arrays' own framework."""
         assert self.restore.push is not None
-        bound = self.backend.bind(self.primitive, **self.options)
-        return self.restore.push(bound(*self.inputs)[0])
+        with self.backend.quiet():
+            bound = self.backend.bind(self.primitive, **self.options)
+            return self.restore.push(bound(*self.inputs)[0])
 
 
 class Slices:

@@ -62,7 +62,7 @@ def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
         return
     info = xp.finfo(dtype)
     least, most = 2.0 * float(info.smallest_normal), float(info.max)
-    if not least <= epsilon <= most:
+    if not least <= float(epsilon) <= most:
         raise ValueError(
             f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in {dtype}), got {epsilon!r}"
         )

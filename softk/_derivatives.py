@@ -67,7 +67,7 @@ def vjp(
         _require_shape("the cotangent", cotangent, out)
         assert call.restore.pull is not None
         with backend.quiet():
-            canonical = primitive.vjp(backend, call.inputs, outputs, (call.restore.pull(cotangent), *unused))
+            canonical = backend.pull(primitive, call.inputs, outputs, (call.restore.pull(cotangent), *unused))
             return {
                 name: argument.pull(found)
                 for (name, argument), found in zip(call.arguments.items(), canonical, strict=True)
@@ -137,7 +137,7 @@ def jvp(
             argument.push(tangents[name]) if argument.push is not None and name in tangents else None
             for name, argument in call.arguments.items()
         )
-        tangent = primitive.jvp(backend, call.inputs, outputs, canonical)[0]
+        tangent = backend.push(primitive, call.inputs, outputs, canonical)[0]
         return call.restore.push(outputs[0]), call.restore.push(tangent)
 
 

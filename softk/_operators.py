@@ -43,17 +43,15 @@ def _masked(
     check_mass(k, slices.n, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
     bits = slices.xp.finfo(slices.working).bits
-    return slices, {
-        "backend": slices.backend,
-        "primitive": primitive,
-        "options": {"ranks": None if weights is not None else static_ranks(k, bits)},
-        "arguments": {
+    with slices.backend.quiet():
+        arguments = {
             "x": slices.scores(),
             "k": slices.per_slice("k", k),
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
             "weights": slices.per_item("weights", weights),
-        },
-    }
+        }
+    options = {"ranks": None if weights is not None else static_ranks(k, bits)}
+    return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 
 @_operator
@@ -138,6 +136,8 @@ def topk(
     """
     primitive = _primitives.hard_mask if hard else _primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
+    if slices.n == 0:
+        call |= {"primitive": _primitives.empty_mask, "options": {}}
     if hard and weights is not None:
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
     if hard and is_number(k) and k != math.floor(k):
@@ -261,19 +261,16 @@ def quantile(
     if is_number(q) and not 0.0 <= q <= 1.0:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
     check_temperature(slices.xp, epsilon, slices.working)
-    probability = slices.probabilities(q)
-    return Call(
-        backend=slices.backend,
-        primitive=_primitives.quantile,
-        options={},
-        arguments={
+    with slices.backend.quiet():
+        probability = slices.probabilities(q)
+        arguments = {
             "x": slices.scores().lead(slices, probability.leading),
             "q": probability.argument,
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5).lead(slices, probability.leading),
             "weights": slices.frequencies(weights).lead(slices, probability.leading),
-        },
-        restore=slices.one_a_slice(keepdims, leading=len(probability.leading)),
-    )
+        }
+    restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
+    return Call(slices.backend, _primitives.quantile, {}, arguments, restore)
 
 
 def _require_scores(slices: Slices) -> None:

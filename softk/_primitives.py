@@ -12,13 +12,12 @@ from typing import Any
 
 from ._rule import Linearisation, sigmoid
 from ._solver import between, logits, solve
-from .backend import Array, Backend, Primitive
+from .backend import Array, Backend, Inputs, Primitive
 
 Arrays = tuple[Array, ...]
-Maybe = tuple[Array | None, ...]
 
 
-def _linearise(backend: Backend, inputs: Maybe, outputs: Arrays) -> Linearisation:
+def _linearise(backend: Backend, inputs: Inputs, outputs: Arrays) -> Linearisation:
     x, _, tau, weights = inputs
     *_, offset, reference = outputs
     return Linearisation(backend.xp, x, tau, weights, reference, offset)
@@ -34,12 +33,12 @@ def _mask_forward(
     return sigmoid(backend.xp, logits(backend.xp, x, reference, tau) - offset), offset, reference
 
 
-def _mask_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     mask, offset, _ = _linearise(backend, inputs, outputs).push(*tangents)
     return mask, offset
 
 
-def _mask_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
     u, c = cotangents
     return _linearise(backend, inputs, outputs).pull(u, c, None)
 
@@ -71,6 +70,24 @@ def _hard_forward(
 hard_mask = Primitive("topk_hard_mask", _hard_forward, _mask_jvp, _mask_vjp, constants=1)
 
 
+# --- the mask of no scores at all: nothing to solve, and nothing depends on anything
+
+
+def _empty_forward(backend: Backend, x: Array, *_: Array | None) -> Arrays:
+    return (backend.xp.zeros_like(x),)
+
+
+def _empty_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    return (backend.xp.zeros_like(inputs[0]),)
+
+
+def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+    return tuple(None if value is None else backend.xp.zeros_like(value) for value in inputs)
+
+
+empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp)
+
+
 # --- the threshold: t = r + tau s
 
 
@@ -81,12 +98,12 @@ def _threshold_forward(
     return reference + tau * offset + extreme, offset, reference
 
 
-def _threshold_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     _, offset, threshold = _linearise(backend, inputs, outputs).push(*tangents)
     return threshold, offset
 
 
-def _threshold_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
     b, c = cotangents
     return _linearise(backend, inputs, outputs).pull(None, c, b)
 
@@ -116,13 +133,13 @@ def _quantile_forward(backend: Backend, x: Array, q: Array, tau: Array, weights:
     place = _Place(xp, x, q, weights)
     one, first, first_reference = _threshold_forward(backend, x, place.first, tau, weights, ranks=None)
     two, second, second_reference = _threshold_forward(backend, x, place.second, tau, weights, ranks=None)
-    inner = one + place.fraction * xp.where(one == two, 0.0, two - one)
-    value = xp.where(place.fraction == 0.0, one, inner)
+    value = (1.0 - place.fraction) * one + place.fraction * two
+    value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # no 0 * inf
     return value, first, second, first_reference, second_reference
 
 
 def _quantile_parts(
-    backend: Backend, inputs: Maybe, outputs: Arrays
+    backend: Backend, inputs: Inputs, outputs: Arrays
 ) -> tuple[_Place, Linearisation, Linearisation, Array]:
     x, q, tau, weights = inputs
     _, first, second, first_reference, second_reference = outputs
@@ -132,7 +149,7 @@ def _quantile_parts(
     return _Place(backend.xp, x, q, weights), one, two, apart
 
 
-def _quantile_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Maybe) -> Arrays:
+def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     dx, dq, dtau, da = tangents
     q = inputs[1]
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
@@ -147,7 +164,7 @@ def _quantile_jvp(backend: Backend, inputs: Maybe, outputs: Arrays, tangents: Ma
     return value, first, second
 
 
-def _quantile_vjp(backend: Backend, inputs: Maybe, outputs: Arrays, cotangents: Maybe) -> Maybe:
+def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
     b, first_bar, second_bar = cotangents
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
     if b is None:

@@ -43,21 +43,21 @@ class Limits(NamedTuple):
     """What a dtype can hold, as Python numbers."""
 
     eps: float
-    largest: float  # finite score; an infinite one counts as this one
+    largest: float  # score that counts as finite; a larger one, and +inf, counts as this one
     farthest: float  # |z| beyond which a score has no part in any derivative
     saturated: float  # offset at which a sigmoid is exactly 0 or 1
 
 
 def limits(xp: Any, dtype: Any) -> Limits:
     info = xp.finfo(dtype)
-    largest = float(info.max)
+    largest = 0.5 * float(info.max)  # so that the difference of two scores is finite
     return Limits(float(info.eps), largest, largest**0.5, 128.0 if info.bits <= 32 else 1024.0)
 
 
 def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
     """(x - reference) / tau, clipped to the farthest distance that a derivative still sees.
 
-    +inf counts as the largest finite number: many of them tie, and share k when they are more than k.
+    +inf counts as the largest score: many of them tie, and share k when they are more than k.
     """
     bound = limits(xp, x.dtype)
     reach = bound.farthest * tau
@@ -191,14 +191,27 @@ def solve(
     """
     xp = backend.xp
     bound = limits(xp, x.dtype)
+    valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
+    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
     frozen_x, frozen_k, frozen_tau = backend.constant(x), backend.constant(k), backend.constant(tau)
     frozen_weights = None if weights is None else backend.constant(weights)
     if frozen_weights is None:
         total = xp.full_like(frozen_k, float(x.shape[-1]))
         high, low = _edges(backend, frozen_x, frozen_k, ranks)
+        valid = valid & (frozen_k <= total)
     else:
         total = _total(xp, frozen_weights)
-        high, low = _weighted_edges(xp, frozen_x, frozen_k, frozen_weights)
+        least = xp.min(frozen_weights, axis=-1, keepdims=True)
+        # A user's sum of weights may round differently.
+        valid = valid & (least >= 0.0) & (frozen_k <= total * (1.0 + 16.0 * bound.eps))
+        high, low = _weighted_edges(xp, frozen_x, frozen_k * (1.0 - 4.0 * bound.eps), frozen_k, frozen_weights)
+    nothing = frozen_k <= 0.0
+    everything = ~nothing & ((low < -bound.largest) | (frozen_k >= total * (1.0 - 4.0 * bound.eps)))
+    if frozen_weights is not None:
+        # Items without weight are on the right side too where nothing or everything is selected.
+        lowest = xp.min(xp.where(frozen_x >= -bound.largest, frozen_x, math.inf), axis=-1, keepdims=True)
+        high = xp.where(everything & (high >= -bound.largest), lowest, high)
+        high = xp.where(nothing, xp.max(frozen_x, axis=-1, keepdims=True), high)
     reference = between(xp, high, -bound.largest, bound.largest)
     gap = logits(xp, low, reference, frozen_tau)  # z of the score below; that of the score above is 0
 
@@ -218,8 +231,8 @@ def solve(
     frozen_z = backend.constant(z)
     tolerance = bound.eps**0.125  # three second-order corrections away from eps: this step and the two below
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
-        offset, least, most = state
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
+        offset, least, most, done = state
         tails, delta = measure(frozen_z, offset, frozen_k, frozen_weights)
         excess = tails.lower - tails.upper - delta
         least = xp.where(excess > 0.0, offset, least)
@@ -230,13 +243,15 @@ def solve(
         bracketed = (least > -bound.largest) & (most < bound.largest)
         middle = 0.5 * xp.where(bracketed, least, 0.0) + 0.5 * xp.where(bracketed, most, 0.0)
         fallback = xp.where(bracketed, middle, offset + 16.0 * xp.sign(excess))
-        proposal = xp.where((proposal >= least) & (proposal <= most), proposal, fallback)
-        return (proposal, least, most), xp.abs(proposal - offset) <= tolerance
+        # At the root the bracket is decided by rounding: a small step is taken as it is, and is the last.
+        trusted = ((proposal >= least) & (proposal <= most)) | (xp.abs(size) <= tolerance)
+        proposal = xp.where(done, offset, xp.where(trusted, proposal, fallback))
+        done = done | (xp.abs(proposal - offset) <= tolerance)
+        return (proposal, least, most, done), done
 
     start = 0.5 * gap
-    offset, _, _ = backend.repeat(
-        step, (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf)), MODEL_STEPS
-    )
+    state = (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf), xp.isnan(start))
+    offset, *_ = backend.repeat(step, state, MODEL_STEPS)
     offset = backend.constant(offset)
 
     for _ in range(CORRECTIONS):
@@ -244,13 +259,11 @@ def solve(
         slope = tails.lower_slope + tails.upper_slope
         offset = offset + (tails.lower - tails.upper - delta) / _nonzero(xp, slope)
 
-    everything = (low < -bound.largest) | (frozen_k >= total * (1.0 - 4.0 * bound.eps))
-    nothing = frozen_k <= 0.0
     offset = xp.where(everything, -bound.saturated, offset)
     offset = xp.where(nothing, bound.saturated, offset)
     extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
     extreme = xp.where(nothing | (high > bound.largest), math.inf, extreme)
-    valid = _valid(xp, frozen_k, frozen_tau, total, frozen_weights, bound) & ~xp.isnan(tails.lower)
+    valid = valid & ~xp.isnan(tails.lower)
     return Solution(reference, xp.where(valid, offset, math.nan), extreme)
 
 
@@ -266,29 +279,23 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) 
     return found[..., :1], xp.where(second > n, -math.inf, found[..., 1:])
 
 
-def _weighted_edges(xp: Any, x: Array, k: Array, weights: Array) -> tuple[Array, Array]:
-    """The same with weights: the first scores, from the largest, at which the weight reaches k and exceeds it."""
+def _weighted_edges(xp: Any, x: Array, least: Array, most: Array, weights: Array) -> tuple[Array, Array]:
+    """The same with weights: the first scores, from the largest, at which the weight reaches k and exceeds it.
+
+    Running sums of weights are rounded, so k is a short interval, from `least` to `most`.
+    """
     n = x.shape[-1]
     x = xp.where(weights > 0.0, x, xp.where(xp.isnan(x), x, -math.inf))
     order = xp.argsort(x, axis=-1, descending=True, stable=False)
     x = xp.take_along_axis(x, order, axis=-1)
     mass = xp.cumulative_sum(xp.take_along_axis(weights, order, axis=-1), axis=-1)
-    first = xp.count_nonzero(mass < k, axis=-1, keepdims=True)
-    second = xp.count_nonzero(mass <= k, axis=-1, keepdims=True)
+    first = xp.count_nonzero(mass < least, axis=-1, keepdims=True)
+    second = xp.count_nonzero(mass <= most, axis=-1, keepdims=True)
     low = xp.take_along_axis(x, xp.minimum(second, n - 1), axis=-1)
     return (
         xp.take_along_axis(x, xp.minimum(first, n - 1), axis=-1),
         xp.where(second >= n, -math.inf, low),
     )
-
-
-def _valid(xp: Any, k: Array, tau: Array, total: Array, weights: Array | None, bound: Limits) -> Array:
-    """Whether a slice's k, epsilon and weights are in their ranges. NaN is in none."""
-    slack = 1.0 if weights is None else 1.0 + 16.0 * bound.eps  # a user's sum of weights rounds differently
-    valid = (k >= 0.0) & (k <= total * slack) & (tau > 0.0) & (tau <= bound.largest)
-    if weights is not None:
-        valid = valid & (xp.min(weights, axis=-1, keepdims=True) >= 0.0) & (total <= bound.largest)
-    return valid
 
 
 def _total(xp: Any, values: Array) -> Array:

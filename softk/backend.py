@@ -7,10 +7,11 @@ complete: it serves every array that follows the standard and has no autodiff of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat
 
@@ -18,6 +19,8 @@ __all__ = ["PRIMITIVES", "Array", "Backend", "Primitive"]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
+#: The inputs of a primitive, or what belongs to each: None where there is none.
+Inputs = tuple[Array | None, ...]
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,25 @@ class Backend:
 
         return bound
 
+    def push(
+        self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs
+    ) -> tuple[Array, ...]:
+        """The primitive's rule in forward mode, for `softk.jvp`."""
+        return primitive.jvp(self, inputs, outputs, tangents)
+
+    def pull(
+        self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], cotangents: Inputs
+    ) -> tuple[Array | None, ...]:
+        """The primitive's rule in reverse mode, for `softk.vjp`."""
+        return primitive.vjp(self, inputs, outputs, cotangents)
+
     def quiet(self) -> AbstractContextManager[Any]:
-        """A context in which overflow to infinity, which softk means, is not reported as a warning."""
-        return nullcontext()
+        """A context in which overflow and invalid operations, which softk means or mends, are not reported.
+
+        Most libraries report nothing; those that are built on NumPy report as NumPy is set to.
+        """
+        numpy = sys.modules.get("numpy")
+        return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
     def device(self, x: Array) -> Any:
         """The device of an array, as creation functions take it."""

@@ -1,4 +1,4 @@
-"""Dask for softk: every primitive block by block, by the backend of the blocks themselves. Values stay lazy."""
+"""Dask for softk: every primitive and its rule block by block, by the backend of the blocks. Values stay lazy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 
 from softk._registry import backend_of
-from softk.backend import Array, Backend, Primitive
+from softk.backend import Array, Backend, Inputs, Primitive
 
 __all__ = ["DaskBackend", "backend"]
 
@@ -19,28 +19,17 @@ class DaskBackend(Backend):
     """Chunked arrays. The selected axis is gathered into one chunk; the other axes stay as they are chunked."""
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        def bound(*inputs: Array) -> tuple[Array, ...]:
-            chunks = inputs[0].chunks[:-1]  # of the slices; every input has one value, or n, a slice, or is a number
-            given = [value.rechunk((*chunks, -1)) if value.ndim else value for value in inputs if value is not None]
-            names = [_core(value, inputs[0]) for value in inputs if value is not None]
-
-            def block(*blocks: Array) -> tuple[Array, ...]:
-                values = iter(blocks)
-                filled = [None if value is None else next(values) for value in inputs]
-                return backend_of(blocks[0]).bind(primitive, **options)(*filled)
-
-            # What comes out, and of which shape, is seen on two items of one slice; the ranks are those of n items.
-            probe = block(*(np.ones_like(v._meta, shape=_PROBE[name]) for v, name in zip(given, names, strict=True)))
-            found: tuple[Array, ...] = da.apply_gufunc(
-                block,
-                ",".join(names) + "->" + ",".join("(n)" if value.shape == (2,) else "(one)" for value in probe),
-                *given,
-                output_dtypes=[value.dtype for value in probe],
-                output_sizes=None if "(one)" in names else {"one": 1},
-            )
-            return found
+        def bound(*inputs: Array | None) -> tuple[Array, ...]:
+            found = _blockwise(lambda inner, given: inner.bind(primitive, **options)(*given[0]), inputs)
+            return tuple(found)
 
         return bound
+
+    def push(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs) -> Any:
+        return _blockwise(lambda inner, given: inner.push(primitive, *given), inputs, outputs, tangents)
+
+    def pull(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], cotangents: Inputs) -> Any:
+        return _blockwise(lambda inner, given: inner.pull(primitive, *given), inputs, outputs, cotangents)
 
     def device(self, x: Array) -> Any:
         return None  # Dask has none of its own
@@ -49,11 +38,40 @@ class DaskBackend(Backend):
         return True
 
 
+def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -> tuple[Array | None, ...]:
+    """Apply ``function(backend of the blocks, groups of blocks)``, whose result is a tuple of arrays or None."""
+    x: Array = groups[0][0]
+    arrays = [value for group in groups for value in group if value is not None]
+    names = [_core(value, x) for value in arrays]
+    # All arrays have one value, or n, a slice, or are numbers: they can be cut into the same slices.
+    chunks = x.chunks[:-1]
+    arrays = [value.rechunk((*chunks, -1)) if value.ndim else value for value in arrays]
+
+    def apply(*blocks: Array) -> tuple[Any, ...]:
+        inner = backend_of(blocks[0])
+        values = iter(blocks)
+        with inner.quiet():
+            return tuple(function(inner, [tuple(None if v is None else next(values) for v in g) for g in groups]))
+
+    # Which results there are, and of which shape, is seen on two items of one slice.
+    probe = apply(*(np.ones_like(value._meta, shape=_PROBE[name]) for value, name in zip(arrays, names, strict=True)))
+    present = [value for value in probe if value is not None]
+    found = da.apply_gufunc(
+        lambda *blocks: tuple(value for value in apply(*blocks) if value is not None),
+        ",".join(names) + "->" + ",".join("(n)" if value.shape == (2,) else "(one)" for value in present),
+        *arrays,
+        output_dtypes=[value.dtype for value in present],
+        output_sizes=None if "(one)" in names else {"one": 1},
+    )
+    results = iter(found)
+    return tuple(None if value is None else next(results) for value in probe)
+
+
 _PROBE = {"(n)": (2,), "(one)": (1,), "()": ()}
 
 
 def _core(value: Array, x: Array) -> str:
-    """The last axis of an input: that of the scores, of one value a slice, or none."""
+    """The last axis of an array: that of the scores, of one value a slice, or none."""
     if value.ndim == 0:
         return "()"
     return "(n)" if value is x or value.shape[-1] == x.shape[-1] != 1 else "(one)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,9 @@ class JaxBackend(Backend):
     @property
     def index(self) -> Any:
         return jnp.result_type(int)  # int32 where 64 bits are not enabled
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -16,9 +15,6 @@ __all__ = ["NumpyBackend", "backend"]
 
 class NumpyBackend(Backend):
     """Arrays in memory: values can be looked at, and NumPy partitions in O(n)."""
-
-    def quiet(self) -> AbstractContextManager[Any]:
-        return np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         for _ in range(limit):

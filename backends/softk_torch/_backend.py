@@ -10,6 +10,7 @@ is right to second order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,9 @@ class TorchBackend(Backend):
     def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
         x = x.detach().requires_grad_()
         return torch.autograd.grad(f(x), x, cotangent)[0]
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def constant(self, x: Array) -> Array:
         return x.detach()
