@@ -193,52 +193,64 @@ def solve(
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
-    frozen_x, frozen_k, frozen_tau = backend.constant(x), backend.constant(k), backend.constant(tau)
-    frozen_weights = None if weights is None else backend.constant(weights)
-    if frozen_weights is None:
-        total = xp.full_like(frozen_k, float(x.shape[-1]))
-        high, low = _edges(backend, frozen_x, frozen_k, ranks)
-        valid = valid & (frozen_k <= total)
-    else:
-        total = _total(xp, frozen_weights)
-        least = xp.min(frozen_weights, axis=-1, keepdims=True)
-        # A user's sum of weights may round differently.
-        valid = valid & (least >= 0.0) & (frozen_k <= total * (1.0 + 16.0 * bound.eps))
-        high, low = _weighted_edges(xp, frozen_x, frozen_k * (1.0 - 4.0 * bound.eps), frozen_k, frozen_weights)
-    nothing = frozen_k <= 0.0
-    everything = ~nothing & ((low < -bound.largest) | (frozen_k >= total * (1.0 - 4.0 * bound.eps)))
-    if frozen_weights is not None:
-        # Items without weight are on the right side too where nothing or everything is selected.
-        lowest = xp.min(xp.where(frozen_x >= -bound.largest, frozen_x, math.inf), axis=-1, keepdims=True)
-        high = xp.where(everything & (high >= -bound.largest), lowest, high)
-        high = xp.where(nothing, xp.max(frozen_x, axis=-1, keepdims=True), high)
-    reference = between(xp, high, -bound.largest, bound.largest)
-    gap = logits(xp, low, reference, frozen_tau)  # z of the score below; that of the score above is 0
-
-    def measure(z: Array, offset: Array, k: Array, weights: Array | None) -> tuple[Tails, Array]:
-        """One sweep, and delta in its units; within the gap exactly k lie above, whatever rounding says."""
-        edge = xp.minimum(-offset, offset - gap)
-        edge = backend.constant(xp.maximum(edge, 0.0))
-        tails = sweep(xp, z, offset, edge, weights)
-        delta = k - tails.above
-        value = backend.constant(delta)
-        in_gap = (edge > 0.0) & (xp.abs(value) <= 4.0 * bound.eps * frozen_k)
-        # delta - value is zero and carries the derivative; in the gap it is the only thing that does.
-        growth = xp.exp(xp.minimum(xp.where(in_gap, edge, 0.0), math.log(bound.farthest)))
-        return tails, xp.where(in_gap, 0.0, value) + growth * (delta - value)
-
+    fixed = Fixed(backend.constant(k), backend.constant(tau), None if weights is None else backend.constant(weights))
+    ends = _ends(backend, backend.constant(x), fixed, ranks)
+    reference = between(xp, ends.high, -bound.largest, bound.largest)
+    gap = logits(xp, ends.low, reference, fixed.tau)  # z of the score below; that of the score above is 0
     z = logits(xp, x, reference, tau)
-    frozen_z = backend.constant(z)
-    tolerance = bound.eps**0.125  # three second-order corrections away from eps: this step and the two below
+
+    offset = _search(backend, backend.constant(z), gap, fixed, ends.total)
+    for _ in range(CORRECTIONS):
+        tails, delta = measure(backend, z, offset, gap, k, weights)
+        slope = tails.lower_slope + tails.upper_slope
+        offset = offset + (tails.lower - tails.upper - delta) / _nonzero(xp, slope)
+
+    valid = valid & ends.valid & ~xp.isnan(tails.lower)
+    offset = xp.where(ends.everything, -bound.saturated, offset)
+    offset = xp.where(ends.nothing, bound.saturated, offset)
+    extreme = xp.where(ends.everything, -math.inf, xp.zeros_like(offset))
+    extreme = xp.where(ends.nothing | (ends.high > bound.largest), math.inf, extreme)
+    return Solution(reference, xp.where(valid, offset, math.nan), extreme)
+
+
+class Fixed(NamedTuple):
+    """k, tau and the weights, cut off from differentiation."""
+
+    k: Array
+    tau: Array
+    weights: Array | None
+
+
+def measure(
+    backend: Backend, z: Array, offset: Array, gap: Array, k: Array, weights: Array | None
+) -> tuple[Tails, Array]:
+    """One sweep, and delta in its units; within the gap exactly k lie above, whatever rounding says."""
+    xp = backend.xp
+    bound = limits(xp, z.dtype)
+    edge = backend.constant(xp.maximum(xp.minimum(-offset, offset - gap), 0.0))
+    tails = sweep(xp, z, offset, edge, weights)
+    delta = k - tails.above
+    value = backend.constant(delta)
+    in_gap = (edge > 0.0) & (xp.abs(value) <= 4.0 * bound.eps * backend.constant(k))
+    # delta - value is zero and carries the derivative; in the gap it is the only thing that does.
+    growth = xp.exp(xp.minimum(xp.where(in_gap, edge, 0.0), math.log(bound.farthest)))
+    return tails, xp.where(in_gap, 0.0, value) + growth * (delta - value)
+
+
+def _search(backend: Backend, z: Array, gap: Array, fixed: Fixed, total: Array) -> Array:
+    """The offset, near enough to the root for the corrections: steps of the model from the middle of the gap."""
+    xp = backend.xp
+    bound = limits(xp, z.dtype)
+    tolerance = bound.eps**0.125  # three steps of second order away from eps: the last one here, and the corrections
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
         offset, least, most, done = state
-        tails, delta = measure(frozen_z, offset, frozen_k, frozen_weights)
+        tails, delta = measure(backend, z, offset, gap, fixed.k, fixed.weights)
         excess = tails.lower - tails.upper - delta
         least = xp.where(excess > 0.0, offset, least)
         most = xp.where(excess < 0.0, offset, most)
         size, modelled = two_logistic_step(xp, tails, delta)
-        size = xp.where(modelled, size, logit_step(xp, tails, frozen_k, total))
+        size = xp.where(modelled, size, logit_step(xp, tails, fixed.k, total))
         proposal = offset + size
         bracketed = (least > -bound.largest) & (most < bound.largest)
         middle = 0.5 * xp.where(bracketed, least, 0.0) + 0.5 * xp.where(bracketed, most, 0.0)
@@ -252,19 +264,38 @@ def solve(
     start = 0.5 * gap
     state = (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf), xp.isnan(start))
     offset, *_ = backend.repeat(step, state, MODEL_STEPS)
-    offset = backend.constant(offset)
+    return backend.constant(offset)
 
-    for _ in range(CORRECTIONS):
-        tails, delta = measure(z, offset, k, weights)
-        slope = tails.lower_slope + tails.upper_slope
-        offset = offset + (tails.lower - tails.upper - delta) / _nonzero(xp, slope)
 
-    offset = xp.where(everything, -bound.saturated, offset)
-    offset = xp.where(nothing, bound.saturated, offset)
-    extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
-    extreme = xp.where(nothing | (high > bound.largest), math.inf, extreme)
-    valid = valid & ~xp.isnan(tails.lower)
-    return Solution(reference, xp.where(valid, offset, math.nan), extreme)
+class Ends(NamedTuple):
+    """Where the threshold of every slice lies, before anything is solved."""
+
+    high: Array  # the last score that is selected as epsilon vanishes
+    low: Array  # the next one; the same if k is not whole, -inf if there is none
+    total: Array  # the largest k
+    nothing: Array  # whether k = 0
+    everything: Array  # whether all that can be selected is
+    valid: Array  # whether k and the weights are in their ranges; NaN is in none
+
+
+def _ends(backend: Backend, x: Array, fixed: Fixed, ranks: tuple[int, int] | None) -> Ends:
+    xp, k, weights = backend.xp, fixed.k, fixed.weights
+    bound = limits(xp, x.dtype)
+    nothing = k <= 0.0
+    if weights is None:
+        total = xp.full_like(k, float(x.shape[-1]))
+        high, low = _edges(backend, x, k, ranks)
+        return Ends(high, low, total, nothing, ~nothing & (low < -bound.largest), k <= total)
+    rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
+    total = _total(xp, weights)
+    high, low = _weighted_edges(xp, x, k * (1.0 - rounding), k, weights)
+    everything = ~nothing & ((low < -bound.largest) | (k >= total * (1.0 - rounding)))
+    # Items without weight must be on the right side too where nothing or everything is selected.
+    lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
+    high = xp.where(everything & (high >= -bound.largest), lowest, high)
+    high = xp.where(nothing, xp.max(x, axis=-1, keepdims=True), high)
+    valid = (xp.min(weights, axis=-1, keepdims=True) >= 0.0) & (k <= total * (1.0 + 4.0 * rounding))
+    return Ends(high, low, total, nothing, everything, valid)
 
 
 def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) -> tuple[Array, Array]:
