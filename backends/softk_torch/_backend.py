@@ -67,7 +67,9 @@ class TorchBackend(Backend):
 
 def _readable(values: torch.Tensor) -> bool:
     """Whether looking at a value costs nothing: a plain tensor in the memory of the CPU, outside of any trace."""
-    return type(values) is torch.Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(values) is torch.Tensor and values.device.type == "cpu"
 
 
 @torch.compiler.allow_in_graph

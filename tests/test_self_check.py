@@ -1,0 +1,42 @@
+"""``python -m softk``: a row for every library that is installed, and an exit status that tells."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import softk
+from softk import __main__ as self_check
+from softk._registry import ADAPTERS
+
+
+def test_every_installed_library_passes() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-m", "softk"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"softk {softk.__version__}")
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    for name in ("numpy", "torch", "jax", "dask", "autograd"):
+        assert rows[name].endswith("passed")
+
+
+def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(self_check, "_names", lambda: iter(["numpy"]))
+    reference = self_check._reference()
+    assert reference is not None
+    monkeypatch.setattr(self_check, "_reference", lambda: [1.001 * value for value in reference])
+    assert self_check.main() == 1
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_broken_installation_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise ImportError("libsomething.so.1 is missing")
+
+    monkeypatch.setattr(self_check, "_names", lambda: iter(["torch", "numpy"]))
+    monkeypatch.setitem(ADAPTERS, "torch", broken)  # type: ignore[arg-type]
+    assert self_check.main() == 1
+    printed = capsys.readouterr().out
+    assert "libsomething.so.1 is missing" in printed
+    assert "passed" in printed
