@@ -131,7 +131,7 @@ class Slices:
             values = self._last(self._cast(values, self.working))
             if self.sign < 0.0:
                 values = -values
-            return values if self.where is None else xp.where(self.where, values, removed)
+            return values if self.where is None else self.backend.select(self.where, values, removed)
 
         def pull(cotangent: Array) -> Array:
             if self.where is not None:
@@ -188,8 +188,9 @@ class Slices:
 
         weights = push(value)
         if self.where is not None:
-            usable = (weights >= 0.0) & (weights < math.inf)
-            weights = xp.where(self.where | usable, weights, 0.0)
+            fixed = self.backend.constant(weights)
+            fixed = xp.where((fixed >= 0.0) & (fixed < math.inf), fixed, 0.0)
+            weights = self.backend.select(self.where, weights, fixed)
         return Argument(weights, value, *self._linear(value, push, pull))
 
     def probabilities(self, q: Any) -> Probabilities:

@@ -64,5 +64,6 @@ def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
     least, most = 2.0 * float(info.smallest_normal), float(info.max)
     if not least <= float(epsilon) <= most:
         raise ValueError(
-            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in {dtype}), got {epsilon!r}"
+            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in float{info.bits}), "
+            f"got {epsilon!r}"
         )

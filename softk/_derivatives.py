@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._arguments import Call
-from ._checks import is_number
-from .backend import Array
+from ._checks import is_number, kind_of, require_array
+from ._registry import backend_of
+from .backend import Array, Backend
 
 __all__ = ["jvp", "vjp"]
 
@@ -64,7 +65,7 @@ def vjp(
     unused = (None,) * (len(outputs) - primitive.constants - 1)
 
     def pullback(cotangent: Array) -> dict[str, Array]:
-        _require_shape("the cotangent", cotangent, out)
+        _require_like("cotangent", cotangent, out, backend)
         assert call.restore.pull is not None
         with backend.quiet():
             canonical = backend.pull(primitive, call.inputs, outputs, (call.restore.pull(cotangent), *unused))
@@ -129,7 +130,7 @@ def jvp(
     for name, tangent in tangents.items():
         if name not in known:
             raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
-        _require_shape(f"tangents[{name!r}]", tangent, known[name].given)
+        _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
     assert call.restore.push is not None
     with backend.quiet():
         outputs = backend.bind(primitive, **call.options)(*call.inputs)
@@ -148,11 +149,14 @@ def _describe(f: Any) -> Callable[..., Call]:
     return describe
 
 
-def _require_shape(name: str, given: Any, like: Array) -> None:
+def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
+    """A tangent or cotangent has the library and the shape of what it belongs to."""
     if is_number(given) and like.ndim == 0:
         return
-    shape = getattr(given, "shape", None)
-    if shape is None or tuple(shape) != tuple(like.shape):
-        raise ValueError(
-            f"{name} must have the shape {tuple(like.shape)}, got {shape if shape is not None else given!r}"
+    require_array(name, given)
+    if backend_of(given) is not backend and backend.wraps != backend_of(given).name:
+        raise TypeError(
+            f"{name} must be an array of the same library as x: got {kind_of(given)} beside {kind_of(like)}"
         )
+    if tuple(given.shape) != tuple(like.shape):
+        raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(given.shape)}")

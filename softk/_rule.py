@@ -13,8 +13,8 @@ and, for cotangents u of m, c of s and b of t, with g = c + tau b,
     wbar = v u + p (g - <v, u>),   xbar = wbar / tau,   taubar = -<z, xbar> - c s / tau,
     hbar = <v, u> / V - g / V,     kbar = hbar,         abar = -m hbar.
 
-v underflows far from the threshold, but v / V and p do not: with the peak d = min |z| over the items that have weight,
-v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
+v underflows far from the threshold, but v / V and p do not: with the peak d = max (-|z|) over the items that have
+weight, v = exp(d) v' and V = exp(d) V', and both are quotients of primed quantities. 1 / V = exp(-d) / V' is the one
 quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
 """
 
@@ -44,23 +44,45 @@ class Linearisation:
 
     def __init__(self, xp: Any, x: Array, tau: Array, weights: Array | None, reference: Array, offset: Array) -> None:
         bound = limits(xp, x.dtype)
-        self.xp, self.tau, self.weights, self.offset = xp, tau, weights, offset
-        self.fixed = x > bound.largest  # +inf does not move
-        self.z = logits(xp, x, reference, tau) - offset
-        distance = xp.abs(self.z)
-        far = distance >= bound.farthest  # an infinite score has no part in the derivative
+        self.xp, self.x, self.tau, self.weights, self.offset = xp, x, tau, weights, offset
+        self.reference = reference
+        near = -xp.abs(self.z())
+        far = near <= -bound.farthest  # an infinite score has no part in the derivative
         apart = far if weights is None else far | (weights == 0.0)
-        peak = xp.min(xp.where(apart, math.inf, distance), axis=-1, keepdims=True)
-        peak = xp.minimum(peak, bound.farthest)
+        peak = xp.max(xp.where(apart, -math.inf, near), axis=-1, keepdims=True)
+        peak = xp.maximum(peak, -bound.farthest)
         ceiling = math.log(bound.farthest)
-        decay = xp.exp(-distance)
-        slope = 1.0 / ((1.0 + decay) * (1.0 + decay))
-        # v' = v exp(peak); only an item without weight can come closer than the peak.
-        self.scaled = xp.where(far, 0.0, slope * xp.exp(xp.minimum(peak - distance, ceiling)))
-        self.spread = xp.exp(-peak) * self.scaled if weights is None else decay * slope  # v
-        self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(peak)
+        # v' = v exp(-peak); only an item without weight can come closer than the peak.
+        growth = near - peak if weights is None else xp.minimum(near - peak, ceiling)
+        growth = xp.exp(growth)
+        near = xp.exp(near)
+        near = 1.0 + near
+        growth = growth / near
+        growth = growth / near
+        del near
+        self.scaled = xp.where(far, 0.0, growth)
+        del growth, far, apart
+        self.height = xp.exp(peak)
+        self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(-peak)
         self.normal = xp.where(self.normal == 0.0, 1.0, self.normal)
-        self.inverse = xp.exp(xp.minimum(peak, ceiling)) / self.normal  # 1 / V
+        self.inverse = xp.exp(xp.minimum(-peak, ceiling)) / self.normal  # 1 / V
+
+    def z(self) -> Array:
+        """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
+        return logits(self.xp, self.x, self.reference, self.tau) - self.offset
+
+    def spread(self) -> Array:
+        """v. Without weights v' is never held back, and v is in proportion to it."""
+        if self.weights is None:
+            return self.height * self.scaled
+        decay = self.xp.exp(-self.xp.abs(self.z()))
+        denominator = 1.0 + decay
+        decay = decay / denominator
+        return decay / denominator
+
+    def still(self, values: Array) -> Array:
+        """Zero for the scores that do not move: +inf."""
+        return self.xp.where(self.x > limits(self.xp, self.x.dtype).largest, 0.0, values)
 
     def weigh(self, values: Array) -> Array:
         return values if self.weights is None else self.weights * values
@@ -69,7 +91,7 @@ class Linearisation:
         return self.xp.sum(values, axis=-1, keepdims=True)
 
     def mask(self) -> Array:
-        return sigmoid(self.xp, self.z)
+        return sigmoid(self.xp, self.z())
 
     def push(
         self, dx: Array | None, dk: Array | None, dtau: Array | None, da: Array | None
@@ -77,9 +99,9 @@ class Linearisation:
         """Tangents (dm, ds, dt) of the mask, the offset and the threshold. None is zero."""
         xp = self.xp
         zero = xp.zeros_like(self.offset)
-        w = xp.zeros_like(self.z) if dx is None else xp.where(self.fixed, 0.0, dx) / self.tau
+        w = xp.zeros_like(self.x) if dx is None else self.still(dx) / self.tau
         if dtau is not None:
-            w = w - self.z * (dtau / self.tau)
+            w = w - self.z() * (dtau / self.tau)
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * da)
@@ -88,7 +110,7 @@ class Linearisation:
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        return self.spread * (w - mean) + self.scaled * (dh / self.normal), ds, self.tau * (mean - found)
+        return self.spread() * (w - mean) + self.scaled * (dh / self.normal), ds, self.tau * (mean - found)
 
     def pull(self, u: Array | None, c: Array | None, b: Array | None) -> tuple[Array, Array, Array, Array | None]:
         """Cotangents of (x, k, tau, a) from those of the mask, the offset and the threshold. None is zero."""
@@ -100,14 +122,16 @@ class Linearisation:
             g = g + self.tau * b
         hbar = -self.inverse * g
         if u is None:
-            wbar = self.weigh(self.scaled) * (g / self.normal)
+            xbar = self.weigh(self.scaled) * (g / (self.normal * self.tau))
         else:
-            wbar = self.spread * u
-            g = g - self.total(wbar)
-            wbar = wbar + self.weigh(self.scaled) * (g / self.normal)
             hbar = hbar + self.total(self.scaled * u) / self.normal
-        xbar = xp.where(self.fixed, 0.0, wbar / self.tau)
-        taubar = -self.total(self.z * xbar)
+            xbar = self.spread() * u
+            g = g - self.total(xbar)
+            xbar = xbar + self.weigh(self.scaled) * (g / self.normal)
+            xbar = xbar / self.tau
+        del self.scaled  # an array of the scores' size, of which the rest needs some
+        xbar = self.still(xbar)
+        taubar = -self.total(self.z() * xbar)
         if c is not None:
             taubar = taubar - c * self.offset / self.tau
         return xbar, hbar, taubar, None if self.weights is None else -self.mask() * hbar
@@ -115,5 +139,9 @@ class Linearisation:
 
 def sigmoid(xp: Any, z: Array) -> Array:
     """1 / (1 + exp(-z)), with relative accuracy in the lower tail and no overflow."""
+    upper = z > 0.0
     decay = xp.exp(-xp.abs(z))
-    return xp.where(z > 0.0, 1.0, decay) / (1.0 + decay)
+    del z
+    numerator = xp.where(upper, 1.0, decay)
+    decay = 1.0 + decay
+    return numerator / decay

@@ -66,7 +66,8 @@ def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
 
 def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
     """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
-    return xp.minimum(xp.maximum(values, least), most)
+    values = xp.maximum(values, least)
+    return xp.minimum(values, most)
 
 
 class Tails(NamedTuple):

@@ -74,7 +74,7 @@ def _core(value: Array, x: Array) -> str:
     """The last axis of an array: that of the scores, of one value a slice, or none."""
     if value.ndim == 0:
         return "()"
-    return "(n)" if value is x or value.shape[-1] == x.shape[-1] != 1 else "(one)"
+    return "(n)" if value.shape[-1] == x.shape[-1] != 1 else "(one)"
 
 
 backend = DaskBackend(xp, "dask")

@@ -43,6 +43,9 @@ class JaxBackend(Backend):
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings
 
+    def select(self, condition: Array, values: Array, other: Array | float) -> Array:
+        return jax.checkpoint(jnp.where)(condition, values, other)  # which would keep an array of zeros
+
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
             _, done, count = loop

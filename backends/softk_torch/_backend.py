@@ -67,7 +67,7 @@ class TorchBackend(Backend):
 
 def _readable(values: torch.Tensor) -> bool:
     """Whether looking at a value costs nothing: a plain tensor in the memory of the CPU, outside of any trace."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         return False
     return type(values) is torch.Tensor and values.device.type == "cpu"
 
