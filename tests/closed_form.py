@@ -1,0 +1,226 @@
+"""An oracle for derivatives that shares nothing with the library: bisection, and implicit differentiation by hand.
+
+Of one slice, mask_i = sigmoid((x_i - t) / tau) with tau = epsilon / 2 and t such that sum_i a_i mask_i = k. `threshold`
+and `topk` find t by bisection, in extended precision where the machine has it; `Slice` differentiates the two equations
+
+    tau z_i = x_i - t,    sum_i a_i sigmoid(z_i) = k
+
+once and twice with respect to theta = (x, k, epsilon, a); `differences` is a second witness, which knows no calculus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+WIDE = np.longdouble
+
+#: Scale of the scores and epsilon: a smooth case, and one where most masks are all but 0 or 1.
+CASES = {"soft": (1.0, 0.7), "near-hard": (0.15, 0.02)}
+
+ARGUMENTS = ("x", "k", "epsilon", "weights")
+_PER_ITEM = ("x", "weights")
+
+
+def problem(rng: Any, case: str = "soft", *, batch: tuple[int, ...] = (), n: int = 7) -> dict[str, np.ndarray]:
+    """Random arguments: x (..., n), k (..., 1) not whole, epsilon (..., 1), weights (n,) not uniform; without a batch k
+    and epsilon have no axes."""
+    scale, epsilon = CASES[case]
+    weights = rng.uniform(0.3, 2.0, n)
+    one = (*batch, 1) if batch else ()
+    return {
+        "x": scale * rng.standard_normal((*batch, n)),
+        "k": weights.sum() * rng.uniform(0.25, 0.65, one),
+        "epsilon": epsilon * rng.uniform(0.8, 1.3, one),
+        "weights": weights,
+    }
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
+    """Equal relative to the largest entry, in shape as well."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    largest = np.max(np.abs(expected), initial=0.0)
+    np.testing.assert_allclose(found, expected, rtol=0.0, atol=float(tolerance * largest))
+
+
+# --- values
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    decay = np.exp(-np.abs(z))
+    return np.where(z > 0, 1.0, decay) / (1.0 + decay)
+
+
+def threshold(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
+    """The threshold along the last axis, which is kept. Finite scores or -inf, and a mass below the total."""
+    x, k, tau = np.asarray(x, WIDE), np.asarray(k, WIDE), np.asarray(epsilon, WIDE) / 2
+    a = np.ones_like(x) if weights is None else np.broadcast_to(np.asarray(weights, WIDE), x.shape)
+    if where is not None:
+        x = np.where(where, x, -math.inf)
+    least = np.min(np.where(np.isfinite(x), x, math.inf), axis=-1, keepdims=True) - 200 * tau
+    most = np.max(x, axis=-1, keepdims=True) + 200 * tau
+    for _ in range(120):
+        middle = (least + most) / 2
+        z = (x - middle) / tau
+        tail = a * _sigmoid(-np.abs(z))  # counting and adding tails keeps a root in a wide gap exact
+        excess = np.sum(np.where(z > 0, a, 0), -1, keepdims=True) - k
+        excess = excess + np.sum(np.where(z > 0, -tail, tail), -1, keepdims=True)
+        least, most = np.where(excess > 0, middle, least), np.where(excess > 0, most, middle)
+    return (least + most) / 2
+
+
+def topk(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
+    """The mask along the last axis."""
+    x = np.asarray(x, WIDE)
+    if where is not None:
+        x = np.where(where, x, -math.inf)
+    return _sigmoid((x - threshold(x, k, epsilon, weights)) / (np.asarray(epsilon, WIDE) / 2))
+
+
+def quantile(x: Any, q: Any, epsilon: Any, weights: Any = None) -> np.ndarray:
+    """The quantile along the last axis, which is kept, of one probability a slice (or one in all)."""
+    x = np.asarray(x, WIDE)
+    total = WIDE(x.shape[-1]) if weights is None else np.sum(np.asarray(weights, WIDE), axis=-1, keepdims=True)
+    position = (total - 1) * np.asarray(q, WIDE)
+    index = np.floor(position)
+    lower = threshold(x, total - index - 0.5, epsilon, weights)
+    upper = threshold(x, total - index - 1.5, epsilon, weights)
+    return lower + (position - index) * (upper - lower)
+
+
+# --- derivatives
+
+
+class Slice:
+    """First and second derivatives at one slice, with respect to theta = (x, k, epsilon, weights) in a row.
+
+    `mask`, `mask1` and `mask2` have the shapes (n,), (n, 2n + 2) and (n, 2n + 2, 2n + 2); `threshold`, `threshold1` and
+    `threshold2` the same without their first axis. `place` says where in theta an argument lies.
+    """
+
+    def __init__(self, x: Any, k: Any, epsilon: Any, weights: Any = None) -> None:
+        x = np.asarray(x, WIDE)
+        n = x.size
+        self.place = {
+            "x": slice(0, n),
+            "k": slice(n, n + 1),
+            "epsilon": slice(n + 1, n + 2),
+            "weights": slice(n + 2, None),
+        }
+        tau = WIDE(np.asarray(epsilon, WIDE).item()) / 2
+        a = np.ones(n, WIDE) if weights is None else np.asarray(weights, WIDE)
+        unit = np.eye(2 * n + 2, dtype=WIDE)
+        dx, dk, dtau, da = (unit[self.place[name]] for name in ARGUMENTS)
+        dk, dtau = dk[0], dtau[0] / 2
+
+        t = threshold(x, np.asarray(k).item(), 2 * tau, a)[0]
+        z = (x - t) / tau
+        mask = _sigmoid(z)
+        slope = _sigmoid(z) * _sigmoid(-z)
+        bend = slope * _sigmoid(-z) - slope * _sigmoid(z)
+        total = np.sum(a * slope)
+
+        fixed = (dx - np.outer(z, dtau)) / tau  # of z, were t constant
+        dt = tau * ((a * slope) @ fixed + mask @ da - dk) / total
+        dz = fixed - dt / tau
+        dmask = slope[:, None] * dz
+
+        fixed = -(dz[:, :, None] * dtau + dz[:, None, :] * dtau[:, None]) / tau
+        curved = bend[:, None, None] * dz[:, :, None] * dz[:, None, :]
+        cross = da.T @ dmask
+        rest = np.tensordot(a, slope[:, None, None] * fixed + curved, 1) + cross + cross.T
+        ddt = tau * rest / total
+        ddmask = slope[:, None, None] * (fixed - ddt / tau) + curved
+
+        self.mask, self.mask1, self.mask2 = mask, dmask, ddmask
+        self.threshold, self.threshold1, self.threshold2 = t, dt, ddt
+
+    def get(self, function: str, order: int, *names: str) -> np.ndarray:
+        """The derivative of that order of "topk" or "threshold", in the arguments named."""
+        found: np.ndarray = getattr(self, ("mask" if function == "topk" else "threshold") + str(order))
+        return found[(..., *(self.place[name] for name in names))]
+
+
+def quantile_derivatives(x: Any, q: Any, epsilon: Any, weights: Any = None) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The quantile of one slice, its gradient and its Hessian with respect to (x, q, epsilon, weights) in a row."""
+    n, q = np.asarray(x).size, WIDE(np.asarray(q, WIDE).item())
+    a = np.ones(n, WIDE) if weights is None else np.asarray(weights, WIDE)
+    total = a.sum()
+    index = np.floor((total - 1) * q)
+    fraction = (total - 1) * q - index
+    bounds = [Slice(x, total - index - 0.5 - j, epsilon, a) for j in range(2)]
+    place = bounds[0].place
+    # Both bounds hold sum a - k constant, and know no q: from d theta to that of a slice, where k has the place of q.
+    move = np.eye(2 * n + 2, dtype=WIDE)
+    move[place["k"]] = 0
+    move[place["k"], place["weights"]] = 0 if weights is None else 1
+    share, bent = np.zeros(2 * n + 2, WIDE), np.zeros((2 * n + 2, 2 * n + 2), WIDE)  # of the fraction
+    share[place["k"]], share[place["weights"]] = total - 1, q
+    bent[place["k"], place["weights"]] = bent[place["weights"], place["k"]] = 1
+    (low, low1, low2), (high, high1, high2) = (
+        (bound.threshold, bound.threshold1 @ move, move.T @ bound.threshold2 @ move) for bound in bounds
+    )
+    cross = np.outer(share, high1 - low1)
+    first = low1 + fraction * (high1 - low1) + share * (high - low)
+    second = low2 + fraction * (high2 - low2) + cross + cross.T + bent * (high - low)
+    return low + fraction * (high - low), first, second
+
+
+def pullback(function: str, cotangent: Any, arguments: dict[str, Any], where: Any = None) -> dict[str, np.ndarray]:
+    """The cotangent of every argument given, for x of any batch and the others broadcasting to it."""
+    x = np.asarray(arguments["x"])
+    n, batch = x.shape[-1], x.shape[:-1]
+    size = {"x": n, "k": 1, "epsilon": 1, "weights": n}
+    full = {name: np.broadcast_to(value, (*batch, size[name])) for name, value in arguments.items()}
+    kept = np.broadcast_to(True if where is None else where, x.shape)
+    found = {name: np.zeros((*batch, size[name])) for name in arguments}
+    for i in np.ndindex(batch):
+        keep = kept[i]
+        part = {name: value[i][keep] if name in _PER_ITEM else value[i] for name, value in full.items()}
+        at = Slice(**part)
+        u = np.asarray(cotangent)[i]
+        for name in arguments:
+            value = np.tensordot(u[keep] if u.ndim else u, at.get(function, 1, name), u.ndim)
+            found[name][i][keep if name in _PER_ITEM else ...] = value
+    return {name: _shrink(value, np.shape(arguments[name])) for name, value in found.items()}
+
+
+def push(function: str, tangents: dict[str, Any], arguments: dict[str, Any]) -> np.ndarray:
+    """The derivative along tangents, each of the shape of its argument."""
+    x = np.asarray(arguments["x"])
+    n, batch = x.shape[-1], x.shape[:-1]
+    size = {"x": n, "k": 1, "epsilon": 1, "weights": n}
+
+    def at(values: dict[str, Any], i: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {name: np.broadcast_to(value, (*batch, size[name]))[i] for name, value in values.items()}
+
+    out = np.zeros(x.shape if function == "topk" else batch)
+    for i in np.ndindex(batch):
+        here = Slice(**at(arguments, i))
+        out[i] = sum(here.get(function, 1, name) @ value for name, value in at(tangents, i).items())
+    return out
+
+
+def differences(f: Callable[[np.ndarray], np.ndarray], value: Any, step: float = 1e-3) -> np.ndarray:
+    """The Jacobian of f at an array by central differences of the fourth order: the shape of f, then of the array."""
+    value = np.asarray(value, WIDE)
+    columns = []
+    for i in np.ndindex(value.shape):
+        move = np.zeros_like(value)
+        move[i] = step
+        near = np.asarray(f(value + move)) - np.asarray(f(value - move))
+        far = np.asarray(f(value + 2 * move)) - np.asarray(f(value - 2 * move))
+        columns.append((8 * near - far) / (12 * WIDE(step)))
+    stacked = np.stack(columns, axis=-1)
+    return stacked.reshape((*stacked.shape[:-1], *value.shape))
+
+
+def _shrink(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Summed over what broadcasting repeated."""
+    lead = values.ndim - len(shape)
+    axes = tuple(i for i in range(values.ndim) if i < lead or (shape[i - lead] == 1 and values.shape[i] != 1))
+    return values.sum(axis=axes, keepdims=True).reshape(shape)

@@ -1,0 +1,382 @@
+"""Derivatives, in both directions and in every argument, against implicit differentiation in high precision.
+
+Errors are relative to the largest entry of a derivative, over slices of one kind: 1e-11 in float64, 2e-5 in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softk
+import softk._rule
+
+from .libraries import BY_NAME, Library
+from .oracles import DIGITS, FEW, PROBLEMS, Problem, Quantile, Reference, problem, problem_for
+
+TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
+FUNCTIONS = pytest.mark.parametrize("function", ["topk", "threshold"])
+
+
+def assert_close(name: str, found: np.ndarray, wanted: np.ndarray, dtype: str, part: Any = ...) -> None:
+    """Relative to the largest entry."""
+    assert found.dtype == dtype
+    assert found.shape == wanted.shape
+    found, wanted = found[part].astype(np.float64), wanted[part]
+    error, scale = np.max(np.abs(found - wanted)), np.max(np.abs(wanted))
+    assert error <= TOLERANCE[dtype] * scale, f"{name}: off by {error / scale if scale else error:.3g} of the largest"
+
+
+def directions(shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, np.ndarray]:
+    """A random direction for each argument."""
+    rng = np.random.default_rng(42)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def evaluate(lib: Library, f: Any, *arrays: np.ndarray, names: list[str], **options: Any) -> Any:
+    """`f` of the library's arrays, the last of them by name; a dictionary of results, each brought back."""
+    made = [lib.array(values) for values in arrays]
+    places = len(made) - len(names)
+    options = {name: lib.array(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+    found = lib.call(f, *made[:places], **dict(zip(names, made[places:], strict=True)), **options)
+    return {name: lib.numpy(values) for name, values in found.items()}
+
+
+def check_pullback(lib: Library, function: str, case: Problem, dtype: str) -> None:
+    """`softk.vjp` on one library, for a random cotangent, against the reference."""
+    names = [name for name in case.arguments if name not in ("x", "k")]
+    shape = case.x.shape if function == "topk" else case.x.shape[:-1]
+    u = directions({"u": shape}, dtype)["u"]
+
+    def pullback(x: Any, k: Any, u: Any, **kwargs: Any) -> Any:
+        return softk.vjp(getattr(softk, function), x, k, **kwargs)[1](u)
+
+    given = [case.x, case.k, u, *(case.arguments[name] for name in names)]
+    found = evaluate(lib, pullback, *given, names=names, **case.options)
+    rows = [
+        reference.vjp(u[i]) if function == "topk" else reference.vjp(b=u[i])
+        for i, reference in enumerate(case.references)
+    ]
+    assert set(found) == set(case.arguments)
+    for name in case.arguments:
+        wanted = np.stack([np.atleast_1d(row[name]) for row in rows])
+        for label, part in case.parts:
+            assert_close(f"{label}, cotangent of {name}", found[name], wanted, dtype, part)
+
+
+def check_pushforward(lib: Library, function: str, case: Problem, dtype: str, moved: tuple[str, ...]) -> None:
+    """`softk.jvp` on one library, for random tangents of the arguments `moved`, against the reference."""
+    names = [name for name in case.arguments if name not in ("x", "k")]
+    tangents = directions({name: case.arguments[name].shape for name in moved}, dtype)
+
+    def pushforward(x: Any, k: Any, *moves: Any, **kwargs: Any) -> Any:
+        given = dict(zip(moved, moves, strict=True))
+        return dict(
+            zip(("out", "rate"), softk.jvp(getattr(softk, function), x, k, tangents=given, **kwargs), strict=True)
+        )
+
+    given = [case.x, case.k, *tangents.values(), *(case.arguments[name] for name in names)]
+    found = evaluate(lib, pushforward, *given, names=names, **case.options)["rate"]
+    rows = []
+    for i, reference in enumerate(case.references):
+        row = {f"d{name}": tangents[name][i] for name in moved}
+        row |= {name: value[0] for name, value in row.items() if name in ("dk", "depsilon")}
+        rows.append(reference.jvp(**row)[function == "threshold"])
+    for label, part in case.parts:
+        assert_close(f"{label}, rate with {', '.join(moved)}", found, np.stack(rows), dtype, part)
+
+
+# --- the mask and the threshold
+
+
+@DTYPES
+@FUNCTIONS
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_pullback(lib: Library, name: str, function: str, dtype: str) -> None:
+    check_pullback(lib, function, problem_for(lib, name, dtype), dtype)
+
+
+@DTYPES
+@FUNCTIONS
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_pushforward(lib: Library, name: str, function: str, dtype: str) -> None:
+    case = problem_for(lib, name, dtype)
+    check_pushforward(lib, function, case, dtype, tuple(case.arguments))
+
+
+@DTYPES
+@FUNCTIONS
+@pytest.mark.parametrize("moved", ["x", "k", "epsilon", "weights"])
+@pytest.mark.parametrize("library", ["numpy", "array-api-strict", "torch"])
+def test_pushforward_along_one_argument(library: str, moved: str, function: str, dtype: str) -> None:
+    BY_NAME[library].require()
+    check_pushforward(BY_NAME[library], function, problem("weighted", dtype), dtype, (moved,))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pullback_along_another_axis(lib: Library, axis: int, rng: np.random.Generator) -> None:
+    """The other axes stay in their places, and shared arguments get the sum over the slices."""
+    if "traced" in lib.tags:
+        pytest.skip("compiling takes too long; run without the outer jit")
+    x, u = rng.normal(size=(2, 5, 6, 4))
+    weights = rng.uniform(0.5, 2.0, size=x.shape)
+    options = {"axis": axis, "epsilon": 0.4}
+
+    def pullback(x: Any, k: Any, u: Any, weights: Any) -> Any:
+        return softk.vjp(softk.topk, x, k, weights=weights, **options)[1](u)
+
+    found = evaluate(lib, pullback, x, np.asarray(2.0), u, weights, names=["weights"])
+    wanted = {"x": np.zeros(x.shape), "weights": np.zeros(x.shape), "k": np.zeros(())}
+    views = [np.moveaxis(values, axis, -1) for values in (x, u, weights, wanted["x"], wanted["weights"])]
+    for place in np.ndindex(views[0].shape[:-1]):
+        values, cotangent, counts, xbar, abar = (view[place] for view in views)
+        row = Reference(values, 2.0, 0.4, counts).vjp(cotangent)
+        xbar[:], abar[:] = row["x"], row["weights"]
+        wanted["k"] += row["k"]
+    for name, values in wanted.items():
+        assert_close(name, found[name], values, "float64")
+
+
+# --- the quantile
+
+
+def _quantile_case(dtype: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    case = {
+        "x": rng.normal(size=(3, 30)),
+        "q": np.asarray([0.21, 0.5, 0.937]),
+        "epsilon": np.asarray([[0.1], [0.3], [1.0]]),
+        "weights": rng.uniform(0.5, 2.5, size=(3, 30)),
+    }
+    return {name: values.astype(dtype) for name, values in case.items()}
+
+
+QUANTILES = pytest.mark.parametrize(("weighted", "dtype"), [(True, "float64"), (True, "float32"), (False, "float64")])
+
+
+@QUANTILES
+def test_quantile_pullback(lib: Library, weighted: bool, dtype: str) -> None:
+    if "traced" in lib.tags:
+        pytest.skip("compiling takes too long; run without the outer jit")
+    case = _quantile_case(dtype)
+    names = ["epsilon", "weights"] if weighted else ["epsilon"]
+    u = directions({"u": (3, 3)}, dtype)["u"]
+
+    def pullback(x: Any, q: Any, u: Any, **kwargs: Any) -> Any:
+        return softk.vjp(softk.quantile, x, q, **kwargs)[1](u)
+
+    found = evaluate(lib, pullback, case["x"], case["q"], u, *(case[name] for name in names), names=names)
+    wanted = {name: np.zeros(case[name].shape) for name in ("x", "q", *names)}
+    for j, i in np.ndindex(3, 3):
+        row = _quantile(case, i, j, weighted).vjp(u[j, i])
+        for name, place in {"x": i, "q": j, "epsilon": i, "weights": i}.items():
+            if name in wanted:
+                wanted[name][place] += row[name]
+    assert set(found) == set(wanted)
+    for name, values in wanted.items():
+        assert_close(name, found[name], values, dtype)
+
+
+@QUANTILES
+def test_quantile_pushforward(lib: Library, weighted: bool, dtype: str) -> None:
+    if "traced" in lib.tags:
+        pytest.skip("compiling takes too long; run without the outer jit")
+    case = _quantile_case(dtype)
+    names = ["epsilon", "weights"] if weighted else ["epsilon"]
+    moved = ("x", "q", *names)
+    tangents = directions({name: case[name].shape for name in moved}, dtype)
+
+    def pushforward(x: Any, q: Any, *moves: Any, **kwargs: Any) -> Any:
+        given = dict(zip(moved, moves, strict=True))
+        return {"rate": softk.jvp(softk.quantile, x, q, tangents=given, **kwargs)[1]}
+
+    arrays = [case["x"], case["q"], *tangents.values(), *(case[name] for name in names)]
+    found = evaluate(lib, pushforward, *arrays, names=names)["rate"]
+    wanted = np.zeros((3, 3))
+    for j, i in np.ndindex(3, 3):
+        row = {"dx": tangents["x"][i], "dq": tangents["q"][j], "depsilon": tangents["epsilon"][i, 0]}
+        row |= {"dweights": tangents["weights"][i]} if weighted else {}
+        wanted[j, i] = _quantile(case, i, j, weighted).jvp(**row)
+    assert_close("rate", found, wanted, dtype)
+
+
+def _quantile(case: dict[str, np.ndarray], i: int, j: int, weighted: bool) -> Quantile:
+    return Quantile(case["x"][i], case["q"][j], case["epsilon"][i, 0], case["weights"][i] if weighted else None)
+
+
+def test_quantile_near_the_top_of_a_total_that_is_not_whole() -> None:
+    """The mass of the last threshold is held at 1/2 there, and does not follow the weights."""
+    x, weights = np.asarray([0.3, 1.1, -0.4, 2.0]), np.asarray([1.3, 0.7, 1.1, 1.2])
+    wanted = Quantile(x, 0.98, 0.5, weights)
+    assert wanted.held
+    out, pullback = softk.vjp(softk.quantile, x, np.asarray(0.98), epsilon=0.5, weights=weights)
+    assert abs(out - wanted.value) <= 1e-14
+    for name, values in wanted.vjp(1.0).items():
+        if name != "epsilon":
+            assert_close(name, pullback(np.asarray(1.0))[name], np.asarray(values), "float64")
+
+
+# --- native gradients
+
+
+NATIVE = pytest.mark.parametrize("name", [*FEW, "smallest", "where weighted"])
+
+
+@FUNCTIONS
+@NATIVE
+def test_native_gradients_of_torch(name: str, function: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    case, f = problem(name, "float64"), getattr(softk, function)
+    arguments = {key: torch.asarray(values.copy()).requires_grad_() for key, values in case.arguments.items()}
+    options = {key: torch.asarray(v.copy()) if isinstance(v, np.ndarray) else v for key, v in case.options.items()}
+    out = f(arguments["x"], arguments["k"], **_rest(arguments), **options)
+    u = torch.asarray(directions({"u": tuple(out.shape)}, "float64")["u"])
+    out.backward(u)
+    plain = {key: value.detach() for key, value in arguments.items()}
+    _, pullback = softk.vjp(f, plain["x"], plain["k"], **_rest(plain), **options)
+    for key, wanted in pullback(u).items():
+        _assert_same(arguments[key].grad.numpy(), wanted.numpy())
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("name", ["where weighted"])
+def test_native_gradients_of_jax(name: str, function: str) -> None:
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    case, f = problem(name, "float64"), getattr(softk, function)
+    arguments = {key: jax.numpy.asarray(values) for key, values in case.arguments.items()}
+    options = {key: jax.numpy.asarray(v) if isinstance(v, np.ndarray) else v for key, v in case.options.items()}
+    out, pullback = softk.vjp(f, arguments["x"], arguments["k"], **_rest(arguments), **options)
+    u = jax.numpy.asarray(directions({"u": out.shape}, "float64")["u"])
+    wanted = pullback(u)
+
+    def loss(arguments: Any) -> Any:
+        return jax.numpy.sum(u * f(arguments["x"], arguments["k"], **_rest(arguments), **options))
+
+    found = jax.jit(jax.grad(loss))(arguments)
+    assert set(found) == set(wanted)
+    for key in wanted:
+        _assert_same(np.asarray(found[key]), np.asarray(wanted[key]))
+
+
+def _rest(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in ("x", "k")}
+
+
+def _assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.max(np.abs(found - wanted)) <= 1e-12 * np.max(np.abs(wanted))
+
+
+# --- the tests tested: the reference's derivatives are differences, and a broken rule does not pass
+
+
+@pytest.mark.parametrize("name", ["plain", "weighted", "where weighted", "smallest", "n = 2"])
+def test_the_reference_against_differences(name: str) -> None:
+    """Central differences in 120 digits have 40 good ones."""
+    case = PROBLEMS[name]
+    step = DIGITS.mpf(10) ** -30
+    for i, reference in enumerate(case.references):
+        moves = {
+            key: move[i] for key, move in directions({k: v.shape for k, v in case.arguments.items()}, "f8").items()
+        }
+        mask, threshold = reference.rates(
+            moves["x"], moves["k"][0], moves["epsilon"][0], moves.get("weights", np.zeros(case.x.shape[1]))
+        )
+
+        def moved(sign: int, at: Reference = reference, moves: dict[str, Any] = moves) -> Reference:
+            other = copy.copy(at)
+            h, number = sign * step, at.number
+            other.x = at.x + h * at.sign * number(moves["x"][at.kept])
+            if "weights" in moves:
+                other.a = at.a + h * number(moves["weights"][at.kept])
+            other.k = at.k + h * number(moves["k"])[0]
+            other.tau = at.tau + h * number(moves["epsilon"])[0] / 2
+            other.solve()
+            return other
+
+        high, low = moved(1), moved(-1)
+        slope = (high.m - low.m) / (2 * step)
+        assert max(abs(slope - mask)) <= 1e-25 * max(abs(mask))
+        rate = reference.sign * (high.t - low.t) / (2 * step)
+        assert abs(rate - threshold) <= 1e-25 * (abs(threshold) + abs(reference.t))
+        # The two directions are transposes of each other.
+        u = np.random.default_rng(i).normal(size=case.x.shape[1])
+        bars = reference.vjp(u, 0.7)
+        paired = sum(float(np.sum(bars[key] * move)) for key, move in moves.items())
+        direct = float(np.sum(u * reference._items(mask)) + 0.7 * float(threshold))
+        size = sum(float(np.sum(np.abs(bars[key] * move))) for key, move in moves.items())
+        assert abs(paired - direct) <= 1e-13 * size
+
+
+def _unweighted(rule: Any) -> Any:
+    rule = copy.copy(rule)
+    rule.weigh = lambda values: values
+    return rule
+
+
+def _parts(rule: Any) -> tuple[np.ndarray, np.ndarray]:
+    """v and p, from the mask."""
+    v = rule.mask() * (1.0 - rule.mask())
+    share = rule.weights * v
+    return v, share / np.sum(share, axis=-1, keepdims=True)
+
+
+def _broken_pulls(pull: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    def drop_a_weight(rule: Any, u: Any, c: Any, b: Any) -> Any:
+        return pull(_unweighted(rule), u, c, b)
+
+    def swap_the_transpose(rule: Any, u: Any, c: Any, b: Any) -> Any:
+        v, p = _parts(rule)
+        _, *others = pull(rule, u, c, b)
+        return v * (u - np.sum(p * u, axis=-1, keepdims=True)) / rule.tau, *others
+
+    def zero_dk(rule: Any, u: Any, c: Any, b: Any) -> Any:
+        xbar, kbar, *others = pull(rule, u, c, b)
+        return xbar, 0.0 * kbar, *others
+
+    return {f.__name__: f for f in (drop_a_weight, swap_the_transpose, zero_dk)}
+
+
+def _broken_pushes(push: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    def drop_a_weight(rule: Any, *tangents: Any) -> Any:
+        return push(_unweighted(rule), *tangents)
+
+    def swap_the_transpose(rule: Any, dx: Any, dk: Any, dtau: Any, da: Any) -> Any:
+        v, p = _parts(rule)
+        dm, *others = push(rule, None, dk, dtau, da)
+        return dm + (v * dx - p * np.sum(v * dx, axis=-1, keepdims=True)) / rule.tau, *others
+
+    def zero_dk(rule: Any, dx: Any, dk: Any, dtau: Any, da: Any) -> Any:
+        return push(rule, dx, None, dtau, da)
+
+    return {f.__name__: f for f in (drop_a_weight, swap_the_transpose, zero_dk)}
+
+
+@pytest.mark.parametrize("fault", ["drop_a_weight", "swap_the_transpose", "zero_dk"])
+@pytest.mark.parametrize("direction", ["pull", "push"])
+def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, numpy = problem("weighted", "float64"), BY_NAME["numpy"]
+    rule = softk._rule.Linearisation
+
+    def check() -> None:
+        if direction == "pull":
+            check_pullback(numpy, "topk", case, "float64")
+        else:
+            check_pushforward(numpy, "topk", case, "float64", tuple(case.arguments))
+
+    check()
+    broken = (_broken_pulls if direction == "pull" else _broken_pushes)(getattr(rule, direction))
+    monkeypatch.setattr(rule, direction, broken[fault])
+    with pytest.raises(AssertionError, match="of the largest"):
+        check()
+
+
+def test_the_rule_is_one() -> None:
+    """Every adapter differentiates by the same rule: none has mathematics of its own to test."""
+    assert importlib.import_module("softk._primitives").Linearisation is softk._rule.Linearisation

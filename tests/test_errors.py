@@ -1,0 +1,426 @@
+"""Every error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softk
+
+from .libraries import BY_NAME, Library
+
+FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold, "quantile": softk.quantile}
+X = np.asarray([[0.5, 2.0, -1.0, 1.0], [3.0, 0.0, 1.0, 2.0]])
+INF, NAN = math.inf, math.nan
+
+
+def complains(
+    error: type[Exception], name: str, value: str, allowed: str, f: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """The call raises exactly that error, whose one line has all three parts (the last two are regular expressions)."""
+    with pytest.raises(error) as caught:
+        f(*args, **kwargs)
+    assert caught.type is error
+    text = str(caught.value)
+    assert re.search(rf"(^|\W){re.escape(name)}($|\W)", text), f"no {name!r} in: {text}"
+    assert re.search(value, text), f"no value {value!r} in: {text}"
+    assert re.search(allowed, text), f"no range {allowed!r} in: {text}"
+    assert "\n" not in text
+
+
+# --- x
+
+
+@pytest.mark.parametrize(
+    ("x", "value"),
+    [
+        ([0.5, 2.0], "got list"),
+        ((0.5, 2.0), "got tuple"),
+        (0.5, "got float"),
+        (np.float64(0.5), r"got numpy\.float64"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ("scores", "got str"),
+        (memoryview(b"scores"), "got memoryview"),
+        (range(3), "got range"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_x_is_no_array(function: str, x: Any, value: str) -> None:
+    complains(TypeError, "x", value, "must be an array .* Array API standard", FUNCTIONS[function], x, 1)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "complex128"])
+def test_dtype_of_x(lib: Library, function: str, dtype: str) -> None:
+    f = FUNCTIONS[function]
+    complains(TypeError, "x", f"got .*{dtype}", "real floating-point dtype", lib.call, f, lib.array(X, dtype), 1)
+
+
+@pytest.mark.parametrize("dtype", ["object", "S3", "datetime64[s]", "longdouble"])
+def test_dtype_of_x_that_only_numpy_has(dtype: str) -> None:
+    x = np.zeros((2, 3), dtype)
+    complains(TypeError, "x", re.escape(f"got {x.dtype}"), "real floating-point dtype of at most 64", softk.topk, x, 1)
+
+
+def masked(values: np.ndarray) -> Any:
+    return np.ma.masked_array(values, mask=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("x", (masked(X), 1), {}),
+        ("k", (X, masked(X[:, :1])), {}),
+        ("epsilon", (X, 1), {"epsilon": masked(X[:, :1])}),
+        ("weights", (X, 1), {"weights": masked(X)}),
+        ("where", (X, 1), {"where": masked(X > 0)}),
+    ],
+)
+def test_masked_array(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    complains(TypeError, name, "MaskedArray", "ordinary array.*where=", softk.topk, *args, **kwargs)
+
+
+def test_masked_array_of_probabilities() -> None:
+    q = masked(np.asarray([0.5]))
+    complains(TypeError, "q", "MaskedArray", "ordinary array", softk.quantile, X, q)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_x_without_axes(lib: Library, function: str) -> None:
+    x = lib.array(1.0)
+    complains(ValueError, "x", r"got .*shape \(\)", "at least one axis", lib.call, FUNCTIONS[function], x, 1)
+
+
+@pytest.mark.parametrize("function", ["threshold", "quantile"])
+@pytest.mark.parametrize(("shape", "axis"), [((2, 0), -1), ((0, 2), 0)])
+def test_no_scores(lib: Library, function: str, shape: tuple[int, ...], axis: int) -> None:
+    f, x, value = FUNCTIONS[function], lib.array(np.zeros(shape)), re.escape(f"got shape {shape}, axis {axis % 2}")
+    complains(ValueError, "x", value, "at least one score along axis", lib.call, f, x, 0, axis=axis)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("k", [-1, -1e-9, 5, 4.001, 1e300, INF, -INF, NAN, np.float32(4.5), np.int64(-2)], ids=repr)
+@pytest.mark.parametrize("function", ["topk", "threshold"])
+def test_k_out_of_range(function: str, k: Any) -> None:
+    complains(ValueError, "k", re.escape(f"got {k!r}"), "from 0 to 4", FUNCTIONS[function], X, k)
+
+
+def test_range_of_k_is_the_size_along_axis() -> None:
+    complains(ValueError, "k", "got 3", "from 0 to 2", softk.topk, X, 3, axis=0)
+    complains(ValueError, "k", "got 1", "from 0 to 0", softk.topk, np.zeros((2, 0)), 1)
+
+
+@pytest.mark.parametrize("k", [-1, -1e-9, INF, -INF, NAN], ids=repr)
+@pytest.mark.parametrize("function", ["topk", "threshold"])
+def test_k_out_of_range_with_weights(function: str, k: float) -> None:
+    """Its upper bound, the sum of the weights, is an array's value: it makes NaN instead."""
+    f = FUNCTIONS[function]
+    complains(ValueError, "k", re.escape(f"got {k!r}"), "at least 0 and finite", f, X, k, weights=np.ones(4))
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.0, -0.1, INF, -INF, NAN, 1e-310, np.float32(-1.0)], ids=repr)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_epsilon_out_of_range(function: str, epsilon: Any) -> None:
+    f = FUNCTIONS[function]
+    complains(ValueError, "epsilon", re.escape(f"got {epsilon!r}"), "positive finite", f, X, 1, epsilon=epsilon)
+
+
+@pytest.mark.parametrize("epsilon", [1e-39, 1e39])
+def test_range_of_epsilon_is_the_working_dtype_s(epsilon: float) -> None:
+    """What is 0 or infinite in float32 is out of range there, and for half precision too."""
+    softk.topk(X, 1, epsilon=epsilon)
+    for dtype in ("float32", "float16"):
+        x = X.astype(dtype)
+        complains(
+            ValueError,
+            "epsilon",
+            re.escape(f"got {epsilon!r}"),
+            "from .* to .* in float32",
+            softk.topk,
+            x,
+            1,
+            epsilon=epsilon,
+        )
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.0001, 50, INF, -INF, NAN, np.float32(2.0)], ids=repr)
+def test_q_out_of_range(q: Any) -> None:
+    complains(ValueError, "q", re.escape(f"got {q!r}"), "from 0 to 1", softk.quantile, X, q)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "NoneType"),
+        ("2", "str"),
+        ([2], "list"),
+        (True, "bool"),
+        (2j, "complex"),
+        (Decimal(2), "Decimal"),
+        (np.complex128(2), "complex128"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_neither_number_nor_array(value: Any, kind: str) -> None:
+    wanted = "a number or an array|must be real"
+    complains(TypeError, "k", kind, wanted, softk.topk, X, value)
+    complains(TypeError, "k", kind, wanted, softk.threshold, X, value)
+    complains(TypeError, "q", kind, wanted, softk.quantile, X, value)
+    complains(TypeError, "epsilon", kind, wanted, softk.topk, X, 2, epsilon=value)
+
+
+@pytest.mark.parametrize("value", [1.0, True, [1.0, 1.0, 1.0, 1.0], "all", np.float64(1.0)], ids=repr)
+@pytest.mark.parametrize("name", ["weights", "where"])
+def test_not_an_array_of_items(name: str, value: Any) -> None:
+    for f in FUNCTIONS.values():
+        complains(TypeError, name, f"got .*{type(value).__name__}", "must be an array", f, X, 1, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex128"])
+def test_dtype_of_real_arguments(lib: Library, dtype: str) -> None:
+    x, one, row = lib.array(X), lib.array([[1], [1]], dtype), lib.array([1] * 4, dtype)
+    allowed = "must be real"
+    complains(TypeError, "k", dtype, allowed, lib.call, softk.topk, x, one)
+    complains(TypeError, "q", dtype, allowed, lib.call, softk.quantile, x, one)
+    complains(TypeError, "epsilon", dtype, allowed, lib.call, softk.topk, x, 1, epsilon=one)
+    complains(TypeError, "weights", dtype, allowed, lib.call, softk.topk, x, 1, weights=row)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_dtype_of_where(lib: Library, function: str, dtype: str) -> None:
+    where, f = lib.array([1] * 4, dtype), FUNCTIONS[function]
+    complains(TypeError, "where", f"got .*{dtype}", "boolean", lib.call, f, lib.array(X), 1, where=where)
+
+
+# --- axis, mode, hard
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("axis", [2, -3, 100])
+def test_axis_out_of_range(lib: Library, function: str, axis: int) -> None:
+    f, x = FUNCTIONS[function], lib.array(X)
+    complains(ValueError, "axis", f"got {axis}", "from -2 to 1 .* 2 axes", lib.call, f, x, 1, axis=axis)
+
+
+@pytest.mark.parametrize("axis", [None, 0.0, "last", (0, 1)], ids=repr)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_axis_is_no_integer(function: str, axis: Any) -> None:
+    f = FUNCTIONS[function]
+    complains(TypeError, "axis", re.escape(f"got {axis!r}"), "must be an integer", f, X, 1, axis=axis)
+
+
+@pytest.mark.parametrize("mode", ["max", "Largest", "", None, 1, ["largest"]], ids=repr)
+@pytest.mark.parametrize("function", ["topk", "threshold"])
+def test_mode(function: str, mode: Any) -> None:
+    f = FUNCTIONS[function]
+    complains(ValueError, "mode", re.escape(f"got {mode!r}"), "'largest' or 'smallest'", f, X, 1, mode=mode)
+
+
+def test_hard_has_no_weights(lib: Library) -> None:
+    x, weights = lib.array(X), lib.array(np.ones(4))
+    complains(ValueError, "hard", "weights", "without weights", lib.call, softk.topk, x, 1, weights=weights, hard=True)
+
+
+@pytest.mark.parametrize("k", [0.5, 2.25, np.float32(1.5)], ids=repr)
+def test_hard_needs_a_whole_k(k: Any) -> None:
+    complains(ValueError, "k", re.escape(f"got {k!r}"), "whole with hard=True", softk.topk, X, k, hard=True)
+
+
+# --- shapes
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((2,), -1),
+        ((4,), -1),
+        ((2, 4), -1),
+        ((3, 1), -1),
+        ((1, 2, 1), -1),
+        ((2, 1), 0),
+        ((3,), 0),
+        ((5, 1, 4), 0),
+        ((0, 1), -1),
+    ],
+    ids=str,
+)
+def test_shape_of_slice_arguments(lib: Library, shape: tuple[int, ...], axis: int) -> None:
+    """One value along axis, and no more slices than x has."""
+    x, values = lib.array(X), lib.array(np.full(shape, 0.5))
+    value, allowed = re.escape(f"got shape {shape}"), re.escape(str((2, 1) if axis == -1 else (1, 4)))
+    complains(ValueError, "k", value, allowed, lib.call, softk.topk, x, values, axis=axis)
+    complains(ValueError, "k", value, allowed, lib.call, softk.threshold, x, values, axis=axis)
+    for f in FUNCTIONS.values():
+        complains(ValueError, "epsilon", value, allowed, lib.call, f, x, 1, axis=axis, epsilon=values)
+
+
+@pytest.mark.parametrize("shape", [(2,), (5,), (4, 2), (3, 4), (1, 2, 4), (5, 2, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("name", ["weights", "where"])
+def test_shape_of_item_arguments(lib: Library, name: str, shape: tuple[int, ...]) -> None:
+    values = {name: lib.array(np.ones(shape), "bool" if name == "where" else None)}
+    for f in FUNCTIONS.values():
+        value = re.escape(f"got shape {shape}")
+        complains(ValueError, name, value, r"shape of x, \(2, 4\)", lib.call, f, lib.array(X), 1, **values)
+
+
+def test_items_do_not_enlarge_an_axis_of_one() -> None:
+    value = r"got shape \(2, 4\)"
+    complains(ValueError, "weights", value, r"\(2, 1\)", softk.topk, X[:, :1], 1, weights=np.ones((2, 4)))
+    complains(ValueError, "k", value, r"\(1, 1\)", softk.topk, X[:1], np.ones((2, 4)))
+
+
+# --- one library, one device
+
+UNMIXED = ["numpy", "array-api-strict", "torch", "jax", "dask"]
+ROOTS = {"array-api-strict": "array_api_strict", "jax": "jaxlib", "dask": "dask.array"}
+PAIRS = pytest.mark.parametrize(("name", "other"), list(permutations(UNMIXED, 2)))
+
+
+def two_libraries(name: str, other: str) -> tuple[Any, Callable[..., Any], str]:
+    """Scores of the one, how to make arrays of the other, and how a message names the two."""
+    for library in (BY_NAME[name], BY_NAME[other]):
+        library.require()
+    value = rf"{ROOTS.get(other, other)}\..* beside {ROOTS.get(name, name)}\."
+    return BY_NAME[name].array(X), BY_NAME[other].array, value
+
+
+@PAIRS
+def test_mixed_libraries(name: str, other: str) -> None:
+    x, foreign, value = two_libraries(name, other)
+    same = "same library as x"
+    column, row = foreign([[1.0], [1.0]]), foreign(np.ones(4))
+    for f in (softk.topk, softk.threshold):
+        complains(TypeError, "k", value, same, f, x, column)
+        complains(TypeError, "k", value, same, f, x, foreign(1.0))
+    complains(TypeError, "q", value, same, softk.quantile, x, row)
+    for f in FUNCTIONS.values():
+        complains(TypeError, "epsilon", value, same, f, x, 1, epsilon=column)
+        complains(TypeError, "weights", value, same, f, x, 1, weights=row)
+        complains(TypeError, "where", value, same, f, x, 1, where=foreign(np.full(4, True)))
+
+
+@PAIRS
+def test_mixed_libraries_of_derivatives(name: str, other: str) -> None:
+    x, foreign, value = two_libraries(name, other)
+    same = "same library"
+    _, pullback = softk.vjp(softk.topk, x, 1)
+    complains(TypeError, "cotangent", value, same, pullback, foreign(X))
+    complains(TypeError, "tangents", value, same, softk.jvp, softk.topk, x, 1, tangents={"x": foreign(X)})
+
+
+def strict_devices() -> tuple[Any, Any]:
+    strict = importlib.import_module("array_api_strict")
+    return strict.asarray(X), strict.asarray([[1.0], [1.0]], device=strict.Device("device1"))
+
+
+def torch_devices() -> tuple[Any, Any]:
+    torch = importlib.import_module("torch")
+    return torch.asarray(X), torch.ones((2, 1), dtype=torch.float64, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("library", "arrays", "first", "second"),
+    [("array-api-strict", strict_devices, "CPU_DEVICE", "device1"), ("torch", torch_devices, "cpu", "meta")],
+    ids=["array-api-strict", "torch"],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_mixed_devices(library: str, arrays: Callable[[], Any], first: str, second: str, swapped: bool) -> None:
+    BY_NAME[library].require()
+    x, column = arrays()
+    if swapped:
+        x, column, first, second = column, x[:, :1], second, first
+    value, same = f"{second}.* beside .*{first}", "device of x"
+    for f in FUNCTIONS.values():
+        complains(TypeError, "epsilon", value, same, f, x, 1, epsilon=column)
+        complains(TypeError, "weights", value, same, f, x, 1, weights=column)
+        complains(TypeError, "where", value, same, f, x, 1, where=column > 0.0)
+    complains(TypeError, "k", value, same, softk.topk, x, column)
+    complains(TypeError, "k", value, same, softk.threshold, x, column)
+    complains(TypeError, "q", value, same, softk.quantile, x, column)
+
+
+# --- explicit derivatives
+
+
+@pytest.mark.parametrize("f", [np.sort, "topk", None, lambda x, k: x], ids=lambda f: type(f).__name__)
+def test_foreign_function(f: Any) -> None:
+    value, allowed = re.escape(f"got {f!r}"), r"function of softk.*softk\.topk"
+    complains(TypeError, "f", value, allowed, softk.vjp, f, X, 1)
+    complains(TypeError, "f", value, allowed, softk.jvp, f, X, 1, tangents={})
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "right"),
+    [("topk", (2,), (2, 4)), ("topk", (2, 1), (2, 4)), ("threshold", (2, 4), (2,)), ("quantile", (), (2,))],
+)
+def test_shape_of_the_cotangent(lib: Library, function: str, wrong: tuple[int, ...], right: tuple[int, ...]) -> None:
+    """Not even one that would broadcast."""
+    _, pullback = softk.vjp(FUNCTIONS[function], lib.array(X), 0.5)
+    value, allowed = re.escape(f"got {wrong}"), re.escape(f"shape {right}")
+    complains(ValueError, "cotangent", value, allowed, pullback, lib.array(np.ones(wrong)))
+
+
+@pytest.mark.parametrize("cotangent", [None, 1.0, [[1.0] * 4] * 2, "ones"], ids=lambda value: type(value).__name__)
+def test_cotangent_is_no_array(cotangent: Any) -> None:
+    _, pullback = softk.vjp(softk.topk, X, 1)
+    with pytest.raises((TypeError, ValueError), match=r"cotangent must .*got .*"):
+        pullback(cotangent)
+
+
+@pytest.mark.parametrize("name", ["k", "weights", "where", "axis", "q", "y"])
+def test_tangent_of_what_has_none(name: str) -> None:
+    """A number, an argument that was not given, an array that is not real floating-point, no argument at all."""
+    kwargs = {"where": np.full(4, True), "epsilon": np.asarray(0.5)}
+    value, allowed = f"got '{name}'", re.escape("one of ['epsilon', 'x']")
+    complains(ValueError, "tangents", value, allowed, softk.jvp, softk.topk, X, 1, tangents={name: X}, **kwargs)
+
+
+def test_tangent_of_an_integer_array() -> None:
+    k = np.asarray([[1], [2]])
+    complains(ValueError, "tangents", "got 'k'", r"one of \['x'\]", softk.jvp, softk.topk, X, k, tangents={"k": k})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_shape_of_a_tangent(lib: Library, function: str) -> None:
+    f, x, epsilon = FUNCTIONS[function], lib.array(X), lib.array(0.5)
+    tangents = {"x": lib.array(np.ones(4))}
+    complains(ValueError, "tangents['x']", r"got \(4,\)", r"shape \(2, 4\)", softk.jvp, f, x, 0.5, tangents=tangents)
+    tangents = {"epsilon": lib.array(np.ones((2, 1)))}
+    allowed = r"shape \(\)"
+    name = "tangents['epsilon']"
+    complains(ValueError, name, r"got \(2, 1\)", allowed, softk.jvp, f, x, 0.5, epsilon=epsilon, tangents=tangents)
+
+
+@pytest.mark.parametrize("derivative", [softk.vjp, softk.jvp])
+def test_derivatives_check_their_function_s_arguments(derivative: Any) -> None:
+    kwargs = {"tangents": {}} if derivative is softk.jvp else {}
+    complains(ValueError, "k", "got 5", "from 0 to 4", derivative, softk.topk, X, 5, **kwargs)
+    complains(ValueError, "axis", "got 2", "from -2 to 1", derivative, softk.quantile, X, 0.5, axis=2, **kwargs)
+
+
+def test_no_other_arguments() -> None:
+    """k, axis and the rest are keywords or places as in the standard's draft, and a misspelt one is not swallowed."""
+    for call in (
+        lambda: softk.topk(X, k=1),
+        lambda: softk.topk(x=X, k=1),
+        lambda: softk.topk(X, 1, -1),
+        lambda: softk.topk(X, 1, keepdims=True),
+        lambda: softk.quantile(X, 0.5, mode="smallest"),
+        lambda: softk.threshold(X, 1, hard=True),
+        lambda: softk.topk(X, 1, eps=0.1),
+    ):
+        with pytest.raises(TypeError, match=r"argument"):
+            call()

@@ -1,0 +1,658 @@
+"""JAX's transforms, by value: derivatives of any order and mode, batching, tracing, exporting, sharding."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softk
+
+from . import closed_form
+from .closed_form import ARGUMENTS, CASES, assert_close
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
+
+FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold}
+ALL = (0, 1, 2, 3)
+
+
+def wide(*values: Any) -> Any:
+    """A case of the wider grid: the transforms are cheap, but each new composition of them is compiled anew."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def positional(function: str, **options: Any) -> Callable[..., Any]:
+    """The function of (x, k, epsilon, weights)."""
+
+    def f(x: Any, k: Any, epsilon: Any, weights: Any = None) -> Any:
+        return FUNCTIONS[function](x, k, epsilon=epsilon, weights=weights, **options)
+
+    return f
+
+
+def arrays(values: dict[str, np.ndarray], dtype: Any = None) -> tuple[Any, ...]:
+    return tuple(jnp.asarray(value, dtype) for value in values.values())
+
+
+def random(rng: Any, *shape: int) -> Any:
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+def weighted(f: Callable[..., Any], u: Any) -> Callable[..., Any]:
+    return lambda *given: (f(*given) * u).sum()
+
+
+# --- first derivatives
+
+
+EAGER_AND_TRACED = pytest.mark.parametrize(
+    ("function", "case", "jit"),
+    [
+        *(("topk", case, False) for case in CASES),
+        *(wide("threshold", case, False) for case in CASES),
+        ("topk", "near-hard", True),
+        wide("topk", "soft", True),
+        wide("threshold", "soft", True),
+        wide("threshold", "near-hard", True),
+    ],
+)
+
+
+@EAGER_AND_TRACED
+def test_grad_and_vjp(function: str, case: str, jit: bool, rng: Any) -> None:
+    values = closed_form.problem(rng, case, batch=(3,))
+    given = arrays(values)
+    f = jax.jit(positional(function)) if jit else positional(function)
+    out, pull = jax.vjp(f, *given)
+    u = random(rng, *out.shape)
+    expected = closed_form.pullback(function, u, values)
+    for found in (pull(u), jax.grad(weighted(f, u), ALL)(*given)):
+        for name, gradient in zip(ARGUMENTS, found, strict=True):
+            assert_close(gradient, expected[name])
+
+
+@EAGER_AND_TRACED
+def test_jvp_and_linearize(function: str, case: str, jit: bool, rng: Any) -> None:
+    values = closed_form.problem(rng, case, batch=(3,))
+    tangents = {name: rng.standard_normal(value.shape) for name, value in values.items()}
+    f = jax.jit(positional(function)) if jit else positional(function)
+    expected = closed_form.push(function, tangents, values)
+    _, found = jax.jvp(f, arrays(values), arrays(tangents))
+    assert_close(found, expected)
+    _, push = jax.linearize(f, *arrays(values))
+    assert_close(push(*arrays(tangents)), expected)
+
+
+@pytest.mark.parametrize("only", [wide("x"), "k", wide("epsilon"), "weights"])
+def test_one_argument_alone(only: str, rng: Any) -> None:
+    values = closed_form.problem(rng, batch=(3,))
+    given = dict(zip(ARGUMENTS, arrays(values), strict=True))
+    tangent, u = rng.standard_normal(values[only].shape), rng.standard_normal((3, 7))
+
+    def f(value: Any) -> Any:
+        return positional("topk")(**{**given, only: value})
+
+    _, found = jax.jvp(f, (given[only],), (jnp.asarray(tangent),))
+    assert_close(found, closed_form.push("topk", {only: tangent}, values))
+    gradient = jax.grad(weighted(f, u))(given[only])
+    assert_close(gradient, closed_form.pullback("topk", u, values)[only])
+
+
+@pytest.mark.parametrize(
+    ("function", "transform"),
+    [("topk", "jacrev"), ("threshold", "jacfwd"), wide("topk", "jacfwd"), wide("threshold", "jacrev")],
+)
+def test_jacobian(function: str, transform: str, rng: Any) -> None:
+    values = closed_form.problem(rng)
+    at = closed_form.Slice(**values)
+    found = getattr(jax, transform)(positional(function), ALL)(*arrays(values))
+    for name, block in zip(ARGUMENTS, found, strict=True):
+        assert_close(block, at.get(function, 1, name).reshape(block.shape))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_gradient_against_central_differences(function: str, rng: Any) -> None:
+    values = closed_form.problem(rng, "near-hard")
+    u = rng.standard_normal(7 if function == "topk" else ())
+    found = jax.grad(weighted(positional(function), u), ALL)(*arrays(values))
+    for name, gradient in zip(ARGUMENTS, found, strict=True):
+
+        def loss(value: np.ndarray, name: str = name) -> Any:
+            return np.sum(getattr(closed_form, function)(**{**values, name: value}) * u)
+
+        assert_close(gradient, closed_form.differences(loss, values[name], 2e-5), 1e-9)
+
+
+@pytest.mark.parametrize("weights", [wide(False), True])
+def test_quantile(weights: bool, rng: Any) -> None:
+    values = closed_form.problem(rng)
+    values["k"] = np.asarray(0.37)
+    if not weights:
+        del values["weights"]
+
+    def f(x: Any, q: Any, epsilon: Any, weights: Any = None) -> Any:
+        return softk.quantile(x, q, epsilon=epsilon, weights=weights)
+
+    given, count = arrays(values), ALL[: len(values)]
+    _, first, second = closed_form.quantile_derivatives(*values.values())
+    place = closed_form.Slice(values["x"], 1.0, 1.0).place
+    for transform in (jax.grad, jax.jacfwd):
+        for name, gradient in zip(values, transform(f, count)(*given), strict=True):
+            assert_close(gradient, first[place[name]].reshape(gradient.shape))
+    found = jax.hessian(f, count)(*given)
+    for (i, name), (j, other) in itertools.product(enumerate(values), repeat=2):
+        assert_close(found[i][j], second[place[name], place[other]].reshape(found[i][j].shape), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", wide("float16"), "bfloat16"])
+def test_lower_precision(dtype: str, rng: Any) -> None:
+    given = arrays(closed_form.problem(rng, batch=(3,)), dtype)
+    rounded = {name: np.asarray(value, float) for name, value in zip(ARGUMENTS, given, strict=True)}
+    tolerance = 2e-5 if dtype == "float32" else 2.0 * float(jnp.finfo(dtype).eps)
+    out, pull = jax.vjp(positional("topk"), *given)
+    u = random(rng, 3, 7).astype(dtype)
+    assert out.dtype == dtype
+    expected = closed_form.pullback("topk", np.asarray(u, float), rounded)
+    for name, gradient in zip(ARGUMENTS, pull(u), strict=True):
+        assert gradient.dtype == dtype
+        assert_close(np.asarray(gradient, float), expected[name], tolerance)
+    tangents = tuple(random(rng, *value.shape).astype(dtype) for value in given)
+    _, pushed = jax.jvp(positional("topk"), given, tangents)
+    assert pushed.dtype == dtype
+    named = {name: np.asarray(value, float) for name, value in zip(ARGUMENTS, tangents, strict=True)}
+    assert_close(np.asarray(pushed, float), closed_form.push("topk", named, rounded), tolerance)
+
+
+def test_each_gradient_has_the_dtype_of_its_argument(rng: Any) -> None:
+    x, k, epsilon, weights = arrays(closed_form.problem(rng))
+    given = (x.astype("float32"), k, epsilon.astype("float16"), weights)
+    values = {name: np.asarray(value, float) for name, value in zip(ARGUMENTS, given, strict=True)}
+    u = random(rng, 7).astype("float32")
+    found = jax.grad(weighted(positional("topk"), u), ALL)(*given)
+    expected = closed_form.pullback("topk", np.asarray(u, float), values)
+    for name, gradient, value in zip(ARGUMENTS, found, given, strict=True):
+        assert gradient.dtype == value.dtype
+        assert_close(np.asarray(gradient, float), expected[name], 2e-3 if value.dtype == "float16" else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int32", wide("int64"), wide("uint8")])
+def test_whole_k_is_ignored_by_every_transform(dtype: str, rng: Any) -> None:
+    """An integer argument carries a tangent of the type float0, of no value."""
+    values = {"x": rng.standard_normal((3, 7)), "k": np.asarray([[1.0], [2.0], [4.0]]), "epsilon": np.asarray(0.7)}
+    x, k, epsilon = arrays(values)
+    k = k.astype(dtype)
+    u = random(rng, 3, 7)
+    expected = closed_form.pullback("topk", u, values)
+    f = positional("topk")
+    found = jax.grad(weighted(f, u), (0, 2))(x, k, epsilon)
+    assert_close(found[0], expected["x"])
+    assert_close(found[1], expected["epsilon"])
+    _, pull = jax.vjp(f, x, k, epsilon)
+    cotangents = pull(u)
+    assert_close(cotangents[0], expected["x"])
+    assert cotangents[1].dtype == jax.dtypes.float0
+    move = random(rng, 3, 7)
+    _, pushed = jax.jvp(f, (x, k, epsilon), (move, np.zeros((3, 1), jax.dtypes.float0), jnp.zeros(())))
+    assert_close((pushed * u).sum(), (expected["x"] * move).sum())
+    assert_close(jax.vmap(jax.grad(weighted(f, u[0])), (0, 0, None))(x, k, epsilon).shape, (3, 7))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_hard_and_removed_items(hard: bool, rng: Any) -> None:
+    x, u = rng.standard_normal((3, 7)), rng.standard_normal((3, 7))
+    where = rng.uniform(size=(3, 7)) < 0.8
+    where[:, :3] = True
+    given = np.where(where, x, np.nan)
+
+    def f(x: Any) -> Any:
+        return softk.topk(x, 2, epsilon=0.7, where=jnp.asarray(where), hard=hard)
+
+    values = {"x": x, "k": np.asarray(2.0), "epsilon": np.asarray(0.7)}
+    expected = closed_form.pullback("topk", u * where, values, where)["x"]
+    assert_close(jax.grad(weighted(f, u))(jnp.asarray(given)), expected)
+    move = random(rng, 3, 7)
+    _, pushed = jax.jvp(f, (jnp.asarray(given),), (move,))
+    assert_close((pushed * u).sum(), (expected * move).sum())
+
+
+@pytest.mark.parametrize("mode", ["largest", "smallest"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_every_axis_and_either_end(axis: int, mode: str, rng: Any) -> None:
+    x, u, shape = rng.standard_normal((4, 5, 3)), rng.standard_normal((4, 5, 3)), [4, 5, 3]
+    shape[axis] = 1
+    k = rng.uniform(0.8, 2.2, shape)
+    found = jax.grad(weighted(lambda x, k: softk.topk(x, k, axis=axis, mode=mode, epsilon=0.7), u), (0, 1))(
+        jnp.asarray(x), jnp.asarray(k)
+    )
+    sign = 1.0 if mode == "largest" else -1.0
+    last = {"x": sign * np.moveaxis(x, axis, -1), "k": np.moveaxis(k, axis, -1), "epsilon": np.asarray(0.7)}
+    expected = closed_form.pullback("topk", np.moveaxis(u, axis, -1), last)
+    assert_close(found[0], sign * np.moveaxis(expected["x"], -1, axis))
+    assert_close(found[1], np.moveaxis(expected["k"], -1, axis))
+
+
+# --- second and third derivatives
+
+
+@pytest.mark.parametrize(
+    ("function", "modes"),
+    [
+        ("topk", ("jacrev", "jacfwd")),
+        ("topk", ("jacfwd", "jacfwd")),
+        ("threshold", ("jacrev", "jacrev")),
+        wide("topk", ("jacrev", "jacrev")),
+        wide("topk", ("jacfwd", "jacrev")),
+        wide("threshold", ("jacrev", "jacfwd")),
+        wide("threshold", ("jacfwd", "jacfwd")),
+        wide("threshold", ("jacfwd", "jacrev")),
+    ],
+)
+def test_second_derivatives_in_every_pair_of_arguments(function: str, modes: tuple[str, str], rng: Any) -> None:
+    values = closed_form.problem(rng, "near-hard" if modes[0] == modes[1] else "soft", n=5)
+    at = closed_form.Slice(**values)
+    f = positional(function)
+    for name in modes:
+        f = getattr(jax, name)(f, ALL)
+    found = jax.jit(f)(*arrays(values))
+    for (i, name), (j, other) in itertools.product(enumerate(ARGUMENTS), repeat=2):
+        assert_close(found[i][j], at.get(function, 2, name, other).reshape(found[i][j].shape), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [("jacrev", "jacfwd", "jacfwd"), wide(("jacrev", "jacrev", "jacrev")), wide(("jacfwd", "jacfwd", "jacfwd"))],
+)
+def test_third_derivatives(modes: tuple[str, ...], rng: Any) -> None:
+    """Against difference quotients of the closed second derivatives."""
+    values = closed_form.problem(rng, n=4)
+    u = rng.standard_normal(4)
+    f = weighted(positional("topk"), u)
+    for name in modes:
+        f = getattr(jax, name)(f, ALL)
+    found = jax.jit(f)(*arrays(values))
+    place = closed_form.Slice(**values).place
+    for i, name in enumerate(ARGUMENTS):
+
+        def second(value: np.ndarray, name: str = name) -> Any:
+            return np.tensordot(u, closed_form.Slice(**{**values, name: value}).mask2, 1)
+
+        expected = closed_form.differences(second, values[name])
+        for one, other in itertools.product(range(4), repeat=2):
+            block = found[one][other][i]
+            part = expected[place[ARGUMENTS[one]], place[ARGUMENTS[other]]]
+            assert_close(block, part.reshape(block.shape), 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("topk", {"mode": "smallest", "where": np.asarray([[1, 1, 0, 1], [1, 1, 1, 1]], bool)}),
+        wide("topk", {}),
+        wide("threshold", {}),
+        wide("threshold", {"mode": "smallest", "where": np.asarray([[1, 1, 0, 1], [1, 1, 1, 1]], bool)}),
+    ],
+    ids=["topk-options", "topk", "threshold", "threshold-options"],
+)
+def test_check_grads(function: str, options: dict[str, Any]) -> None:
+    """JAX's own difference quotients, to second order in both modes."""
+    from jax.test_util import check_grads
+
+    options = {name: jnp.asarray(value) if name == "where" else value for name, value in options.items()}
+    x = [[0.3, -0.9, 1.1, 0.2], [1.4, 0.1, -0.6, 0.5]]
+    given = tuple(map(jnp.asarray, (x, [[1.7], [2.1]], [[0.9], [1.2]], [0.6, 1.4, 1.0, 1.8])))
+
+    def f(*given: Any) -> Any:
+        return positional(function, **options)(*map(jnp.asarray, given))  # the difference quotients are NumPy's
+
+    check_grads(f, given, order=2)
+
+
+# --- batching
+
+
+def batched(values: dict[str, np.ndarray], dims: tuple[int | None, ...], rng: Any, size: int = 3) -> tuple[Any, ...]:
+    """Arguments with a batch axis where dims says, each entry of it slightly another."""
+    found = []
+    for value, dim in zip(values.values(), dims, strict=True):
+        some = value if dim is None else rng.uniform(0.9, 1.1, (size, *value.shape)) * value
+        found.append(jnp.asarray(some if dim is None else np.moveaxis(some, 0, dim)))
+    return tuple(found)
+
+
+def pick(given: tuple[Any, ...], dims: tuple[int | None, ...], i: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(value if dim is None else jnp.take(value, i, axis=dim))
+        for name, value, dim in zip(ARGUMENTS, given, dims, strict=True)
+    }
+
+
+SOME_DIMS = [(0, None, None, None), (1, 0, 0, 1), (None, 0, 0, None), (None, None, None, 0)]
+EVERY_DIMS = [
+    dims for dims in itertools.product((0, 1, None), (0, None), (0, None), (0, 1, None)) if set(dims) != {None}
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "cases"),
+    [
+        ("topk", (2,), SOME_DIMS),
+        ("threshold", (), SOME_DIMS[1:2]),
+        *(wide(function, shape, EVERY_DIMS) for function in FUNCTIONS for shape in ((), (2,))),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, list) else str(value),
+)
+def test_vmap_over_any_axes(function: str, shape: tuple[int, ...], cases: list[Any], rng: Any) -> None:
+    for dims in cases:
+        given = batched(closed_form.problem(rng, batch=shape), dims, rng)
+        found = jax.vmap(positional(function), dims)(*given)
+        for i in range(3):
+            expected = getattr(closed_form, function)(**pick(given, dims, i))
+            expected = expected if function == "topk" else expected[..., 0]
+            np.testing.assert_allclose(found[i], expected.astype(float), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("function", "dims"),
+    [
+        ("topk", SOME_DIMS[1]),
+        *(wide("topk", dims) for dims in EVERY_DIMS),
+        *(wide("threshold", dims) for dims in SOME_DIMS),
+    ],
+)
+def test_vmap_of_grad_and_grad_of_vmap(function: str, dims: tuple[int | None, ...], rng: Any) -> None:
+    f = positional(function)
+    given = batched(closed_form.problem(rng), dims, rng)
+    u = random(rng, *jax.vmap(f, dims)(*given).shape)
+    inner = jax.vmap(lambda u, *one: jax.grad(weighted(f, u), ALL)(*one), (0, *dims))(u, *given)
+    outer = jax.grad(weighted(jax.vmap(f, dims), u), ALL)(*given)
+    each = [closed_form.pullback(function, u[i], pick(given, dims, i)) for i in range(3)]
+    for name, dim, one, many in zip(ARGUMENTS, dims, inner, outer, strict=True):
+        expected = np.stack([found[name] for found in each])
+        assert_close(one, expected)
+        assert_close(many, expected.sum(0) if dim is None else np.moveaxis(expected, 0, dim))
+
+
+def test_vmap_of_jvp_and_jvp_of_vmap(rng: Any) -> None:
+    dims = (1, 0, None, 0)
+    given = batched(closed_form.problem(rng), dims, rng)
+    tangents = tuple(random(rng, *value.shape) for value in given)
+    f = positional("topk")
+    inner = jax.vmap(lambda given, moved: jax.jvp(f, given, moved)[1], (dims, dims))(given, tangents)
+    _, outer = jax.jvp(jax.vmap(f, dims), given, tangents)
+    expected = [closed_form.push("topk", pick(tangents, dims, i), pick(given, dims, i)) for i in range(3)]
+    assert_close(inner, np.stack(expected))
+    assert_close(outer, np.stack(expected))
+
+
+def test_vmap_of_the_hessian(rng: Any) -> None:
+    dims = (0, None, 0, None)
+    given = batched(closed_form.problem(rng, n=5), dims, rng)
+    u = rng.standard_normal(5)
+    found = jax.vmap(jax.hessian(weighted(positional("topk"), u)), dims)(*given)
+    for i in range(3):
+        expected = np.tensordot(u, closed_form.Slice(**pick(given, dims, i)).get("topk", 2, "x", "x"), 1)
+        assert_close(found[i], expected, 1e-9)
+
+
+def test_nested_vmap(rng: Any) -> None:
+    """Every score row with every k and every epsilon, by three maps."""
+    x, k, epsilon = rng.standard_normal((2, 6)), np.asarray([1.3, 2.6, 4.1]), np.asarray([0.4, 1.1])
+    f = jax.vmap(positional("topk"), (None, None, 0))
+    found = jax.vmap(jax.vmap(f, (None, 0, None)), (0, None, None))(*map(jnp.asarray, (x, k, epsilon)))
+    expected = closed_form.topk(x[:, None, None], k[:, None, None], epsilon[:, None])
+    assert_close(found, expected.astype(float), 1e-14)
+
+
+def test_vmap_of_the_quantile_and_of_a_hard_mask(rng: Any) -> None:
+    x, q = rng.standard_normal((4, 3)), np.asarray([[0.2, 0.5], [0.4, 0.9], [0.1, 0.8]])
+    found = jax.vmap(lambda x, q: softk.quantile(x, q, epsilon=0.6), (1, 0))(jnp.asarray(x), jnp.asarray(q))
+    expected = [[closed_form.quantile(x[:, i], q[i, j], 0.6)[0] for j in range(2)] for i in range(3)]
+    assert_close(found, np.asarray(expected).astype(float), 1e-14)
+    hard = jax.vmap(lambda x: softk.topk(x, 2, hard=True), 1, 1)(jnp.asarray(x))
+    assert_close(hard, (np.argsort(np.argsort(-x, axis=0), axis=0) < 2).astype(float))
+
+
+# --- tracing
+
+
+def test_one_trace_for_many_values(rng: Any) -> None:
+    """k, epsilon and weights are data, whether they come as arrays or as numbers."""
+    traces = 0
+
+    @jax.jit
+    def f(x: Any, k: Any, epsilon: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return softk.topk(x, k, epsilon=epsilon)
+
+    gradient = jax.jit(jax.grad(lambda x, k, epsilon, u: (f(x, k, epsilon) * u).sum()))
+    x, u = rng.standard_normal((3, 7)), rng.standard_normal((3, 7))
+    for k, epsilon in [(1.5, 0.3), (2.0, 0.7), (4.25, 1.4), (5.9, 0.9)]:
+        values = {"x": x, "k": np.asarray(k), "epsilon": np.asarray(epsilon)}
+        assert_close(f(jnp.asarray(x), k, epsilon), closed_form.topk(**values).astype(float), 1e-13)
+        found = gradient(jnp.asarray(x), k, epsilon, jnp.asarray(u))
+        assert_close(found, closed_form.pullback("topk", u, values)["x"])
+    assert traces == 1
+
+
+def test_one_compilation_for_many_values(rng: Any) -> None:
+    """Also without a jit of one's own: an array k or epsilon is no part of what is compiled."""
+    x, compiled = random(rng, 3, 7), []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    def call(k: float, epsilon: float) -> None:
+        softk.topk(x, jnp.asarray(k), epsilon=jnp.asarray(epsilon)).block_until_ready()
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call(1.5, 0.3)
+        first = len(compiled)
+        call(2.5, 0.4)
+        call(6.5, 1.4)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert first > 0
+    assert len(compiled) == first
+
+
+def test_bad_values_under_a_trace_are_nan(rng: Any) -> None:
+    x = jnp.asarray(rng.standard_normal((4, 7)))
+    k = jnp.asarray([[2.0], [-1.0], [8.0], [jnp.nan]])
+    out = jax.jit(lambda x, k: softk.topk(x, k))(x, k)
+    assert np.isnan(out).all(axis=1).tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match="k must be"):
+        jax.jit(lambda x: softk.topk(x, 8))(x)
+
+
+@pytest.mark.parametrize("function", ["topk", wide("threshold")])
+def test_checkpoint(function: str, rng: Any) -> None:
+    values = closed_form.problem(rng, batch=(3,))
+    f = positional(function)
+    u = random(rng, *jax.eval_shape(f, *arrays(values)).shape)
+    found = jax.grad(weighted(jax.checkpoint(f), u), ALL)(*arrays(values))
+    expected = closed_form.pullback(function, u, values)
+    for name, gradient in zip(ARGUMENTS, found, strict=True):
+        assert_close(gradient, expected[name])
+
+
+def test_control_flow(rng: Any) -> None:
+    """Inside scan and cond, differentiated through: gradient descent on the scores, unrolled."""
+    x, u = rng.standard_normal(6), rng.standard_normal(6)
+
+    def loss(x: Any) -> Any:
+        return (softk.topk(x, 2, epsilon=0.9) * u).sum()
+
+    def descend(x: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            return jax.lax.cond(x[0] < 1e3, lambda: x - 0.5 * jax.grad(loss)(x), lambda: x), None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    def reference(x: np.ndarray) -> Any:
+        for _ in range(3):
+            x = x - 0.5 * np.tensordot(u, closed_form.Slice(x, 2.0, 0.9).get("topk", 1, "x"), 1)
+        return x
+
+    assert_close(descend(jnp.asarray(x)), reference(x).astype(float))
+    expected = closed_form.differences(reference, x)
+    assert_close(jax.jacrev(descend)(jnp.asarray(x)), expected, 1e-8)
+
+
+@pytest.mark.parametrize("function", ["topk", wide("threshold")])
+def test_debugged_nans(function: str, rng: Any) -> None:
+    """Nothing inside, forward or backward, is NaN for finite input: a debugger for NaN stays silent."""
+    hostile = [
+        ([1e30, -1e30, 3.0, 2.0], 2.0, 0.1),
+        ([0.5, 0.5, 0.5, 0.5], 2.0, 0.1),
+        ([9.0, 8.0, -8.0, -9.0], 2.0, 1e-6),
+        ([1.0, 2.0, 3.0, 4.0], 0.0, 0.1),
+        ([1.0, 2.0, 3.0, 4.0], 4.0, 0.1),
+        ([1e-300, 0.0, -1e-300, 5e-324], 1.5, 1e-280),
+        (rng.standard_normal(4).tolist(), 1.7, 0.3),
+    ]
+    with jax.debug_nans(True):
+        for x, k, epsilon in hostile:
+            given = (jnp.asarray(x), jnp.asarray(k), jnp.asarray(epsilon), jnp.ones(4))
+            for weights in (given[3:], ()):
+                out, pull = jax.vjp(positional(function), *given[:3], *weights)
+                found = pull(jnp.asarray(rng.standard_normal(out.shape)))
+                assert all(jnp.isfinite(gradient).all() for gradient in found)
+
+
+def test_without_x64(rng: Any) -> None:
+    """JAX's default: everything is float32."""
+    values = closed_form.problem(rng, batch=(3,))
+    with jax.enable_x64(False):
+        given = arrays(values)
+        assert all(value.dtype == "float32" for value in given)
+        rounded = {name: np.asarray(value, float) for name, value in zip(ARGUMENTS, given, strict=True)}
+        out, pull = jax.vjp(jax.jit(positional("topk")), *given)
+        u = random(rng, 3, 7)
+        found = pull(u)
+        middle = softk.quantile(given[0], jnp.asarray([0.2, 0.9]), epsilon=0.6)
+        numbers = softk.topk(given[0], 2, epsilon=0.6)
+        hard = softk.topk(given[0], 2, hard=True)
+    assert {value.dtype.name for value in (out, *found, middle, numbers, hard)} == {"float32"}
+    expected = closed_form.pullback("topk", np.asarray(u, float), rounded)
+    for name, gradient in zip(ARGUMENTS, found, strict=True):
+        assert_close(gradient, expected[name], 2e-5)
+    assert_close(np.asarray(hard.sum(-1)), np.full(3, 2.0, np.float32))
+
+
+@pytest.mark.parametrize("order", [0, wide(1), 2])
+def test_export_with_symbolic_shapes(order: int, rng: Any) -> None:
+    """One artefact for every shape, with its derivatives."""
+    from jax import export
+
+    b, n = export.symbolic_shape("b, n")
+    shapes = (jax.ShapeDtypeStruct((b, n), "float64"), jax.ShapeDtypeStruct((b, 1), "float64"))
+    exported = export.export(jax.jit(lambda x, k: softk.topk(x, k, epsilon=0.7)))(*shapes)
+    for shape in [(3, 7), (2, 12)]:
+        values = {
+            "x": rng.standard_normal(shape),
+            "k": rng.uniform(1.0, 4.0, (shape[0], 1)),
+            "epsilon": np.asarray(0.7),
+        }
+        x, k, _ = arrays(values)
+        assert_close(exported.call(x, k), closed_form.topk(**values).astype(float), 1e-13)
+        if order == 0:
+            continue
+        u = random(rng, *shape)
+        gradient = jax.grad(weighted(exported.call, u), (0, 1))
+        expected = closed_form.pullback("topk", u, values)
+        assert_close(gradient(x, k)[0], expected["x"])
+        assert_close(gradient(x, k)[1], expected["k"])
+        if order == 2:
+            w = random(rng, *shape)
+            twice = jax.grad(lambda x, k=k, w=w, g=gradient: (g(x, k)[0] * w).sum())(x)
+            for i in range(shape[0]):
+                at = closed_form.Slice(values["x"][i], values["k"][i], 0.7)
+                assert_close(twice[i], w[i] @ np.tensordot(u[i], at.get("topk", 2, "x", "x"), 1).astype(float), 1e-9)
+
+
+def test_export_with_a_number_as_k(rng: Any) -> None:
+    from jax import export
+
+    b, n = export.symbolic_shape("b, n", constraints=["n >= 6"])
+    f = jax.jit(lambda x: softk.topk(x, 5, epsilon=0.7))
+    exported = export.export(f)(jax.ShapeDtypeStruct((b, n), "float64"))
+    for shape in [(3, 7), (2, 200)]:
+        x = rng.standard_normal(shape)
+        assert_close(exported.call(jnp.asarray(x)), closed_form.topk(x, 5.0, 0.7).astype(float), 1e-13)
+
+
+def test_shapes_without_values() -> None:
+    shape = jax.eval_shape(lambda x: softk.topk(x, 2), jax.ShapeDtypeStruct((3, 7), "bfloat16"))
+    assert (shape.shape, shape.dtype) == ((3, 7), "bfloat16")
+
+
+def test_what_backward_keeps(rng: Any) -> None:
+    """The scores, and a few numbers a slice."""
+    x = random(rng, 4, 1000)
+    _, pull = jax.vjp(lambda x: softk.topk(x, 30.5, epsilon=0.3), x)
+    kept = jax.tree.leaves(pull)
+    assert [value.size for value in kept if value.size >= 4000] == [4000]
+    assert sum(value.size for value in kept if value.size < 4000) <= 40
+
+
+# --- several devices
+
+
+def test_sharded_over_devices(rng: Any) -> None:
+    """The batch and then the selected axis over four devices: the same numbers, forward and backward."""
+    x, u, k = rng.standard_normal((8, 12)), rng.standard_normal((8, 12)), rng.uniform(2.0, 6.0, (8, 1))
+    root = Path(__file__).parents[1]
+    setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"
+    source = f"""
+    import os
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import warnings
+    warnings.simplefilter("error")
+    import jax, jax.numpy as jnp, numpy as np, softk
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_platforms", "cpu")
+    assert len(jax.devices()) == 4
+    x, u, k = (np.asarray(v) for v in ({x.tolist()}, {u.tolist()}, {k.tolist()}))
+    mesh = Mesh(np.asarray(jax.devices()), ("d",))
+    found = []
+    for spec in (P("d", None), P(None, "d"), P(None, None)):
+        here = NamedSharding(mesh, spec)
+        row = NamedSharding(mesh, P("d", None) if spec == P("d", None) else P(None, None))
+        given = jax.device_put(x, here), jax.device_put(k, row)
+        both = jax.jit(jax.value_and_grad(lambda x, k: (softk.topk(x, k, epsilon=0.7) * u).sum(), (0, 1)))
+        _, (gx, gk) = both(*given)
+        mask = jax.jit(lambda x, k: softk.topk(x, k, epsilon=0.7))(*given)
+        eager = softk.topk(*given, epsilon=0.7)
+        if spec == P("d", None):
+            assert mask.sharding.is_equivalent_to(here, 2), mask.sharding
+            text = jax.jit(lambda x, k: softk.topk(x, k, epsilon=0.7)).lower(*given).compile().as_text()
+            assert "all-gather" not in text
+        found.append([np.asarray(v).tolist() for v in (mask, gx, gk, eager)])
+    print(found)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", setup + textwrap.dedent(source)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    values = {"x": x, "k": k, "epsilon": np.asarray(0.7)}
+    expected = closed_form.pullback("topk", u, values)
+    out = closed_form.topk(**values).astype(float)
+    for mask, in_x, in_k, eager in eval(done.stdout):
+        assert_close(mask, out, 1e-13)
+        assert_close(eager, out, 1e-13)
+        assert_close(in_x, expected["x"])
+        assert_close(in_k, expected["k"])

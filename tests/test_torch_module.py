@@ -1,0 +1,211 @@
+"""`softk_torch.TopK`, the operator as a layer: what it computes, what it learns and how it is stored."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softk
+
+from . import closed_form
+from .closed_form import assert_close
+
+torch = pytest.importorskip("torch")
+softk_torch = pytest.importorskip("softk_torch")
+
+TopK = softk_torch.TopK
+
+
+def parameter(value: Any) -> Any:
+    return torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", ["largest", "smallest"])
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize("hard", [False, True])
+def test_numbers(hard: bool, dim: int, mode: str, rng: Any) -> None:
+    x = torch.tensor(rng.standard_normal((4, 5)))
+    layer = TopK(2, dim=dim, mode=mode, epsilon=0.6, hard=hard)
+    assert list(layer.parameters()) == []
+    expected = softk.topk(x, 2, axis=dim, mode=mode, epsilon=0.6, hard=hard)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(expected.sum(dim).round(decimals=9), torch.full(expected.sum(dim).shape, 2.0).double())
+
+
+def test_default_epsilon_is_that_of_the_function(rng: Any) -> None:
+    x = torch.tensor(rng.standard_normal((4, 5)))
+    assert torch.equal(TopK(2)(x), softk.topk(x, 2))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_learned_k_and_epsilon_get_their_gradients(per_row: bool, rng: Any) -> None:
+    x = rng.standard_normal((3, 7))
+    k, epsilon = ([[1.7], [3.2], [4.9]], [[0.4], [0.7], [1.2]]) if per_row else (2.6, 0.8)
+    layer = TopK(parameter(k), epsilon=parameter(epsilon))
+    assert {name for name, _ in layer.named_parameters()} == {"k", "epsilon"}
+    u = rng.standard_normal((3, 7))
+    leaf = torch.tensor(x, requires_grad=True)
+    layer(leaf).backward(torch.tensor(u))
+    expected = closed_form.pullback("topk", u, {"x": x, "k": np.asarray(k), "epsilon": np.asarray(epsilon)})
+    assert_close(leaf.grad, expected["x"])
+    assert_close(layer.k.grad, expected["k"])
+    assert_close(layer.epsilon.grad, expected["epsilon"])
+
+
+def test_weights_and_where(rng: Any) -> None:
+    values = closed_form.problem(rng, batch=(3,))
+    where = np.ones((3, 7), bool)
+    where[0, 2] = where[2, 5] = False
+    layer = TopK(parameter(2.4), epsilon=parameter(0.7))
+    weights = torch.tensor(values["weights"], requires_grad=True)
+    out = layer(torch.tensor(values["x"]), weights=weights, where=torch.tensor(where))
+    u = rng.standard_normal((3, 7))
+    out.backward(torch.tensor(u))
+    given = {**values, "k": np.asarray(2.4), "epsilon": np.asarray(0.7)}
+    expected = closed_form.pullback("topk", u * where, given, where)
+    assert_close(layer.k.grad, expected["k"])
+    assert_close(layer.epsilon.grad, expected["epsilon"])
+    assert_close(weights.grad, expected["weights"])
+
+
+@pytest.mark.parametrize(("k", "selected"), [(-0.5, 0.0), (9.0, 7.0)])
+def test_learned_k_is_held_within_its_range(k: float, selected: float, rng: Any) -> None:
+    layer = TopK(parameter(k))
+    out = layer(torch.tensor(rng.standard_normal((3, 7))))
+    assert torch.equal(out.sum(-1), torch.full((3,), selected).double())
+    out.sum().backward()
+    assert layer.k.grad == 0
+
+
+def test_hard_mask_learns_by_the_soft_one(rng: Any) -> None:
+    x = rng.standard_normal((3, 7))
+    layer = TopK(parameter(3.0), epsilon=parameter(0.7), hard=True)
+    out = layer(torch.tensor(x))
+    assert set(out.detach().unique().tolist()) == {0.0, 1.0}
+    u = rng.standard_normal((3, 7))
+    out.backward(torch.tensor(u))
+    expected = closed_form.pullback("topk", u, {"x": x, "k": np.asarray(3.0), "epsilon": np.asarray(0.7)})
+    assert_close(layer.k.grad, expected["k"])
+    assert_close(layer.epsilon.grad, expected["epsilon"])
+
+
+def test_state_is_stored_and_restored(rng: Any) -> None:
+    layer = TopK(parameter(2.6), epsilon=parameter([[0.4], [0.9]]))
+    state = layer.state_dict()
+    assert set(state) == {"k", "epsilon"}
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other = TopK(parameter(1.0), epsilon=parameter([[1.0], [1.0]]))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.tensor(rng.standard_normal((2, 7)))
+    assert torch.equal(other(x), layer(x))
+    assert TopK(2, epsilon=0.5).state_dict() == {}
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), layer(x))
+    assert copied.k is not layer.k
+
+
+def test_buffer_as_k(rng: Any) -> None:
+    """A k that moves with the module but is not learned."""
+
+    class Budget(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("k", torch.tensor([[1.0], [2.5]], dtype=torch.float64))
+            self.select = TopK(1.0, epsilon=0.6)
+
+        def forward(self, x: Any) -> Any:
+            self.select.k = self.k
+            return self.select(x)
+
+    x = rng.standard_normal((2, 7))
+    expected = closed_form.topk(x, [[1.0], [2.5]], 0.6).astype(float)
+    assert_close(Budget()(torch.tensor(x)), expected, 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (lambda: TopK(2), "TopK(k=2, dim=-1, mode='largest', epsilon=0.1)"),
+        (lambda: TopK(2.5, dim=0, mode="smallest", epsilon=1.5), "TopK(k=2.5, dim=0, mode='smallest', epsilon=1.5)"),
+        (lambda: TopK(2, hard=True), "TopK(k=2, dim=-1, mode='largest', epsilon=0.1, hard=True)"),
+        (
+            lambda: TopK(parameter(2.0), epsilon=parameter([[0.5], [0.5]])),
+            "TopK(k=2 (learned), dim=-1, mode='largest', epsilon=learned, shape (2, 1))",
+        ),
+    ],
+    ids=["plain", "options", "hard", "learned"],
+)
+def test_repr(layer: Any, text: str) -> None:
+    assert repr(layer()) == text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_moved_to_another_dtype(dtype: str, rng: Any) -> None:
+    kind = getattr(torch, dtype)
+    layer = TopK(parameter(2.5), epsilon=parameter(0.75)).to(kind)
+    assert (layer.k.dtype, layer.epsilon.dtype) == (kind, kind)
+    x = torch.tensor(rng.standard_normal((3, 7))).to(kind).requires_grad_()
+    out = layer(x)
+    assert out.dtype == kind
+    u = torch.tensor(rng.standard_normal((3, 7))).to(kind)
+    out.backward(u)
+    values = {"x": x.detach().double().numpy(), "k": np.asarray(2.5), "epsilon": np.asarray(0.75)}
+    expected = closed_form.pullback("topk", u.double().numpy(), values)
+    tolerance = 2e-5 if dtype == "float32" else 2.0 * torch.finfo(kind).eps
+    for gradient, name in ((x.grad, "x"), (layer.k.grad, "k"), (layer.epsilon.grad, "epsilon")):
+        assert gradient.dtype == kind
+        assert_close(gradient.double(), expected[name], tolerance)
+
+
+def test_functional_call(rng: Any) -> None:
+    """The gradient in the parameters by a transform, without touching the module."""
+    x, u = rng.standard_normal((3, 7)), rng.standard_normal((3, 7))
+    layer = TopK(parameter(2.0), epsilon=0.7)
+
+    def loss(parameters: dict[str, Any]) -> Any:
+        return (torch.func.functional_call(layer, parameters, torch.tensor(x)) * torch.tensor(u)).sum()
+
+    found = torch.func.grad(loss)({"k": torch.tensor(3.3, dtype=torch.float64)})
+    expected = closed_form.pullback("topk", u, {"x": x, "k": np.asarray(3.3), "epsilon": np.asarray(0.7)})
+    assert_close(found["k"], expected["k"])
+    assert layer.k.grad is None
+    assert layer.k.item() == 2.0
+
+
+def test_learned_k_goes_to_the_number_of_good_items(rng: Any) -> None:
+    """Five of twelve items are worth more than they cost; nothing but the loss says that they are five."""
+    x = torch.tensor(rng.permutation(np.linspace(-2.0, 2.0, 12)))
+    value = torch.where(x.argsort().argsort() >= 7, 1.0, -1.0).double()
+    layer = TopK(parameter(2.0), epsilon=0.2)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(120):
+        optimiser.zero_grad()
+        loss = -(layer(x) * value).sum()
+        loss.backward()
+        optimiser.step()
+    assert abs(layer.k.item() - 5.0) < 0.1
+    assert loss.item() < -4.5
+
+
+def test_scores_learn_to_select_the_given_items(rng: Any) -> None:
+    features = torch.tensor(rng.standard_normal((40, 6)))
+    wanted = (features[:, 0] - features[:, 1]).argsort().argsort() >= 30
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 1, bias=False, dtype=torch.float64), torch.nn.Flatten(0), TopK(10, epsilon=1.0)
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(0.1 * rng.standard_normal((1, 6))))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy(model(features), wanted.double())
+        loss.backward()
+        optimiser.step()
+    chosen = model(features) > 0.5
+    assert (chosen == wanted).double().mean() > 0.95
