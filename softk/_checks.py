@@ -52,7 +52,7 @@ def check_mass(k: Any, n: int, weighted: bool) -> None:
     if not is_number(k):
         return
     most = math.inf if weighted else n
-    if not 0 <= k <= most or math.isinf(k):
+    if not 0 <= k <= most or k == math.inf:
         allowed = "at least 0 and finite" if weighted else f"from 0 to {n}, the size of x along axis"
         raise ValueError(f"k must be {allowed}, got {k!r}")
 

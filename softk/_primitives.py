@@ -56,7 +56,8 @@ def _hard_forward(
     reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
     wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
-    # The reference is the k-th largest score, but for an infinite one, of which it is the finite stand-in.
+    # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
+    # score has a finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
     above, tied = x > level, x == level
@@ -118,13 +119,17 @@ class _Place:
     """Where the quantile q lies among n weighted scores: between the thresholds at `first` and at `second`."""
 
     def __init__(self, xp: Any, x: Array, q: Array, weights: Array | None) -> None:
-        n = xp.full_like(q, float(x.shape[-1])) if weights is None else xp.sum(weights, axis=-1, keepdims=True)
+        n = xp.full_like(q, x.shape[-1]) if weights is None else xp.sum(weights, axis=-1, keepdims=True)
         position = (n - 1.0) * q
         index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
         margin = 0.5 * xp.minimum(n, 1.0)
         self.n = n
         self.first = between(xp, n - index - 0.5, margin, n - margin)
         self.second = between(xp, n - index - 1.5, margin, n - margin)
+        # Both follow n, but where they are held at the margin.
+        held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
+        self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)
+        self.second_rate = xp.where(n - index - 1.5 >= margin, 1.0, held)
         self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & (n > 0.0), xp.maximum(position - index, 0.0), math.nan)
 
 
@@ -153,9 +158,9 @@ def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: I
     dx, dq, dtau, da = tangents
     q = inputs[1]
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
-    dn = None if da is None else one.total(da)  # both masses are n minus a constant
-    _, first, one_push = one.push(dx, dn, dtau, da)
-    _, second, two_push = two.push(dx, dn, dtau, da)
+    dn = None if da is None else one.total(da)
+    _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
+    _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
     value = one_push + place.fraction * (two_push - one_push)
     if dq is not None:
         value = value + apart * (place.n - 1.0) * dq
@@ -172,7 +177,8 @@ def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents:
     xbar, nbar, taubar, abar = one.pull(None, first_bar, (1.0 - place.fraction) * b)
     xbar_two, nbar_two, taubar_two, abar_two = two.pull(None, second_bar, place.fraction * b)
     if abar is not None:
-        abar = abar + abar_two + (nbar + nbar_two + inputs[1] * apart * b)
+        nbar = place.first_rate * nbar + place.second_rate * nbar_two
+        abar = abar + abar_two + (nbar + inputs[1] * apart * b)
     return xbar + xbar_two, (place.n - 1.0) * apart * b, taubar + taubar_two, abar
 
 

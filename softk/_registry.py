@@ -88,13 +88,13 @@ def _adapter(kind: type) -> Backend | None:
 
 
 def _load(kind: type) -> Backend | None:
-    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    for root in roots:
+    for base in kind.__mro__:  # a subclass from elsewhere may have a backend of its own
+        root = base.__module__.partition(".")[0]
         if root in ADAPTERS:
             return ADAPTERS[root]()
-    for entry in entry_points(group="softk.backends"):
-        if entry.name in roots:
-            return _third_party(entry)
+        for entry in entry_points(group="softk.backends"):
+            if entry.name == root:
+                return _third_party(entry)
     return None
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import limits, logits
+from ._solver import limits, logits, nonzero
 from .backend import Array
 
 
@@ -80,6 +80,14 @@ class Linearisation:
         decay = decay / denominator
         return decay / denominator
 
+    def at_peak(self, values: Array) -> Array:
+        """The value at the item that has the largest share of p; the mean of several. Linear, as a rule must be."""
+        share = self.weigh(self.scaled)
+        peak = share >= self.xp.max(share, axis=-1, keepdims=True)
+        del share
+        count = self.xp.count_nonzero(peak, axis=-1, keepdims=True)
+        return self.total(self.xp.where(peak, values, 0.0)) / self.xp.astype(count, values.dtype)
+
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf."""
         return self.xp.where(self.x > limits(self.xp, self.x.dtype).largest, 0.0, values)
@@ -105,12 +113,16 @@ class Linearisation:
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * da)
-        mean = self.total(self.weigh(self.scaled) * w) / self.normal
+        # J 1 = 0: measured from the item that dominates p, w - <p, w> does not cancel where p is nearly 1.
+        origin = self.at_peak(w)
+        w = w - origin
+        shifted = self.total(self.weigh(self.scaled) * w) / self.normal
+        mean = shifted + origin
         found = self.inverse * dh
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        return self.spread() * (w - mean) + self.scaled * (dh / self.normal), ds, self.tau * (mean - found)
+        return self.spread() * (w - shifted) + self.scaled * (dh / self.normal), ds, self.tau * (mean - found)
 
     def pull(self, u: Array | None, c: Array | None, b: Array | None) -> tuple[Array, Array, Array, Array | None]:
         """Cotangents of (x, k, tau, a) from those of the mask, the offset and the threshold. None is zero."""
@@ -125,7 +137,10 @@ class Linearisation:
             xbar = self.weigh(self.scaled) * (g / (self.normal * self.tau))
         else:
             hbar = hbar + self.total(self.scaled * u) / self.normal
-            xbar = self.spread() * u
+            # J^T a = 0: the same for the transpose.
+            origin = self.at_peak(u if self.weights is None else u / nonzero(xp, self.weights))
+            xbar = self.spread()
+            xbar = xbar * (u - self.weigh(origin))
             g = g - self.total(xbar)
             xbar = xbar + self.weigh(self.scaled) * (g / self.normal)
             xbar = xbar / self.tau

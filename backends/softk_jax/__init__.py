@@ -43,6 +43,9 @@ class JaxBackend(Backend):
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings
 
+    def constant(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
     def select(self, condition: Array, values: Array, other: Array | float) -> Array:
         return jax.checkpoint(jnp.where)(condition, values, other)  # which would keep an array of zeros
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+from torch.autograd import forward_ad
 
 from softk.backend import PRIMITIVES, Array, Backend, Primitive
 
@@ -28,7 +29,7 @@ class TorchBackend(Backend):
     autodiff = "torch.autograd, torch.func"
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        return partial(_apply, primitive.name, tuple(sorted(options.items())))
+        return partial(_apply, primitive.name, tuple(options.items()))
 
     def device(self, x: Array) -> Any:
         return x.device
@@ -49,13 +50,14 @@ class TorchBackend(Backend):
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         for _ in range(limit):
             state, done = step(state)
-            if _readable(done) and bool(done.all()):
+            if _finished(done):
                 break
         return state
 
     def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
         if static is None:
-            return super().order_statistics(x, ranks, static)
+            ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])
+            return torch.gather(torch.sort(x, dim=-1).values, -1, x.shape[-1] - ranks)
         # topk selects in O(n) and sorts what it selects; the shorter end is selected.
         n, most, least = x.shape[-1], max(static), min(static)
         if most <= n - least + 1:
@@ -65,11 +67,14 @@ class TorchBackend(Backend):
         return torch.cat([found[..., i : i + 1] for i in index], dim=-1)
 
 
-def _readable(values: torch.Tensor) -> bool:
-    """Whether looking at a value costs nothing: a plain tensor in the memory of the CPU, outside of any trace."""
-    if torch.compiler.is_compiling():
+def _finished(done: torch.Tensor) -> bool:
+    """Whether all is done, where looking costs nothing: a plain tensor in the memory of the CPU, outside any trace."""
+    if type(done) is not torch.Tensor or done.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return type(values) is torch.Tensor and values.device.type == "cpu"
+    try:
+        return bool(done.all())
+    except RuntimeError:  # a tracer that has no type of its own refuses to tell
+        return False
 
 
 @torch.compiler.allow_in_graph
@@ -111,7 +116,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        found = ctx.primitive.jvp(backend, *_saved(ctx), tangents)
+        # Autograd takes the jvp with forward mode switched off, and a derivative of it would be zero without a word.
+        # The saved values are those of this level: its own tangents are the arguments.
+        inputs, outputs = (tuple(_primal(value) for value in values) for values in _saved(ctx))
+        with forward_ad._set_fwd_grad_enabled(True):
+            found = ctx.primitive.jvp(backend, inputs, outputs, tangents)
         return (*found, *(None,) * ctx.primitive.constants)
 
     @staticmethod
@@ -128,6 +137,10 @@ def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The inputs and the outputs of the forward pass; the rules do not read the first output."""
     saved = ctx.saved_tensors
     return saved[: ctx.count], (None, *saved[ctx.count :])
+
+
+def _primal(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else forward_ad.unpack_dual(value, level=0).primal
 
 
 def _lead(value: torch.Tensor, dim: int | None, axes: int, size: int) -> torch.Tensor:
