@@ -84,9 +84,11 @@ def sweep(xp: Any, z: Array, offset: Array, edge: Array, weights: Array | None) 
     """The one pass over the scores that every step of the solver is made of: one exponential a score."""
     y = z - offset
     is_above = y > 0.0
-    # Nothing lies within the gap but items without weight, and what rounding puts there.
-    exponent = xp.minimum(edge - xp.abs(y), 0.0)
+    exponent = edge - xp.abs(y)
     del y
+    # Nothing lies within the gap but items without weight, and what rounding puts there. (Not minimum: frameworks halve
+    # its derivative at equality, which is where the nearest scores are.)
+    exponent = xp.where(exponent > 0.0, 0.0, exponent)
     decay = xp.exp(exponent)
     del exponent
     denominator = 1.0 + xp.exp(-edge) * decay
