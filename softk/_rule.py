@@ -81,12 +81,15 @@ class Linearisation:
         return decay / denominator
 
     def at_peak(self, values: Array) -> Array:
-        """The value at the item that has the largest share of p; the mean of several. Linear, as a rule must be."""
+        """The value at the item that has the largest share of p; the mean of several, zero where none has any.
+
+        It is linear in the values, as a rule must be.
+        """
         share = self.weigh(self.scaled)
-        peak = share >= self.xp.max(share, axis=-1, keepdims=True)
+        peak = (share >= self.xp.max(share, axis=-1, keepdims=True)) & (share > 0.0)
         del share
-        count = self.xp.count_nonzero(peak, axis=-1, keepdims=True)
-        return self.total(self.xp.where(peak, values, 0.0)) / self.xp.astype(count, values.dtype)
+        count = self.xp.astype(self.xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
+        return self.total(self.xp.where(peak, values, 0.0)) / nonzero(self.xp, count)
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf."""

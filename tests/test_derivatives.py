@@ -385,3 +385,12 @@ def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest
 def test_the_rule_is_one() -> None:
     """Every adapter differentiates by the same rule: none has mathematics of its own to test."""
     assert importlib.import_module("softk._primitives").Linearisation is softk._rule.Linearisation
+
+
+def test_a_slice_on_which_nothing_depends_has_no_derivative_in_either_direction() -> None:
+    """Fewer selectable scores than k: the threshold is infinite, and both rules agree that nothing moves it."""
+    x = np.asarray([-np.inf, -np.inf, 1.0, 2.0])
+    _, pullback = softk.vjp(softk.threshold, x, 3)
+    _, rate = softk.jvp(softk.threshold, x, 3, tangents={"x": np.asarray([0.5, -1.0, 2.0, 3.0])})
+    np.testing.assert_array_equal(pullback(np.asarray(1.0))["x"], np.zeros(4))
+    assert rate == 0.0

@@ -12,7 +12,7 @@ import pytest
 import softk
 
 PEAK = 6.0  # arrays of the working dtype, beyond the input and the cotangent
-COPIES = 2.0  # weights and where together: cleaned copies of the scores and of the weights are held as well
+COPIES = 1.5  # weights and where together: cleaned copies of the scores and of the weights are held as well
 
 CASES = pytest.mark.parametrize("given", ["", "weights", "where", "weights where"])
 
