@@ -1,8 +1,9 @@
 """Arguments made canonical, and the results put back: what every public function does before and after its primitive.
 
-Canonical means: the selected axis last, float32 or float64, k and epsilon of shape (..., 1) or (), the smallest turned
-into the largest, removed items at -inf. Each argument becomes an `Argument`, which knows the linear part of its own
-conversion in both directions; where the framework has autodiff it differentiates the conversion by itself.
+Canonical means: the selected axis last, float32 or float64, k and epsilon of shape (..., 1) or (), weights and where
+of the shape of the scores, the smallest turned into the largest. Each argument becomes an `Argument`, which knows the
+linear part of its own conversion in both directions; where the framework has autodiff it differentiates the conversion
+by itself.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ class Call:
 class Slices:
     """The scores and how they are sliced: what the other arguments are made canonical against."""
 
-    def __init__(self, x: Any, axis: Any, *, smallest: bool = False, where: Any = None, **others: Any) -> None:
+    def __init__(self, x: Any, axis: Any, *, smallest: bool = False, **others: Any) -> None:
         require_array("x", x)
         arrays = {}
-        for name, value in {"where": where, **others}.items():
+        for name, value in others.items():
             per_item = name in ("where", "weights")
             if (value is None and per_item) or (is_number(value) and not per_item):
                 continue
@@ -98,7 +99,6 @@ class Slices:
         self.dtype = x.dtype
         self.working = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
         self.sign = -1.0 if smallest else 1.0
-        self.where = None if where is None else self._where(where)
 
     # -- conversions
 
@@ -111,11 +111,6 @@ class Slices:
     def _cast(self, values: Array, dtype: Any) -> Array:
         return values if values.dtype == dtype else self.xp.astype(values, dtype)
 
-    def _where(self, where: Array) -> Array:
-        if not self.xp.isdtype(where.dtype, "bool"):
-            raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
-        return self._last(self._stretch("where", where))
-
     def _stretch(self, name: str, values: Array) -> Array:
         """Broadcast an array of one value an item to the scores."""
         if tuple(values.shape) == self.shape:
@@ -125,22 +120,16 @@ class Slices:
         return self.xp.broadcast_to(values, self.shape)
 
     def scores(self) -> Argument:
-        xp = self.xp
-
-        def place(values: Array, removed: float) -> Array:
+        def push(values: Array) -> Array:
             values = self._last(self._cast(values, self.working))
-            if self.sign < 0.0:
-                values = -values
-            return values if self.where is None else self.backend.select(self.where, values, removed)
+            return values if self.sign > 0.0 else -values
 
         def pull(cotangent: Array) -> Array:
-            if self.where is not None:
-                cotangent = xp.where(self.where, cotangent, 0.0)
             if self.sign < 0.0:
                 cotangent = -cotangent
             return self._cast(self._back(cotangent), self.dtype)
 
-        return Argument(place(self.given, -math.inf), self.given, lambda tangent: place(tangent, 0.0), pull)
+        return Argument(push(self.given), self.given, push, pull)
 
     def per_slice(self, name: str, value: Any, scale: float = 1.0) -> Argument:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
@@ -172,7 +161,7 @@ class Slices:
         return Argument(push(value), value, *self._linear(value, push, pull))
 
     def per_item(self, name: str, value: Any) -> Argument:
-        """weights: an array that broadcasts to the scores. A removed item keeps its weight, unless it is not one."""
+        """weights: an array that broadcasts to the scores."""
         xp = self.xp
         if value is None:
             return Argument(None)
@@ -186,12 +175,15 @@ class Slices:
         def pull(cotangent: Array) -> Array:
             return self._cast(_shrink(xp, self._back(cotangent), shape), value.dtype)
 
-        weights = push(value)
-        if self.where is not None:
-            fixed = self.backend.constant(weights)
-            fixed = xp.where((fixed >= 0.0) & (fixed < math.inf), fixed, 0.0)
-            weights = self.backend.select(self.where, weights, fixed)
-        return Argument(weights, value, *self._linear(value, push, pull))
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def kept(self, where: Any) -> Argument:
+        """where: a boolean array that broadcasts to the scores."""
+        if where is None:
+            return Argument(None)
+        if not self.xp.isdtype(where.dtype, "bool"):
+            raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
+        return Argument(self._last(self._stretch("where", where)), where)
 
     def probabilities(self, q: Any) -> Probabilities:
         """q: a number, or an array whose axes come first."""
@@ -210,26 +202,6 @@ class Slices:
             return self._cast(xp.reshape(_shrink(xp, cotangent, apart), shape), q.dtype)
 
         return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
-
-    def frequencies(self, weights: Any) -> Argument:
-        """The weights of a quantile, in which a removed item does not count."""
-        found = self.per_item("weights", weights)
-        if self.where is None:
-            return found
-        xp = self.xp
-        push, pull, where = found.push, found.pull, self.where
-        if found.value is None:
-            return Argument(self._cast(where, self.working))
-
-        def keep(values: Array) -> Array:
-            return xp.where(where, values, 0.0)
-
-        return Argument(
-            keep(found.value),
-            weights,
-            None if push is None else lambda tangent: keep(push(tangent)),
-            None if pull is None else lambda cotangent: pull(keep(cotangent)),
-        )
 
     def _linear(self, value: Array, push: Any, pull: Any) -> tuple[Any, Any]:
         return (push, pull) if self.xp.isdtype(value.dtype, "real floating") else (None, None)

@@ -39,7 +39,7 @@ def _masked(
 ) -> tuple[Slices, dict[str, Any]]:
     """The arguments that topk and threshold share, checked and canonical."""
     smallest = check_mode(mode)
-    slices = Slices(x, axis, smallest=smallest, where=where, k=k, epsilon=epsilon, weights=weights)
+    slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
     check_mass(k, slices.n, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
     bits = slices.xp.finfo(slices.working).bits
@@ -49,6 +49,7 @@ def _masked(
             "k": slices.per_slice("k", k),
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
             "weights": slices.per_item("weights", weights),
+            "where": slices.kept(where),
         }
     options = {"ranks": None if weights is not None else static_ranks(k, bits)}
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
@@ -91,7 +92,8 @@ def topk(
         scores closer than that share. Positive. An array holds one value a slice, as for `k`.
     weights : array, optional
         Item weights, at least 0, broadcasting to the shape of `x`: then ``sum(weights * mask) = k`` and `k` may be
-        as large as their sum. An item of weight 0 has a mask but no say in the threshold.
+        as large as their sum. An item of weight 0 has a mask but no say in the threshold; one that is removed, or at
+        ``-inf``, may have any weight.
     where : array of bool, optional
         Items to choose from, broadcasting to the shape of `x`. The others have mask 0 and gradient 0, whatever their
         score. If fewer than `k` remain, all of them are selected.
@@ -256,7 +258,7 @@ def quantile(
     >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
     [1.0, 5.0, 7.5]
     """
-    slices = Slices(x, axis, where=where, q=q, epsilon=epsilon, weights=weights)
+    slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
     _require_scores(slices)
     if is_number(q) and not 0.0 <= q <= 1.0:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
@@ -267,7 +269,8 @@ def quantile(
             "x": slices.scores().lead(slices, probability.leading),
             "q": probability.argument,
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5).lead(slices, probability.leading),
-            "weights": slices.frequencies(weights).lead(slices, probability.leading),
+            "weights": slices.per_item("weights", weights).lead(slices, probability.leading),
+            "where": slices.kept(where).lead(slices, probability.leading),
         }
     restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
     return Call(slices.backend, _primitives.quantile, {}, arguments, restore)

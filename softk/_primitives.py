@@ -1,6 +1,7 @@
 """The operators as primitives: what each one reads off the solved threshold, and its derivative in both directions.
 
-Inputs, in this order: scores x (..., n), mass k and temperature tau (..., 1) or (), item weights (..., n) or None.
+Inputs, in this order: scores x (..., n), mass k and temperature tau (..., 1) or (), item weights (..., n) or None, and
+where (..., n) or None, the items that are not removed, which has no derivative.
 Every primitive ends its outputs with the offset, which is differentiable and from which its rule is built, so that
 rules nest, and the reference, which is a constant.
 """
@@ -11,36 +12,43 @@ import math
 from typing import Any
 
 from ._rule import Linearisation, sigmoid
-from ._solver import between, logits, solve
+from ._solver import between, logits, selectable, solve
 from .backend import Array, Backend, Inputs, Primitive
 
 Arrays = tuple[Array, ...]
 
 
 def _linearise(backend: Backend, inputs: Inputs, outputs: Arrays) -> Linearisation:
-    x, _, tau, weights = inputs
     *_, offset, reference = outputs
-    return Linearisation(backend.xp, x, tau, weights, reference, offset)
+    return Linearisation(backend, inputs, reference, offset)
 
 
 # --- the mask: sigmoid((x - t) / tau)
 
 
 def _mask_forward(
-    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, int] | None,
 ) -> Arrays:
-    reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
-    return sigmoid(backend.xp, logits(backend.xp, x, reference, tau) - offset), offset, reference
+    reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
+    z = logits(backend.xp, selectable(backend.xp, x, where), reference, tau) - offset
+    return sigmoid(backend.xp, z), offset, reference
 
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    mask, offset, _ = _linearise(backend, inputs, outputs).push(*tangents)
+    mask, offset, _ = _linearise(backend, inputs, outputs).push(*tangents[:-1])
     return mask, offset
 
 
 def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
     u, c = cotangents
-    return _linearise(backend, inputs, outputs).pull(u, c, None)
+    return (*_linearise(backend, inputs, outputs).pull(u, c, None), None)
 
 
 mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
@@ -50,10 +58,18 @@ mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
 
 
 def _hard_forward(
-    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, int] | None,
 ) -> Arrays:
     xp = backend.xp
-    reference, offset, _ = solve(backend, x, k, tau, weights, ranks)
+    x = selectable(xp, x, where)
+    reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
     wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
@@ -83,7 +99,7 @@ def _empty_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inpu
 
 
 def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
-    return tuple(None if value is None else backend.xp.zeros_like(value) for value in inputs)
+    return (*(None if value is None else backend.xp.zeros_like(value) for value in inputs[:4]), None)
 
 
 empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp)
@@ -93,20 +109,27 @@ empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp)
 
 
 def _threshold_forward(
-    backend: Backend, x: Array, k: Array, tau: Array, weights: Array | None, *, ranks: tuple[int, int] | None
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, int] | None,
 ) -> Arrays:
-    reference, offset, extreme = solve(backend, x, k, tau, weights, ranks)
+    reference, offset, extreme = solve(backend, x, k, tau, weights, where, ranks)
     return reference + tau * offset + extreme, offset, reference
 
 
 def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    _, offset, threshold = _linearise(backend, inputs, outputs).push(*tangents)
+    _, offset, threshold = _linearise(backend, inputs, outputs).push(*tangents[:-1])
     return threshold, offset
 
 
 def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
     b, c = cotangents
-    return _linearise(backend, inputs, outputs).pull(None, c, b)
+    return (*_linearise(backend, inputs, outputs).pull(None, c, b), None)
 
 
 threshold = Primitive("topk_threshold", _threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)
@@ -118,8 +141,14 @@ threshold = Primitive("topk_threshold", _threshold_forward, _threshold_jvp, _thr
 class _Place:
     """Where the quantile q lies among n weighted scores: between the thresholds at `first` and at `second`."""
 
-    def __init__(self, xp: Any, x: Array, q: Array, weights: Array | None) -> None:
-        n = xp.full_like(q, x.shape[-1]) if weights is None else xp.sum(weights, axis=-1, keepdims=True)
+    def __init__(self, xp: Any, x: Array, q: Array, weights: Array | None, where: Array | None) -> None:
+        if weights is None:
+            n = xp.full_like(q, x.shape[-1])
+            if where is not None:
+                n = n - xp.astype(xp.count_nonzero(~where, axis=-1, keepdims=True), q.dtype)
+        else:
+            counted = weights if where is None else xp.where(where, weights, 0.0)
+            n = xp.sum(xp.where(counted >= 0.0, counted, math.nan), axis=-1, keepdims=True)
         position = (n - 1.0) * q
         index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
         margin = 0.5 * xp.minimum(n, 1.0)
@@ -133,11 +162,13 @@ class _Place:
         self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & (n > 0.0), xp.maximum(position - index, 0.0), math.nan)
 
 
-def _quantile_forward(backend: Backend, x: Array, q: Array, tau: Array, weights: Array | None) -> Arrays:
+def _quantile_forward(
+    backend: Backend, x: Array, q: Array, tau: Array, weights: Array | None, where: Array | None
+) -> Arrays:
     xp = backend.xp
-    place = _Place(xp, x, q, weights)
-    one, first, first_reference = _threshold_forward(backend, x, place.first, tau, weights, ranks=None)
-    two, second, second_reference = _threshold_forward(backend, x, place.second, tau, weights, ranks=None)
+    place = _Place(xp, x, q, weights, where)
+    one, first, first_reference = _threshold_forward(backend, x, place.first, tau, weights, where, ranks=None)
+    two, second, second_reference = _threshold_forward(backend, x, place.second, tau, weights, where, ranks=None)
     value = (1.0 - place.fraction) * one + place.fraction * two
     value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # no 0 * inf
     return value, first, second, first_reference, second_reference
@@ -146,19 +177,20 @@ def _quantile_forward(backend: Backend, x: Array, q: Array, tau: Array, weights:
 def _quantile_parts(
     backend: Backend, inputs: Inputs, outputs: Arrays
 ) -> tuple[_Place, Linearisation, Linearisation, Array]:
-    x, q, tau, weights = inputs
+    x, q, tau, weights, where = inputs
     _, first, second, first_reference, second_reference = outputs
-    one = Linearisation(backend.xp, x, tau, weights, first_reference, first)
-    two = Linearisation(backend.xp, x, tau, weights, second_reference, second)
+    place = _Place(backend.xp, x, q, weights, where)
+    one = Linearisation(backend, (x, place.first, tau, weights, where), first_reference, first)
+    two = Linearisation(backend, (x, place.second, tau, weights, where), second_reference, second)
     apart = (second_reference - first_reference) + tau * (second - first)
-    return _Place(backend.xp, x, q, weights), one, two, apart
+    return place, one, two, apart
 
 
 def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    dx, dq, dtau, da = tangents
-    q = inputs[1]
+    dx, dq, dtau, da, _ = tangents
+    q, where = inputs[1], inputs[4]
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
-    dn = None if da is None else one.total(da)
+    dn = None if da is None else one.total(da if where is None else backend.xp.where(where, da, 0.0))
     _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
     _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
     value = one_push + place.fraction * (two_push - one_push)
@@ -179,7 +211,9 @@ def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents:
     if abar is not None:
         nbar = place.first_rate * nbar + place.second_rate * nbar_two
         abar = abar + abar_two + (nbar + inputs[1] * apart * b)
-    return xbar + xbar_two, (place.n - 1.0) * apart * b, taubar + taubar_two, abar
+        if inputs[4] is not None:
+            abar = backend.xp.where(inputs[4], abar, 0.0)
+    return xbar + xbar_two, (place.n - 1.0) * apart * b, taubar + taubar_two, abar, None
 
 
 quantile = Primitive("soft_quantile", _quantile_forward, _quantile_jvp, _quantile_vjp, constants=2)

@@ -16,6 +16,10 @@ and, for cotangents u of m, c of s and b of t, with g = c + tau b,
 v underflows far from the threshold, but v / V and p do not: with the peak d = max (-|z|) over the items that have
 weight, v = exp(d) v' and V = exp(d) V', and both are quotients of primed quantities. 1 / V = exp(-d) / V' is the one
 quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
+
+z - s is held to eps |z| only, and so is p, which is not enough in a wide gap, where <p, z> is the difference of two
+large numbers. But the mass is known to be k, so the tails of the rounded z say how much s is off: (L - U - delta) / V,
+in units of exp(d). p is corrected by it, with the sign of z, which balances its two sides.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import limits, logits, nonzero
-from .backend import Array
+from ._solver import limits, logits, nonzero, selectable, weigh
+from .backend import Array, Backend
 
 
 class Linearisation:
@@ -32,53 +36,73 @@ class Linearisation:
 
     Parameters
     ----------
-    xp : namespace
-        Of the arrays.
-    x, tau : array
-        Scores (..., n) and temperature.
-    weights : array or None
-        Item weights (..., n).
+    backend : Backend
+        The framework of the arrays.
+    inputs : tuple of array or None
+        Scores (..., n), mass, temperature, item weights (..., n) and where (..., n).
     reference, offset : array
         The solution, as `softk._solver.solve` returns it.
     """
 
-    def __init__(self, xp: Any, x: Array, tau: Array, weights: Array | None, reference: Array, offset: Array) -> None:
-        bound = limits(xp, x.dtype)
-        self.xp, self.x, self.tau, self.weights, self.offset = xp, x, tau, weights, offset
-        self.reference = reference
-        near = -xp.abs(self.z())
+    def __init__(self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array) -> None:
+        self.xp = xp = backend.xp
+        self.x, k, self.tau, self.weights, self.where = inputs
+        self.reference, self.offset = reference, offset
+        bound = limits(xp, self.x.dtype)
+        near = self.z()
+        upper = near > 0.0
+        near = -xp.abs(near)
         far = near <= -bound.farthest  # an infinite score has no part in the derivative
-        apart = far if weights is None else far | (weights == 0.0)
+        apart = far if self.weights is None else far | (self.weights == 0.0)
         peak = xp.max(xp.where(apart, -math.inf, near), axis=-1, keepdims=True)
         peak = xp.maximum(peak, -bound.farthest)
         ceiling = math.log(bound.farthest)
-        # v' = v exp(-peak); only an item without weight can come closer than the peak.
-        growth = near - peak if weights is None else xp.minimum(near - peak, ceiling)
-        growth = xp.exp(growth)
-        near = xp.exp(near)
-        near = 1.0 + near
-        growth = growth / near
-        growth = growth / near
-        del near
-        self.scaled = xp.where(far, 0.0, growth)
-        del growth, far, apart
-        self.height = xp.exp(peak)
+        self.height = height = xp.exp(peak)
+        # Everything in units of exp(peak); only an item without weight can come closer than the peak.
+        decay = near - peak if self.weights is None else xp.minimum(near - peak, ceiling)
+        del near, apart
+        decay = xp.where(far, 0.0, xp.exp(decay))
+        del far
+        tail = decay / (1.0 + height * decay)
+        del decay
+        slip = backend.constant(self.slip(k, peak, upper, tail))
+        # v' = v exp(-peak), which is the tail times the mask or its complement, whichever is large
+        self.scaled = (1.0 - height * tail) * tail
+        del tail
+        self.scaled = xp.where(upper, xp.exp(slip), xp.exp(-slip)) * self.scaled
+        del upper
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(-peak)
         self.normal = xp.where(self.normal == 0.0, 1.0, self.normal)
-        self.inverse = xp.exp(xp.minimum(-peak, ceiling)) / self.normal  # 1 / V
+        self.rate = xp.minimum(1.0 / self.normal, bound.farthest)
+        self.inverse = xp.minimum(xp.exp(xp.minimum(-peak, ceiling)) * self.rate, bound.farthest)  # 1 / V
+
+    def slip(self, k: Array, peak: Array, upper: Array, tail: Array) -> Array:
+        """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
+        xp = self.xp
+        if self.weights is None:
+            above = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
+        else:
+            above = self.total(xp.where(upper, self.weights, 0.0))
+            tail = self.weigh(tail)
+        delta = k - above
+        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * k, 0.0, delta * xp.exp(-peak))
+        lower = self.total(xp.where(upper, 0.0, tail))
+        upper = self.total(xp.where(upper, tail, 0.0))
+        slip = (lower - upper - delta) / nonzero(xp, lower + upper)
+        return xp.where(xp.abs(slip) < 0.5, slip, 0.0)
 
     def z(self) -> Array:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
-        return logits(self.xp, self.x, self.reference, self.tau) - self.offset
+        return logits(self.xp, selectable(self.xp, self.x, self.where), self.reference, self.tau) - self.offset
 
     def spread(self) -> Array:
         """v. Without weights v' is never held back, and v is in proportion to it."""
         if self.weights is None:
             return self.height * self.scaled
         decay = self.xp.exp(-self.xp.abs(self.z()))
-        denominator = 1.0 + decay
-        decay = decay / denominator
-        return decay / denominator
+        tail = decay / (1.0 + decay)
+        del decay
+        return (1.0 - tail) * tail
 
     def at_peak(self, values: Array) -> Array:
         """The value at the item that has the largest share of p; the mean of several, zero where none has any.
@@ -92,11 +116,18 @@ class Linearisation:
         return self.total(self.xp.where(peak, values, 0.0)) / nonzero(self.xp, count)
 
     def still(self, values: Array) -> Array:
-        """Zero for the scores that do not move: +inf."""
-        return self.xp.where(self.x > limits(self.xp, self.x.dtype).largest, 0.0, values)
+        """Zero for the scores that do not move: +inf, and those that are removed."""
+        moves = self.x <= limits(self.xp, self.x.dtype).largest
+        return self.xp.where(moves if self.where is None else moves & self.where, values, 0.0)
 
     def weigh(self, values: Array) -> Array:
-        return values if self.weights is None else self.weights * values
+        return values if self.weights is None else weigh(self.xp, self.weights, values)
+
+    def shares(self, factor: Array) -> Array:
+        """p times a number a slice. The inverse of the sum of tiny weights is not a number that exists."""
+        if self.weights is None:
+            return self.scaled * (factor / self.normal)
+        return self.weigh(self.scaled) / self.normal * factor
 
     def total(self, values: Array) -> Array:
         return self.xp.sum(values, axis=-1, keepdims=True)
@@ -125,10 +156,10 @@ class Linearisation:
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        return self.spread() * (w - shifted) + self.scaled * (dh / self.normal), ds, self.tau * (mean - found)
+        return self.spread() * (w - shifted) + self.scaled * (dh * self.rate), ds, self.tau * (mean - found)
 
     def pull(self, u: Array | None, c: Array | None, b: Array | None) -> tuple[Array, Array, Array, Array | None]:
-        """Cotangents of (x, k, tau, a) from those of the mask, the offset and the threshold. None is zero."""
+        """Cotangents of (x, k, tau, a), from those of the mask, the offset and the threshold. None is zero."""
         xp = self.xp
         g = xp.zeros_like(self.offset)
         if c is not None:
@@ -137,16 +168,20 @@ class Linearisation:
             g = g + self.tau * b
         hbar = -self.inverse * g
         if u is None:
-            xbar = self.weigh(self.scaled) * (g / (self.normal * self.tau))
+            xbar = self.shares(g / self.tau)
         else:
-            hbar = hbar + self.total(self.scaled * u) / self.normal
+            hbar = hbar + self.total(self.scaled * u) * self.rate
             # J^T a = 0: the same for the transpose.
-            origin = self.at_peak(u if self.weights is None else u / nonzero(xp, self.weights))
-            xbar = self.spread()
-            xbar = xbar * (u - self.weigh(origin))
+            origin = self.at_peak(u)
+            if self.weights is None:
+                xbar = self.spread()
+                xbar = (u - origin) * xbar
+            else:
+                heaviest = nonzero(xp, self.at_peak(self.weights))
+                xbar = self.spread()
+                xbar = (xp.where(xbar == 0.0, 0.0, self.weights) / heaviest * -origin + u) * xbar
             g = g - self.total(xbar)
-            xbar = xbar + self.weigh(self.scaled) * (g / self.normal)
-            xbar = xbar / self.tau
+            xbar = (self.shares(g) + xbar) / self.tau
         del self.scaled  # an array of the scores' size, of which the rest needs some
         xbar = self.still(xbar)
         taubar = -self.total(self.z() * xbar)

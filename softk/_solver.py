@@ -64,6 +64,11 @@ def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
     return between(xp, xp.minimum(x, bound.largest) - reference, -reach, reach) / tau
 
 
+def selectable(xp: Any, x: Array, where: Array | None) -> Array:
+    """The scores, with -inf for the items that are removed. Formed where it is asked for: nobody holds on to a copy."""
+    return x if where is None else xp.where(where, x, -math.inf)
+
+
 def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
     """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
     values = xp.maximum(values, least)
@@ -99,8 +104,8 @@ def sweep(xp: Any, z: Array, offset: Array, edge: Array, weights: Array | None) 
     if weights is None:
         above = xp.astype(xp.count_nonzero(is_above, axis=-1, keepdims=True), z.dtype)
     else:
-        tail = weights * tail
-        slope = weights * slope
+        tail = weigh(xp, weights, tail)
+        slope = weigh(xp, weights, slope)
         above = _total(xp, xp.where(is_above, weights, 0.0))
     return Tails(
         above,
@@ -168,6 +173,7 @@ def solve(
     k: Array,
     tau: Array,
     weights: Array | None,
+    where: Array | None,
     ranks: tuple[int, int] | None,
 ) -> Solution:
     """The threshold r + tau s, in its two parts.
@@ -180,8 +186,8 @@ def solve(
         Scores, shape (..., n), n >= 1.
     k, tau : array
         Mass and temperature, of one shape with `x` but for the last axis, which is 1, or of no axes at all.
-    weights : array or None
-        Item weights, the shape of `x`.
+    weights, where : array or None
+        Item weights and the items that are not removed, the shape of `x`.
     ranks : tuple of int or None
         ceil(k) and floor(k) + 1 where k is a Python number and there are no weights.
 
@@ -196,13 +202,13 @@ def solve(
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
     fixed = Fixed(backend.constant(k), backend.constant(tau), None if weights is None else backend.constant(weights))
-    ends = _ends(backend, backend.constant(x), fixed, ranks)
+    ends = _ends(backend, backend.constant(x), where, fixed, ranks)
     high = between(xp, ends.high, -bound.largest, bound.largest)
     whole = ends.nothing | ends.everything
     low = xp.where(whole, high, between(xp, ends.low, -bound.largest, bound.largest))
     reference = 0.5 * high + 0.5 * low
     gap = Gap(logits(xp, high, reference, fixed.tau), logits(xp, low, reference, fixed.tau))
-    z = logits(xp, x, reference, tau)
+    z = logits(xp, selectable(xp, x, where), reference, tau)
 
     offset = _search(backend, backend.constant(z), gap, fixed, ends.total)
     for _ in range(CORRECTIONS):
@@ -290,24 +296,26 @@ class Ends(NamedTuple):
     valid: Array  # whether k and the weights are in their ranges; NaN is in none
 
 
-def _ends(backend: Backend, x: Array, fixed: Fixed, ranks: tuple[int, int] | None) -> Ends:
+def _ends(backend: Backend, x: Array, where: Array | None, fixed: Fixed, ranks: tuple[int, int] | None) -> Ends:
     xp, k, weights = backend.xp, fixed.k, fixed.weights
     bound = limits(xp, x.dtype)
     nothing = k <= 0.0
     if weights is None:
         total = xp.full_like(k, x.shape[-1])
-        high, low = _edges(backend, x, k, ranks)
+        high, low = _edges(backend, selectable(xp, x, where), k, ranks)
         return Ends(high, low, total, nothing, ~nothing & (low < -bound.largest), k <= total)
     rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
-    total = _total(xp, weights)
-    high, low = _weighted_edges(xp, x, k * (1.0 - rounding), k, weights)
+    high, low = _weighted_edges(xp, x, where, k * (1.0 - rounding), k, weights)
+    x = selectable(xp, x, where)
+    usable = (weights >= 0.0) & (weights < math.inf)
+    total = _total(xp, xp.where(usable, weights, 0.0))
+    valid = xp.all(usable | (x == -math.inf), axis=-1, keepdims=True)  # what is never selected may weigh anything
     everything = ~nothing & ((low < -bound.largest) | (k >= total * (1.0 - rounding)))
     # Items without weight must be on the right side too where nothing or everything is selected.
     lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
     high = xp.where(everything & (high >= -bound.largest), lowest, high)
     high = xp.where(nothing, xp.max(x, axis=-1, keepdims=True), high)
-    valid = (xp.min(weights, axis=-1, keepdims=True) >= 0.0) & (k <= total * (1.0 + 4.0 * rounding))
-    return Ends(high, low, total, nothing, everything, valid)
+    return Ends(high, low, total, nothing, everything, valid & (k <= total * (1.0 + 4.0 * rounding)))
 
 
 def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) -> tuple[Array, Array]:
@@ -323,16 +331,22 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) 
     return found[..., :1], xp.where(second > n, -math.inf, found[..., 1:])
 
 
-def _weighted_edges(xp: Any, x: Array, least: Array, most: Array, weights: Array) -> tuple[Array, Array]:
+def _weighted_edges(
+    xp: Any, x: Array, where: Array | None, least: Array, most: Array, weights: Array
+) -> tuple[Array, Array]:
     """The same with weights: the first scores, from the largest, at which the weight reaches k and exceeds it.
 
     Running sums of weights are rounded, so k is a short interval, from `least` to `most`.
     """
     n = x.shape[-1]
-    x = xp.where(weights > 0.0, x, xp.where(xp.isnan(x), x, -math.inf))
+    counts = (weights > 0.0) | xp.isnan(x)
+    x = xp.where(counts if where is None else counts & where, x, -math.inf)
+    del counts
     order = xp.argsort(x, axis=-1, descending=True, stable=False)
     x = xp.take_along_axis(x, order, axis=-1)
-    mass = xp.cumulative_sum(xp.take_along_axis(weights, order, axis=-1), axis=-1)
+    mass = xp.take_along_axis(weights, order, axis=-1)
+    del order  # two arrays of the scores' size, in float32
+    mass = xp.cumulative_sum(xp.where(x > -math.inf, mass, 0.0), axis=-1)
     first = xp.count_nonzero(mass < least, axis=-1, keepdims=True)
     second = xp.count_nonzero(mass <= most, axis=-1, keepdims=True)
     low = xp.take_along_axis(x, xp.minimum(second, n - 1), axis=-1)
@@ -344,6 +358,11 @@ def _weighted_edges(xp: Any, x: Array, least: Array, most: Array, weights: Array
 
 def _total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
+
+
+def weigh(xp: Any, weights: Array, values: Array) -> Array:
+    """weights * values, where the weight of an item without a value may be anything: an item that was removed."""
+    return xp.where(values == 0.0, 0.0, weights) * values
 
 
 def nonzero(xp: Any, values: Array) -> Array:

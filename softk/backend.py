@@ -135,10 +135,6 @@ class Backend:
         """The same values, cut off from automatic differentiation."""
         return x
 
-    def select(self, condition: Array, values: Array, other: Array | float) -> Array:
-        """``where``, whose derivative needs nothing but the condition."""
-        return self.xp.where(condition, values, other)
-
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.
 

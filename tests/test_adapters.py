@@ -346,7 +346,7 @@ def test_softk_vjp_and_jvp_apply_the_rules_given(library: str, toy: Primitive, m
         "dask": lambda: lambda value: pytest.importorskip("dask.array").from_array(value, chunks=-1),
     }[library]()
 
-    def forward(backend: Any, x: Any, k: Any, tau: Any, weights: Any, *, ranks: Any) -> Any:
+    def forward(backend: Any, x: Any, k: Any, tau: Any, weights: Any, where: Any, *, ranks: Any) -> Any:
         return _forward(backend, x, k, weights, shift=0.0)
 
     def jvp(backend: Any, inputs: Any, outputs: Any, tangents: Any) -> Any:
@@ -355,7 +355,7 @@ def test_softk_vjp_and_jvp_apply_the_rules_given(library: str, toy: Primitive, m
     def vjp(backend: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
         xbar, abar, _ = _vjp(backend, (inputs[0], inputs[1], None), outputs, cotangents)
         total = backend.xp.sum(abar, axis=-1, keepdims=True)
-        return xbar, total, 0.0 * total, None
+        return xbar, total, 0.0 * total, None, None
 
     from softk import _primitives
 

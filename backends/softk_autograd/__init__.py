@@ -12,6 +12,7 @@ from autograd import make_vjp
 from autograd.builtins import tuple as boxed_tuple
 from autograd.extend import defjvp_argnums, defvjp_argnums
 from autograd.extend import primitive as traced
+from autograd.tracer import isbox
 
 from softk.backend import Array, Backend, Primitive
 from softk_numpy import NumpyBackend
@@ -57,6 +58,11 @@ class AutogradBackend(NumpyBackend):
 
     def device(self, x: Array) -> Any:
         return "cpu"
+
+    def constant(self, x: Array) -> Array:
+        while isbox(x):
+            x = x._value
+        return x
 
 
 @cache

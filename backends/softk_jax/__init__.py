@@ -46,9 +46,6 @@ class JaxBackend(Backend):
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
-    def select(self, condition: Array, values: Array, other: Array | float) -> Array:
-        return jax.checkpoint(jnp.where)(condition, values, other)  # which would keep an array of zeros
-
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
             _, done, count = loop
