@@ -2,7 +2,22 @@
 
 from ._derivatives import jvp, vjp
 from ._operators import quantile, threshold, topk
+from ._ordering import TopK, rank, sort, sorted_topk
+from ._transport import ConvergenceWarning, Plan, transport
 
 __version__ = "0.1.0"
 
-__all__ = ["jvp", "quantile", "threshold", "topk", "vjp"]
+__all__ = [
+    "ConvergenceWarning",
+    "Plan",
+    "TopK",
+    "jvp",
+    "quantile",
+    "rank",
+    "sort",
+    "sorted_topk",
+    "threshold",
+    "topk",
+    "transport",
+    "vjp",
+]

@@ -28,6 +28,23 @@ class Argument:
     push: Callable[[Array], Array] | None = None
     pull: Callable[[Array], Array] | None = None
 
+    def through(self, push: Callable[[Array], Array], pull: Callable[[Array], Array]) -> Argument:
+        """The same, followed by another linear map; of a result, preceded by it."""
+        first, last = self.push, self.pull
+        if self.value is None:
+            return Argument(
+                None,
+                None,
+                None if first is None else lambda values: first(push(values)),
+                None if last is None else lambda cotangent: pull(last(cotangent)),
+            )
+        return Argument(
+            push(self.value),
+            self.given,
+            None if first is None else lambda tangent: push(first(tangent)),
+            None if last is None else lambda cotangent: last(pull(cotangent)),
+        )
+
     def lead(self, slices: Slices, leading: tuple[int, ...]) -> Argument:
         """The same, repeated along new axes in front."""
         value, push, pull, xp = self.value, self.push, self.pull, slices.xp
@@ -51,24 +68,34 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """A public function applied to arguments: a primitive, its canonical inputs and the way back."""
+    """A public function applied to arguments: a primitive, its canonical inputs and the way back.
+
+    `restores` are for the outputs of the primitive from the first one; `build` makes of them what the user gets.
+    """
 
     backend: Backend
     primitive: Primitive
     options: dict[str, Any]
     arguments: dict[str, Argument]
-    restore: Argument
+    restores: tuple[Argument, ...]
+    build: Callable[..., Any] = lambda result: result
 
     @property
     def inputs(self) -> tuple[Array | None, ...]:
         return tuple(argument.value for argument in self.arguments.values())
 
-    def evaluate(self) -> Array:
+    def bound(self) -> Callable[..., tuple[Array, ...]]:
+        return self.backend.bind(self.primitive, **self.options)
+
+    def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
+        """The first outputs, as the user sees them. They are linear in the outputs, so tangents go the same way."""
+        pairs = zip(self.restores, outputs, strict=False)
+        return [restore.push(values) for restore, values in pairs if restore.push is not None]
+
+    def evaluate(self) -> Any:
         """The result, differentiable by the arrays' own framework."""
-        assert self.restore.push is not None
         with self.backend.quiet():
-            bound = self.backend.bind(self.primitive, **self.options)
-            return self.restore.push(bound(*self.inputs)[0])
+            return self.build(*self.restore(self.bound()(*self.inputs)))
 
 
 class Slices:
@@ -203,6 +230,28 @@ class Slices:
 
         return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
 
+    def per_anchor(self, name: str, value: Array, anchors: int | None = None) -> Argument:
+        """anchors or marginals: one value an anchor along the last axis, for all slices or for each."""
+        xp, shape = self.xp, tuple(value.shape)
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+        if not shape or shape[-1] < 2 or (anchors is not None and shape[-1] != anchors):
+            wanted = "at least 2 values" if anchors is None else f"{anchors} values, one an anchor,"
+            raise ValueError(f"{name} must have {wanted} along its last axis, got shape {shape}")
+        if not _fits(shape[:-1], self.batch):
+            raise ValueError(
+                f"{name} must have the shape {shape[-1:]}, or one that broadcasts to {(*self.batch, shape[-1])}, "
+                f"got {shape}"
+            )
+
+        def push(values: Array) -> Array:
+            return xp.broadcast_to(self._cast(values, self.working), (*self.batch, shape[-1]))
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(_shrink(xp, cotangent, shape), value.dtype)
+
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
     def _linear(self, value: Array, push: Any, pull: Any) -> tuple[Any, Any]:
         return (push, pull) if self.xp.isdtype(value.dtype, "real floating") else (None, None)
 
@@ -233,6 +282,46 @@ class Slices:
             cotangent = self._cast(cotangent, self.working)
             cotangent = xp.moveaxis(cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
             return cotangent if self.sign > 0.0 else -cotangent
+
+        return Argument(None, None, push, pull)
+
+    def diagnostic(self, dtype: Any) -> Argument:
+        """A result of one value a slice, in no units and without a derivative."""
+        return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
+
+    def one_a_row(self) -> Argument:
+        """A result of one value a row (..., m), in the units of the scores, in the place of the selected axis."""
+
+        def push(values: Array) -> Array:
+            return self._cast(self._back(values if self.sign > 0.0 else -values), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._last(self._cast(cotangent, self.working))
+            return cotangent if self.sign > 0.0 else -cotangent
+
+        return Argument(None, None, push, pull)
+
+    def row_by_item(self) -> Argument:
+        """A result of one value for each row and each item (..., m, n), the two in the place of the selected axis."""
+        xp, here = self.xp, (self.axis, self.axis + 1)
+
+        def push(values: Array) -> Array:
+            return self._cast(xp.moveaxis(values, (-2, -1), here), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return xp.moveaxis(self._cast(cotangent, self.working), here, (-2, -1))
+
+        return Argument(None, None, push, pull)
+
+    def item_by_row(self) -> Argument:
+        """The same with the items in the place of the selected axis and the rows last."""
+        xp = self.xp
+
+        def push(values: Array) -> Array:
+            return self._cast(xp.moveaxis(values, -1, self.axis), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return xp.moveaxis(self._cast(cotangent, self.working), self.axis, -1)
 
         return Argument(None, None, push, pull)
 

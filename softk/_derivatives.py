@@ -13,25 +13,25 @@ from .backend import Array, Backend
 __all__ = ["jvp", "vjp"]
 
 
-def vjp(
-    f: Callable[..., Array], x: Array, k: Any, /, **kwargs: Any
-) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
+def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[Any], dict[str, Array]]]:
     """A function of softk and the pullback of its derivative (reverse mode), on arrays of any library.
 
     Parameters
     ----------
     f : callable
-        `softk.topk`, `softk.threshold` or `softk.quantile`.
-    x, k, **kwargs
-        Its arguments (`k` stands for `q` in `softk.quantile`).
+        A function of softk: `softk.topk`, `softk.sorted_topk`, `softk.transport`, ...
+    x, *args, **kwargs
+        Its arguments.
 
     Returns
     -------
-    out : array
-        ``f(x, k, **kwargs)``.
+    out
+        ``f(x, *args, **kwargs)``.
     pullback : callable
         ``pullback(cotangent) -> {argument name: cotangent}``, for a cotangent of the shape of `out` and for every
-        argument that is a real floating-point array. Each cotangent has its argument's shape and dtype.
+        argument that is a real floating-point array. Each cotangent has its argument's shape and dtype. For
+        `softk.sorted_topk` it is a pair, of the values and of the assignment, of which one may be None; for
+        `softk.transport` it is that of the plan, the rest having no derivative.
 
     Raises
     ------
@@ -56,49 +56,57 @@ def vjp(
     >>> pullback(np.asarray([1.0, 0.0, 0.0, 0.0]))["x"].round(3).tolist()
     [0.34, -0.018, -0.026, -0.295]
     """
-    call = _describe(f)(x, k, **kwargs)
+    call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
-    assert call.restore.push is not None
     with backend.quiet():
-        outputs = backend.bind(primitive, **call.options)(*call.inputs)
-        out = call.restore.push(outputs[0])
-    unused = (None,) * (len(outputs) - primitive.constants - 1)
+        outputs = call.bound()(*call.inputs)
+        parts = call.restore(outputs)
+        out = call.build(*parts)
+    moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
 
-    def pullback(cotangent: Array) -> dict[str, Array]:
-        _require_like("cotangent", cotangent, out, backend)
-        assert call.restore.pull is not None
+    def pullback(cotangent: Any) -> dict[str, Array]:
+        given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
+        if len(given) != len(moving):
+            raise ValueError(f"cotangent must have {len(moving)} parts, one a result, got {len(given)}")
+        canonical: list[Array | None] = [None] * (len(outputs) - primitive.constants)
         with backend.quiet():
-            canonical = backend.pull(primitive, call.inputs, outputs, (call.restore.pull(cotangent), *unused))
+            for i, value in zip(moving, given, strict=True):
+                pull = call.restores[i].pull
+                if pull is not None and (value is not None or len(moving) == 1):
+                    _require_like("cotangent", value, parts[i], backend)
+                    canonical[i] = pull(value)
+            found = backend.pull(primitive, call.inputs, outputs, tuple(canonical))
             return {
-                name: argument.pull(found)
-                for (name, argument), found in zip(call.arguments.items(), canonical, strict=True)
-                if argument.pull is not None and found is not None
+                name: argument.pull(values)
+                for (name, argument), values in zip(call.arguments.items(), found, strict=True)
+                if argument.pull is not None and values is not None
             }
 
     return out, pullback
 
 
 def jvp(
-    f: Callable[..., Array], x: Array, k: Any, /, *, tangents: Mapping[str, Array], **kwargs: Any
-) -> tuple[Array, Array]:
+    f: Callable[..., Any], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any
+) -> tuple[Any, Any]:
     """A function of softk and its derivative along tangents (forward mode), on arrays of any library.
 
     Parameters
     ----------
     f : callable
-        `softk.topk`, `softk.threshold` or `softk.quantile`.
-    x, k, **kwargs
-        Its arguments (`k` stands for `q` in `softk.quantile`).
+        A function of softk: `softk.topk`, `softk.sorted_topk`, `softk.transport`, ...
+    x, *args, **kwargs
+        Its arguments.
     tangents : mapping
         ``{argument name: tangent}``, each of its argument's shape, for arguments that are real floating-point arrays.
         The others are held constant.
 
     Returns
     -------
-    out : array
-        ``f(x, k, **kwargs)``.
+    out
+        ``f(x, *args, **kwargs)``.
     tangent : array
-        The derivative, of the shape and dtype of `out`.
+        The derivative, of the shape and dtype of `out`; a pair for `softk.sorted_topk`, of the plan for
+        `softk.transport`.
 
     Raises
     ------
@@ -124,22 +132,23 @@ def jvp(
     >>> float(rate.sum().round(9))
     1.0
     """
-    call = _describe(f)(x, k, **kwargs)
+    call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
     known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
     for name, tangent in tangents.items():
         if name not in known:
             raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
         _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
-    assert call.restore.push is not None
     with backend.quiet():
-        outputs = backend.bind(primitive, **call.options)(*call.inputs)
+        outputs = call.bound()(*call.inputs)
         canonical = tuple(
             argument.push(tangents[name]) if argument.push is not None and name in tangents else None
             for name, argument in call.arguments.items()
         )
-        tangent = backend.push(primitive, call.inputs, outputs, canonical)[0]
-        return call.restore.push(outputs[0]), call.restore.push(tangent)
+        rates = call.restore(backend.push(primitive, call.inputs, outputs, canonical))
+        moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
+        out = call.build(*call.restore(outputs))
+        return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)
 
 
 def _describe(f: Any) -> Callable[..., Call]:

@@ -24,7 +24,7 @@ class Operator(Protocol[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array: ...
 
 
-def _operator(describe: Callable[P, Call]) -> Operator[P]:
+def operator_from(describe: Callable[P, Call]) -> Operator[P]:
     @wraps(describe)
     def function(*args: P.args, **kwargs: P.kwargs) -> Array:
         return describe(*args, **kwargs).evaluate()
@@ -55,7 +55,7 @@ def _masked(
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 
-@_operator
+@operator_from
 def topk(
     x: Array,
     k: Any,
@@ -144,10 +144,10 @@ def topk(
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
     if hard and is_number(k) and k != math.floor(k):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
-    return Call(**call, restore=slices.like_scores())
+    return Call(**call, restores=(slices.like_scores(),))
 
 
-@_operator
+@operator_from
 def threshold(
     x: Array,
     k: Any,
@@ -200,11 +200,11 @@ def threshold(
     0.55
     """
     slices, call = _masked(_primitives.threshold, x, k, axis, mode, epsilon, weights, where)
-    _require_scores(slices)
-    return Call(**call, restore=slices.one_a_slice(keepdims))
+    require_scores(slices)
+    return Call(**call, restores=(slices.one_a_slice(keepdims),))
 
 
-@_operator
+@operator_from
 def quantile(
     x: Array,
     q: Any,
@@ -259,7 +259,7 @@ def quantile(
     [1.0, 5.0, 7.5]
     """
     slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
-    _require_scores(slices)
+    require_scores(slices)
     if is_number(q) and not 0.0 <= q <= 1.0:
         raise ValueError(f"q must be from 0 to 1, got {q!r}")
     check_temperature(slices.xp, epsilon, slices.working)
@@ -273,9 +273,9 @@ def quantile(
             "where": slices.kept(where).lead(slices, probability.leading),
         }
     restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
-    return Call(slices.backend, _primitives.quantile, {}, arguments, restore)
+    return Call(slices.backend, _primitives.quantile, {}, arguments, (restore,))
 
 
-def _require_scores(slices: Slices) -> None:
+def require_scores(slices: Slices) -> None:
     if slices.n == 0:
         raise ValueError(f"x must have at least one score along axis, got shape {slices.shape}, axis {slices.axis}")

@@ -202,15 +202,11 @@ def solve(
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
     fixed = Fixed(backend.constant(k), backend.constant(tau), None if weights is None else backend.constant(weights))
-    ends = _ends(backend, backend.constant(x), where, fixed, ranks)
-    high = between(xp, ends.high, -bound.largest, bound.largest)
-    whole = ends.nothing | ends.everything
-    low = xp.where(whole, high, between(xp, ends.low, -bound.largest, bound.largest))
-    reference = 0.5 * high + 0.5 * low
-    gap = Gap(logits(xp, high, reference, fixed.tau), logits(xp, low, reference, fixed.tau))
+    ends = find_ends(backend, backend.constant(x), where, fixed.k, fixed.weights, ranks)
+    reference, gap = frame(xp, ends, fixed.tau)
     z = logits(xp, selectable(xp, x, where), reference, tau)
 
-    offset = _search(backend, backend.constant(z), gap, fixed, ends.total)
+    offset = search(backend, backend.constant(z), gap, fixed, ends.total)
     for _ in range(CORRECTIONS):
         tails, delta = measure(backend, z, offset, gap, k, weights)
         slope = tails.lower_slope + tails.upper_slope
@@ -255,7 +251,17 @@ def measure(
     return tails, xp.where(in_gap, 0.0, value) + growth * (delta - value)
 
 
-def _search(backend: Backend, z: Array, gap: Gap, fixed: Fixed, total: Array) -> Array:
+def frame(xp: Any, ends: Ends, tau: Array) -> tuple[Array, Gap]:
+    """The reference, and where the scores on either side of it are."""
+    largest = limits(xp, ends.high.dtype).largest
+    high = between(xp, ends.high, -largest, largest)
+    whole = ends.nothing | ends.everything
+    low = xp.where(whole, high, between(xp, ends.low, -largest, largest))
+    reference = 0.5 * high + 0.5 * low
+    return reference, Gap(logits(xp, high, reference, tau), logits(xp, low, reference, tau))
+
+
+def search(backend: Backend, z: Array, gap: Gap, fixed: Fixed, total: Array) -> Array:
     """The offset, near enough to the root for the corrections: steps of the model from the middle of the gap."""
     xp = backend.xp
     bound = limits(xp, z.dtype)
@@ -296,9 +302,14 @@ class Ends(NamedTuple):
     valid: Array  # whether k and the weights are in their ranges; NaN is in none
 
 
-def _ends(backend: Backend, x: Array, where: Array | None, fixed: Fixed, ranks: tuple[int, int] | None) -> Ends:
-    xp, k, weights = backend.xp, fixed.k, fixed.weights
+def find_ends(
+    backend: Backend, x: Array, where: Array | None, k: Array, weights: Array | None, ranks: tuple[int, ...] | None
+) -> Ends:
+    """Where the thresholds of the masses k (..., b) lie among the scores (..., n) of each slice."""
+    xp = backend.xp
     bound = limits(xp, x.dtype)
+    if k.ndim == 0:
+        k = xp.reshape(k, (1,) * x.ndim)
     nothing = k <= 0.0
     if weights is None:
         total = xp.full_like(k, x.shape[-1])
@@ -318,17 +329,16 @@ def _ends(backend: Backend, x: Array, where: Array | None, fixed: Fixed, ranks: 
     return Ends(high, low, total, nothing, everything, valid & (k <= total * (1.0 + 4.0 * rounding)))
 
 
-def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, int] | None) -> tuple[Array, Array]:
+def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
     """The scores of rank ceil(k) and floor(k) + 1; between them lies the gap of a whole k."""
-    xp, n = backend.xp, x.shape[-1]
-    k = xp.broadcast_to(k, (*(k.shape[:-1] or (1,) * (x.ndim - 1)), 1))
+    xp, n, boundaries = backend.xp, x.shape[-1], k.shape[-1]
     k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
     first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
     both = xp.maximum(xp.concat([first, second], axis=-1), 1)
     both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
     static = None if ranks is None else tuple(min(max(rank, 1), n) for rank in ranks)
     found = backend.order_statistics(x, both, static)
-    return found[..., :1], xp.where(second > n, -math.inf, found[..., 1:])
+    return found[..., :boundaries], xp.where(second > n, -math.inf, found[..., boundaries:])
 
 
 def _weighted_edges(
@@ -347,8 +357,9 @@ def _weighted_edges(
     mass = xp.take_along_axis(weights, order, axis=-1)
     del order  # two arrays of the scores' size, in float32
     mass = xp.cumulative_sum(xp.where(x > -math.inf, mass, 0.0), axis=-1)
-    first = xp.count_nonzero(mass < least, axis=-1, keepdims=True)
-    second = xp.count_nonzero(mass <= most, axis=-1, keepdims=True)
+    mass = xp.expand_dims(mass, axis=-2)
+    first = xp.count_nonzero(mass < xp.expand_dims(least, axis=-1), axis=-1)
+    second = xp.count_nonzero(mass <= xp.expand_dims(most, axis=-1), axis=-1)
     low = xp.take_along_axis(x, xp.minimum(second, n - 1), axis=-1)
     return (
         xp.take_along_axis(x, xp.minimum(first, n - 1), axis=-1),

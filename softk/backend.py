@@ -45,6 +45,8 @@ class Primitive:
         None). A cotangent that is None is zero.
     constants : int
         How many of the outputs, counted from the last, have no derivative.
+    results : int
+        How many of the outputs, counted from the first, the rules do not read, so that a framework need not keep them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Primitive:
     jvp: Callable[..., tuple[Array, ...]]
     vjp: Callable[..., tuple[Array | None, ...]]
     constants: int = 0
+    results: int = 1
 
     def __post_init__(self) -> None:
         PRIMITIVES[self.name] = self
@@ -134,6 +137,10 @@ class Backend:
     def constant(self, x: Array) -> Array:
         """The same values, cut off from automatic differentiation."""
         return x
+
+    def known(self, flag: Array) -> bool | None:
+        """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
+        return None
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.

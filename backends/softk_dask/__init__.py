@@ -44,10 +44,13 @@ def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -
     if x.shape[-1] == 0:
         return tuple(function(Backend(xp), list(groups)))  # nothing to cut into blocks
     arrays = [value for group in groups for value in group if value is not None]
-    names = [_core(value, x) for value in arrays]
-    # All arrays have one value, or n, a slice, or are numbers: they can be cut into the same slices.
+    # All arrays have the axes of the slices, which can be cut, and behind them their own; or they are numbers.
     chunks = x.chunks[:-1]
-    arrays = [value.rechunk((*chunks, -1)) if value.ndim else value for value in arrays]
+    own = [max(value.ndim - len(chunks), 0) for value in arrays]
+    arrays = [
+        value.rechunk((*chunks, *(-1,) * axes)) if axes else value for value, axes in zip(arrays, own, strict=True)
+    ]
+    cores = [value.shape[value.ndim - axes :] for value, axes in zip(arrays, own, strict=True)]
 
     def apply(*blocks: Array) -> tuple[Any, ...]:
         inner = backend_of(blocks[0])
@@ -55,28 +58,47 @@ def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -
         with inner.quiet():
             return tuple(function(inner, [tuple(None if v is None else next(values) for v in g) for g in groups]))
 
-    # Which results there are, and of which shape, is seen on two items of one slice.
-    probe = apply(*(np.ones_like(value._meta, shape=_PROBE[name]) for value, name in zip(arrays, names, strict=True)))
-    present = [value for value in probe if value is not None]
-    found = da.apply_gufunc(
-        lambda *blocks: tuple(value for value in apply(*blocks) if value is not None),
-        ",".join(names) + "->" + ",".join("(n)" if value.shape == (2,) else "(one)" for value in present),
-        *arrays,
-        output_dtypes=[value.dtype for value in present],
-        output_sizes=None if "(one)" in names else {"one": 1},
+    found = _shapes(apply, [value._meta for value in arrays], cores, x.shape[-1])
+    present = [value for value in found if value is not None]
+    known = {size for core in cores for size in core}
+    results = iter(
+        da.apply_gufunc(
+            lambda *blocks: tuple(value for value in apply(*blocks) if value is not None),
+            ",".join(map(_signature, cores)) + "->" + ",".join(_signature(core) for core, _ in present),
+            *arrays,
+            output_dtypes=[dtype for _, dtype in present],
+            output_sizes={f"d{size}": size for core, _ in present for size in core if size not in known},
+        )
     )
-    results = iter(found)
-    return tuple(None if value is None else next(results) for value in probe)
+    return tuple(None if value is None else next(results) for value in found)
 
 
-_PROBE = {"(n)": (2,), "(one)": (1,), "()": ()}
+def _signature(core: tuple[int, ...]) -> str:
+    """An array's own axes, named by their sizes, as a generalised ufunc has them."""
+    return "(" + ",".join(f"d{size}" for size in core) + ")"
 
 
-def _core(value: Array, x: Array) -> str:
-    """The last axis of an array: that of the scores, of one value a slice, or none."""
-    if value.ndim == 0:
-        return "()"
-    return "(n)" if value.shape[-1] == x.shape[-1] != 1 else "(one)"
+def _shapes(
+    apply: Callable[..., tuple[Any, ...]], metas: list[Any], cores: list[tuple[int, ...]], n: int
+) -> list[tuple[tuple[int, ...], Any] | None]:
+    """The shape and dtype of every result on one slice, None for one that there is not.
+
+    Seen by trying. Where nothing but the number of scores can be an axis, two scores and three say which of the axes
+    follow it; elsewhere a slice of its real size is tried.
+    """
+
+    def attempt(size: int) -> list[Any]:
+        shapes = [tuple(size if length == n else length for length in core) for core in cores]
+        return list(apply(*(np.ones_like(meta, shape=shape) for meta, shape in zip(metas, shapes, strict=True))))
+
+    if n == 1 or any(core not in ((), (1,), (n,)) for core in cores):
+        return [None if value is None else (value.shape, value.dtype) for value in attempt(n)]
+    return [
+        None
+        if one is None
+        else (tuple(n if i != j else i for i, j in zip(one.shape, two.shape, strict=True)), one.dtype)
+        for one, two in zip(attempt(2), attempt(3), strict=True)
+    ]
 
 
 backend = DaskBackend(xp, "dask")

@@ -46,6 +46,11 @@ class JaxBackend(Backend):
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
+    def known(self, flag: Array) -> bool | None:
+        if isinstance(flag, jax.core.Tracer) or any(device.platform != "cpu" for device in flag.devices()):
+            return None
+        return bool(flag)
+
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
             _, done, count = loop
@@ -103,10 +108,10 @@ def _tangents(
 
     @jax.checkpoint
     def push(inputs: Any, outputs: Any, tangents: Any) -> tuple[Array, ...]:
-        found = primitive.jvp(backend, inputs, (None, *outputs), tangents)
+        found = primitive.jvp(backend, inputs, (*(None,) * primitive.results, *outputs), tangents)
         return tuple(jnp.asarray(value) for value in found)
 
-    found: tuple[Array, ...] = push(inputs, outputs[1:], tangents)
+    found: tuple[Array, ...] = push(inputs, outputs[primitive.results :], tangents)
     return found
 
 

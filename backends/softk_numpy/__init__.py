@@ -16,6 +16,9 @@ __all__ = ["NumpyBackend", "backend"]
 class NumpyBackend(Backend):
     """Arrays in memory: values can be looked at, and NumPy partitions in O(n)."""
 
+    def known(self, flag: Array) -> bool | None:
+        return bool(flag)
+
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         for _ in range(limit):
             state, done = step(state)

@@ -47,10 +47,13 @@ class TorchBackend(Backend):
     def constant(self, x: Array) -> Array:
         return x.detach()
 
+    def known(self, flag: Array) -> bool | None:
+        return _look(flag)
+
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         for _ in range(limit):
             state, done = step(state)
-            if _finished(done):
+            if _look(done.all()):
                 break
         return state
 
@@ -67,14 +70,14 @@ class TorchBackend(Backend):
         return torch.cat([found[..., i : i + 1] for i in index], dim=-1)
 
 
-def _finished(done: torch.Tensor) -> bool:
-    """Whether all is done, where looking costs nothing: a plain tensor in the memory of the CPU, outside any trace."""
-    if type(done) is not torch.Tensor or done.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+def _look(flag: torch.Tensor) -> bool | None:
+    """The value of a boolean, where it is there: a plain tensor in the memory of the CPU, outside any trace."""
+    if type(flag) is not torch.Tensor or flag.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
     try:
-        return bool(done.all())
+        return bool(flag)
     except RuntimeError:  # a tracer that has no type of its own refuses to tell
-        return False
+        return None
 
 
 @torch.compiler.allow_in_graph
@@ -103,9 +106,9 @@ class _Function(torch.autograd.Function):
         ctx.differentiable = len(output) - ctx.primitive.constants
         ctx.mark_non_differentiable(*output[ctx.differentiable :])
         ctx.set_materialize_grads(False)
-        # The result itself (the first output) is not kept: the rule is built from those that follow it.
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors, *output[1:])
+        kept = output[ctx.primitive.results :]
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_forward(*tensors, *kept)
         ctx.count = len(tensors)
 
     @staticmethod
@@ -134,9 +137,9 @@ class _Function(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The inputs and the outputs of the forward pass; the rules do not read the first output."""
+    """The inputs and the outputs of the forward pass; the rules do not read the results."""
     saved = ctx.saved_tensors
-    return saved[: ctx.count], (None, *saved[ctx.count :])
+    return saved[: ctx.count], (*(None,) * ctx.primitive.results, *saved[ctx.count :])
 
 
 def _primal(value: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,332 @@
+"""The operators that are made of a transport plan, as primitives: sorting, ranking, and the general problem.
+
+As for the mask, the outputs end with the offsets, from which the rule is built, and with constants. Rows are anchors or
+the boundaries between them, from the highest to the lowest; columns are scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from ._plan import Task, hold, log_odds, newton, plan, prepare, running, sinkhorn
+from ._plan_rule import PlanLinearisation
+from ._solver import between, limits, nonzero, selectable
+from .backend import Array, Backend, Inputs, Primitive
+
+Arrays = tuple[Array, ...]
+
+# --- sorting and ranking: rows of equal mass at equal distances, and one more anchor for the rest, which may be nothing
+#
+# Inputs: scores x (..., n), tau between neighbouring anchors (..., 1) or (), the mass of a row (), where (..., n) or
+# None. How many rows there are is an option; in a rule the offsets say it, of which each row has one.
+
+
+def _ladder(xp: Any, inputs: tuple[Any, ...], rows: int) -> Task:
+    x, tau, unit, where = inputs
+    x = selectable(xp, x, where)
+    return prepare(xp, x, xp.broadcast_to(unit, (*x.shape[:-1], rows + 1)), tau, hold(xp, x, None))
+
+
+def _climb(
+    backend: Backend, inputs: tuple[Any, ...], rows: int, ranks: tuple[int, ...] | None
+) -> tuple[Task, Array, Array]:
+    task = _ladder(backend.xp, inputs, rows)
+    reference, offset, _ = newton(backend, task, weighted=False, ranks=ranks)
+    return task, reference, offset
+
+
+def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearisation:
+    *_, offset, reference = outputs
+    return PlanLinearisation(backend, _ladder(backend.xp, inputs, offset.shape[-2]), reference, offset)
+
+
+def _push(rule: PlanLinearisation, tangents: Inputs) -> tuple[Array, Array]:
+    """Tangents of the whole plan and of the offsets."""
+    dx, dtau, *_ = tangents
+    column = None if dtau is None else _column(rule.xp, dtau)
+    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), column, None, None)
+
+
+def _column(xp: Any, values: Array) -> Array:
+    """One value a slice, for every boundary."""
+    return xp.expand_dims(values, axis=-1) if values.ndim else values
+
+
+def _one(xp: Any, taubar: Array, tau: Array) -> Array:
+    """The cotangent of the one temperature that all boundaries share."""
+    shared = xp.sum(taubar, axis=-2)
+    return shared if tau.ndim else xp.sum(shared)
+
+
+class _Means:
+    """The mean score that each row takes: r + sum_i P_ij (x_i - r) / c_j.
+
+    Measured from a constant r near it, which keeps an offset of the scores out of the sum. A row that is all +inf is
+    +inf; one for which no scores are left is -inf.
+    """
+
+    def __init__(self, xp: Any, task: Task, reference: Array, unit: Array) -> None:
+        x, rows = task.x, reference.shape[-2]
+        finite = xp.abs(x) < math.inf
+        least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
+        most = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
+        some = least <= most
+        near = between(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
+        self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
+        self.apart = xp.where(self.finite, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), 0.0)
+        before = unit * xp.broadcast_to(xp.astype(xp.arange(rows), x.dtype), near.shape)
+        count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
+        first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
+        mass = between(xp, count - before, 0.0, unit)
+        self.end = xp.where(before < first, math.inf, xp.where(mass > 0.0, 0.0 * mass, -math.inf))
+        self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
+
+    def of(self, share: Array) -> Array:
+        found = self.xp.sum(share * self.apart, axis=-1) / self.mass
+        return self.xp.where(self.xp.isnan(found), math.nan, self.near + found + self.end)
+
+    def push(self, share: Array, dshare: Array, dx: Array | None) -> Array:
+        xp = self.xp
+        moved = dshare * self.apart
+        if dx is not None:
+            moved = moved + share * xp.where(self.finite, xp.expand_dims(dx, axis=-2), 0.0)
+        return xp.sum(moved, axis=-1) / self.mass
+
+    def pull(self, share: Array, vbar: Array) -> tuple[Array, Array]:
+        """Cotangents of the rows of the plan and of the scores."""
+        xp = self.xp
+        vbar = xp.expand_dims(vbar / self.mass, axis=-1)
+        return vbar * self.apart, xp.sum(xp.where(self.finite, vbar * share, 0.0), axis=-2)
+
+
+def _sorted_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    xp = backend.xp
+    task, reference, offset = _climb(backend, inputs, rows, ranks)
+    share = (plan(xp, log_odds(xp, task, reference) - offset) * task.weights)[..., :-1, :]
+    return _Means(xp, task, reference, inputs[2]).of(share), share, offset, reference
+
+
+def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _linearise(backend, inputs, outputs)
+    weights = rule.task.weights
+    dshare, doffset = _push(rule, tangents)
+    share, dshare = (weights * rule.share)[..., :-1, :], (weights * dshare)[..., :-1, :]
+    means = _Means(backend.xp, rule.task, outputs[-1], inputs[2])
+    return means.push(share, dshare, tangents[0]), dshare, doffset
+
+
+def _sorted_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+    xp = backend.xp
+    vbar, ubar, c = cotangents
+    rule = _linearise(backend, inputs, outputs)
+    weights, direct = rule.task.weights, None
+    if vbar is not None:
+        share = (weights * rule.share)[..., :-1, :]
+        found, direct = _Means(xp, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
+        ubar = found if ubar is None else ubar + found
+    if ubar is not None:
+        ubar = weights * xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
+    xbar, taubar, _, _ = rule.pull(ubar, c)
+    return xbar if direct is None else xbar + direct, _one(xp, taubar, inputs[1]), None, None
+
+
+sorted_plan = Primitive("sorted_plan", _sorted_forward, _sorted_jvp, _sorted_vjp, constants=1, results=2)
+
+
+# --- the soft rank: the mean position of the rows that a score goes to, 0 for the highest
+
+
+def _positions(xp: Any, x: Array, rows: int) -> Array:
+    """Evenly over 0 ... n - 1, from the highest to the lowest row (..., m - 1, 1)."""
+    step = (x.shape[-1] - 1) / max(rows - 1, 1)
+    place = step * xp.astype(xp.arange(rows), x.dtype)
+    return xp.broadcast_to(xp.reshape(place, (rows, 1)), (*x.shape[:-1], rows, 1))
+
+
+def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    xp = backend.xp
+    task, reference, offset = _climb(backend, inputs, rows, ranks)
+    share = plan(xp, log_odds(xp, task, reference) - offset)[..., :-1, :]
+    place = _positions(xp, task.x, rows)
+    found = xp.sum(share * place, axis=-2)
+    # -inf is never selected: those are behind all others, and tie.
+    count = xp.count_nonzero(task.x > -math.inf, axis=-1, keepdims=True)
+    last = 0.5 * (xp.astype(count, found.dtype) + (task.x.shape[-1] - 1))
+    last = xp.where(xp.isnan(offset[..., 0, :]), math.nan, last)
+    return xp.where(task.x == -math.inf, last, found), offset, reference
+
+
+def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _linearise(backend, inputs, outputs)
+    place = _positions(backend.xp, rule.task.x, outputs[-1].shape[-2])
+    dshare, doffset = _push(rule, tangents)
+    return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
+
+
+def _rank_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+    xp = backend.xp
+    ubar, c = cotangents
+    rule = _linearise(backend, inputs, outputs)
+    if ubar is not None:
+        place = _positions(xp, rule.task.x, outputs[-1].shape[-2])
+        place = xp.concat([place, place[..., -1:, :]], axis=-2)
+        ubar = rule.task.weights * xp.expand_dims(ubar, axis=-2) * place
+    xbar, taubar, _, _ = rule.pull(ubar, c)
+    return xbar, _one(xp, taubar, inputs[1]), None, None
+
+
+soft_rank = Primitive("soft_rank", _rank_forward, _rank_jvp, _rank_vjp, constants=1)
+
+
+# --- any anchors, any masses
+#
+# Inputs: scores x (..., n), anchors and marginals (..., m) in any order, tau = epsilon / 2 (..., 1) or (),
+# item weights and where (..., n) or None.
+
+
+class _Order:
+    """Anchors from the highest to the lowest, those that take nothing last; and back."""
+
+    def __init__(self, xp: Any, anchors: Array, marginals: Array) -> None:
+        self.xp = xp
+        self.down = xp.argsort(xp.where(marginals > 0.0, anchors, -math.inf), axis=-1, descending=True)
+        self.up = xp.argsort(self.down, axis=-1)
+
+    def sorted(self, values: Array) -> Array:
+        return self.xp.take_along_axis(values, self.down, axis=-1)
+
+    def restored(self, values: Array) -> Array:
+        return self.xp.take_along_axis(values, self.up, axis=-1)
+
+    def sorted_rows(self, values: Array) -> Array:
+        return self._take_rows(values, self.down)
+
+    def restored_rows(self, values: Array) -> Array:
+        return self._take_rows(values, self.up)
+
+    def _take_rows(self, values: Array, index: Array) -> Array:
+        index = self.xp.broadcast_to(self.xp.expand_dims(index, axis=-1), values.shape)
+        return self.xp.take_along_axis(values, index, axis=-2)
+
+
+class _Transport(NamedTuple):
+    """The problem in canonical form, and what its derivative needs of the way there."""
+
+    order: _Order
+    task: Task
+    anchors: Array  # (..., m)
+    masses: Array  # (..., m), of the total weight of the scores
+    scale: Array  # masses / marginals (..., 1)
+    sum: Array  # of the marginals
+    total: Array  # of the weights
+    distance: Array  # of neighbouring anchors (..., m - 1)
+    fixed: Array  # whether that distance is a constant
+
+
+def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
+    x, anchors, marginals, tau, weights, where = inputs
+    order = _Order(xp, anchors, marginals)
+    anchors, marginals = order.sorted(anchors), order.sorted(marginals)
+    valid = xp.all((marginals >= 0.0) & (marginals < math.inf), axis=-1, keepdims=True)
+    taken = marginals > 0.0
+    # Neither an anchor that takes nothing nor the distance of two that are equal is a scale to measure scores on.
+    both = taken[..., :-1] & taken[..., 1:]
+    least = tau / limits(xp, x.dtype).farthest
+    distance = xp.where(both, anchors[..., :-1] - anchors[..., 1:], 1.0)
+    fixed = ~both | (distance <= least)
+    distance = xp.where(distance <= least, least, distance)
+    x = selectable(xp, x, where)
+    held = hold(xp, x, weights)
+    whole, total = (xp.sum(values, axis=-1, keepdims=True) for values in (marginals, held))
+    scale = total / xp.where(valid & (whole > 0.0), whole, math.nan)
+    masses = marginals * scale
+    task = prepare(xp, x, masses, tau / distance, held)
+    return _Transport(order, task, anchors, masses, scale, whole, total, distance, fixed)
+
+
+def _transport_forward(backend: Backend, *inputs: Any, method: str, tolerance: float, limit: int) -> Arrays:
+    xp = backend.xp
+    _, _, _, tau, weights, _ = inputs
+    problem = _transport(xp, inputs)
+    task, anchors, masses = problem.task, problem.anchors, problem.masses
+    if method == "newton":
+        reference, offset, count = newton(backend, task, weighted=weights is not None, limit=limit)
+    else:
+        reference, offset, count = sinkhorn(backend, task, masses, anchors, tolerance, limit)
+    share = task.weights * plan(xp, log_odds(xp, task, reference) - offset)
+    error = xp.max(xp.abs(xp.sum(share, axis=-1) - masses), axis=-1, keepdims=True)
+    # (2 x y - y^2 + g) / epsilon differs between neighbours by z. The zero of g, which is free, is at the lowest anchor
+    # that takes anything.
+    apart = anchors[..., :-1] - anchors[..., 1:]
+    squares = apart * (anchors[..., :-1] + anchors[..., 1:])
+    rise = squares - 2.0 * (reference[..., 0] * apart + tau * offset[..., 0])
+    taken = masses > 0.0
+    rise = xp.where(taken[..., 1:], rise, 0.0)
+    potentials = running(xp, xp.expand_dims(rise, axis=-1), reverse=True)[..., 0]
+    potentials = problem.order.restored(xp.where(taken, potentials, -math.inf))
+    return problem.order.restored_rows(share), offset, reference, error, count[..., 0], potentials
+
+
+def _transport_rule(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> tuple[_Transport, PlanLinearisation]:
+    problem = _transport(backend.xp, inputs)
+    return problem, PlanLinearisation(backend, problem.task, outputs[2], outputs[1])
+
+
+def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    xp = backend.xp
+    dx, danchors, dmarginals, dtau, da, _ = tangents
+    tau = inputs[3]
+    problem, rule = _transport_rule(backend, inputs, outputs)
+    task = problem.task
+    growth = xp.zeros_like(problem.distance)
+    if dtau is not None:
+        growth = growth + dtau / tau
+    if danchors is not None:
+        danchors = problem.order.sorted(danchors)
+        moved = danchors[..., :-1] - danchors[..., 1:]
+        growth = growth - xp.where(problem.fixed, 0.0, moved / problem.distance)
+    dmasses = xp.zeros_like(problem.masses)
+    if dmarginals is not None:
+        dmarginals = problem.order.sorted(dmarginals)
+        lost = problem.masses * (xp.sum(dmarginals, axis=-1, keepdims=True) / nonzero(xp, problem.sum))
+        dmasses = dmasses + problem.scale * dmarginals - lost
+    if da is not None:
+        da = xp.where(task.x == -math.inf, 0.0, da)
+        dmasses = dmasses + problem.masses * (xp.sum(da, axis=-1, keepdims=True) / nonzero(xp, problem.total))
+        da = xp.expand_dims(da, axis=-2)
+    dmass = running(xp, xp.expand_dims(dmasses, axis=-1))[..., 1:-1, :]
+    dtau = task.tau * xp.expand_dims(growth, axis=-1)
+    dshare, doffset = rule.push(None if dx is None else xp.expand_dims(dx, axis=-2), dtau, da, dmass)
+    dshare = task.weights * dshare
+    return problem.order.restored_rows(dshare if da is None else dshare + da * rule.share), doffset
+
+
+def _transport_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+    xp = backend.xp
+    ubar, c = cotangents
+    tau, weights = inputs[3], inputs[4]
+    problem, rule = _transport_rule(backend, inputs, outputs)
+    task = problem.task
+    if ubar is not None:
+        ubar = problem.order.sorted_rows(ubar)
+    xbar, taubar, abar, massbar = rule.pull(None if ubar is None else task.weights * ubar, c)
+    massbar = running(xp, massbar, reverse=True)[..., 0]
+    taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
+    marginalbar = problem.scale * massbar - taken / nonzero(xp, problem.sum)
+    growth = (taubar * task.tau)[..., 0]
+    moved = xp.where(problem.fixed, 0.0, -growth / problem.distance)
+    none = xp.zeros_like(moved[..., :1])
+    anchorbar = xp.concat([moved, none], axis=-1) - xp.concat([none, moved], axis=-1)
+    growth = growth / tau
+    taubar = xp.sum(growth, axis=-1, keepdims=True) if tau.ndim else xp.sum(growth)
+    if weights is None:
+        abar = None
+    else:
+        if ubar is not None:
+            abar = abar + xp.sum(ubar * rule.share, axis=-2)
+        abar = xp.where(task.x == -math.inf, 0.0, abar + taken / nonzero(xp, problem.total))
+    return xbar, problem.order.restored(anchorbar), problem.order.restored(marginalbar), taubar, abar, None
+
+
+transport_plan = Primitive("transport_plan", _transport_forward, _transport_jvp, _transport_vjp, constants=4)
