@@ -130,10 +130,10 @@ class Slices:
     # -- conversions
 
     def _last(self, values: Array) -> Array:
-        return values if self.axis == self.ndim - 1 else self.xp.moveaxis(values, self.axis, -1)
+        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, self.axis, -1)
 
     def _back(self, values: Array) -> Array:
-        return values if self.axis == self.ndim - 1 else self.xp.moveaxis(values, -1, self.axis)
+        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
 
     def _cast(self, values: Array, dtype: Any) -> Array:
         return values if values.dtype == dtype else self.xp.astype(values, dtype)
@@ -276,11 +276,11 @@ class Slices:
         def push(values: Array) -> Array:
             values = values if self.sign > 0.0 else -values
             values = self._cast(values, self.dtype)
-            return xp.moveaxis(values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
+            return move_axis(xp, values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._cast(cotangent, self.working)
-            cotangent = xp.moveaxis(cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
+            cotangent = move_axis(xp, cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
             return cotangent if self.sign > 0.0 else -cotangent
 
         return Argument(None, None, push, pull)
@@ -306,10 +306,10 @@ class Slices:
         xp, here = self.xp, (self.axis, self.axis + 1)
 
         def push(values: Array) -> Array:
-            return self._cast(xp.moveaxis(values, (-2, -1), here), self.dtype)
+            return self._cast(move_axis(xp, values, (-2, -1), here), self.dtype)
 
         def pull(cotangent: Array) -> Array:
-            return xp.moveaxis(self._cast(cotangent, self.working), here, (-2, -1))
+            return move_axis(xp, self._cast(cotangent, self.working), here, (-2, -1))
 
         return Argument(None, None, push, pull)
 
@@ -318,10 +318,10 @@ class Slices:
         xp = self.xp
 
         def push(values: Array) -> Array:
-            return self._cast(xp.moveaxis(values, -1, self.axis), self.dtype)
+            return self._cast(move_axis(xp, values, -1, self.axis), self.dtype)
 
         def pull(cotangent: Array) -> Array:
-            return xp.moveaxis(self._cast(cotangent, self.working), self.axis, -1)
+            return move_axis(xp, self._cast(cotangent, self.working), self.axis, -1)
 
         return Argument(None, None, push, pull)
 
@@ -363,6 +363,17 @@ def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
 
 
 # --- shapes
+
+
+def move_axis(xp: Any, values: Array, source: Any, destination: Any) -> Array:
+    """moveaxis, which not every library can batch."""
+    ndim = values.ndim
+    sources, targets = (
+        [i % ndim for i in (axes if isinstance(axes, tuple) else (axes,))] for axes in (source, destination)
+    )
+    rest = iter(i for i in range(ndim) if i not in sources)
+    moved = dict(zip(targets, sources, strict=True))
+    return xp.permute_dims(values, tuple(moved[i] if i in moved else next(rest) for i in range(ndim)))
 
 
 def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -147,25 +147,36 @@ def newton(
     floor(C) + 1, where they are known without looking into an array; `limit` is the number of steps at most.
     """
     xp = backend.xp
+    constants = (backend.constant(value) for value in task)
+    options = {"weighted": weighted, "ranks": ranks, "limit": limit}
+    reference, offset, count, valid = backend.settle(_approach, options, *constants)
+    z = log_odds(xp, task, reference)
+    for _ in range(CORRECTIONS):
+        offset = offset + _step(xp, z - offset, task.mass, task.weights)[0]
+    return Boundaries(reference, xp.where(valid, offset, math.nan), count)
+
+
+def _approach(
+    backend: Backend, *arrays: Array, weighted: bool, ranks: tuple[int, ...] | None, limit: int
+) -> tuple[Array, ...]:
+    """The reference; the offset, within reach of the corrections; the number of steps; and whether there is a plan."""
+    xp, task = backend.xp, Task(*arrays)
     bound = limits(xp, task.x.dtype)
-    given = Task(*(backend.constant(value) for value in task))
-    mass = given.mass[..., 0]
-    weights = given.weights[..., 0, :] if weighted else None
+    mass = task.mass[..., 0]
     if not weighted:  # sums of fractions that should be whole are
         nearest = xp.round(mass)
         mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
-    ends = find_ends(backend, given.x, None, mass, weights, ranks)
+    ends = find_ends(backend, task.x, None, mass, task.weights[..., 0, :] if weighted else None, ranks)
     ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
-    reference, gap = frame(xp, ends, given.tau)
-    z = log_odds(xp, given, reference)
-    fixed = Fixed(xp.expand_dims(mass, axis=-1), given.tau, given.weights)
-
-    offset = _together(xp, z, search(backend, z, gap, fixed, ends.total), given.weights)
+    reference, gap = frame(xp, ends, task.tau)
+    z = log_odds(xp, task, reference)
+    fixed = Fixed(xp.expand_dims(mass, axis=-1), task.tau, task.weights)
+    offset = _together(xp, z, search(backend, z, gap, fixed, ends.total), task.weights)
     offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, last, careful, done = state
-        size, wanted = _step(xp, z - offset, fixed.k, given.weights)
+        size, wanted = _step(xp, z - offset, fixed.k, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
         careful = careful | (decrement > last)
         potentials = running(xp, size, reverse=True)
@@ -180,12 +191,8 @@ def newton(
     none = xp.zeros_like(offset[..., :1, :])
     state = (offset, none, none + math.inf, none > 0.0, none > 0.0)
     offset, count, *_ = backend.repeat(step, state, limit)
-    offset = backend.constant(offset)
-    z = log_odds(xp, task, reference)
-    for _ in range(CORRECTIONS):
-        offset = offset + _step(xp, z - offset, task.mass, task.weights)[0]
     valid = xp.all(ends.valid, axis=-2, keepdims=True) & (task.tau > 0.0) & (task.tau <= bound.largest)
-    return Boundaries(reference, xp.where(valid, offset, math.nan), count)
+    return reference, offset, count, valid
 
 
 def _step(xp: Any, z: Array, mass: Array, weights: Array) -> tuple[Array, Array]:
@@ -234,24 +241,31 @@ def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolera
         Iterations at most.
     """
     xp = backend.xp
-    given = Task(*(backend.constant(value) for value in task))
     masses, anchors = (xp.expand_dims(backend.constant(value), axis=-1) for value in (masses, anchors))
     reference = 0.5 * (anchors[..., :-1, :] + anchors[..., 1:, :])  # where g = 0
-    z = log_odds(xp, given, reference)
-    taken = masses > 0.0
+    constants = (backend.constant(value) for value in task)
+    options = {"tolerance": tolerance, "limit": limit}
+    offset, count = backend.settle(_iterate, options, *constants, masses, reference)
+    valid = (task.tau > 0.0) & (task.tau <= limits(xp, offset.dtype).largest)
+    return Boundaries(reference, xp.where(valid, offset, math.nan), count)
+
+
+def _iterate(backend: Backend, *arrays: Array, tolerance: float, limit: int) -> tuple[Array, ...]:
+    """The offset, and the number of iterations."""
+    *given, masses, reference = arrays
+    xp, task = backend.xp, Task(*given)
+    z = log_odds(xp, task, reference)
+    taken, least = masses > 0.0, float(xp.finfo(z.dtype).smallest_normal)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, done = state
-        found = xp.sum(given.weights * plan(xp, z - offset), axis=-1, keepdims=True)
+        found = xp.sum(task.weights * plan(xp, z - offset), axis=-1, keepdims=True)
         done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= tolerance)
-        least = float(xp.finfo(z.dtype).smallest_normal)
         rise = xp.log(xp.where(taken, masses, 1.0)) - xp.log(xp.maximum(found, least))
         rise = xp.where(taken, rise, math.log(least))
         move = rise[..., 1:, :] - rise[..., :-1, :]
         return (xp.where(done, offset, offset + move), xp.where(done, count, count + 1.0), done), done
 
     none = xp.zeros_like(z[..., :1, :1])
-    state = (xp.zeros_like(z[..., :1]), none, none > 0.0)
-    offset, count, _ = backend.repeat(step, state, limit)
-    valid = (task.tau > 0.0) & (task.tau <= limits(xp, z.dtype).largest)
-    return Boundaries(reference, backend.constant(xp.where(valid, offset, math.nan)), count)
+    offset, count, _ = backend.repeat(step, (xp.zeros_like(z[..., :1]), none, none > 0.0), limit)
+    return offset, count

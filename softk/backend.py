@@ -138,6 +138,16 @@ class Backend:
         """The same values, cut off from automatic differentiation."""
         return x
 
+    def settle(
+        self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
+    ) -> tuple[Array, ...]:
+        """``function(backend, *arrays, **options)``, which has no derivative: what an iteration settles to.
+
+        A framework that would unroll the iteration under a trace may keep the call whole there. The options are
+        literals, one of them `limit`, the number of iterations, on which the shapes of the results do not depend.
+        """
+        return function(self, *arrays, **options)
+
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
         return None

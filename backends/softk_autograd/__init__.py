@@ -10,7 +10,7 @@ import autograd.numpy as anp
 import numpy as np
 from autograd import make_vjp
 from autograd.builtins import tuple as boxed_tuple
-from autograd.extend import defjvp_argnums, defvjp_argnums
+from autograd.extend import defjvp, defjvp_argnums, defvjp, defvjp_argnums
 from autograd.extend import primitive as traced
 from autograd.tracer import isbox
 
@@ -27,6 +27,7 @@ class _Namespace:
     __name__ = "autograd.numpy"
     isdtype = staticmethod(np.isdtype)
     finfo = staticmethod(np.finfo)
+    permute_dims = staticmethod(anp.transpose)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(anp, name)
@@ -40,8 +41,48 @@ class _Namespace:
         return anp.broadcast_to(anp.reshape(x, (1,) * (len(shape) - x.ndim) + tuple(x.shape)), shape)
 
     @staticmethod
+    def flip(x: Array, *, axis: int) -> Array:
+        return x[(..., slice(None, None, -1), *(slice(None),) * (-axis - 1))]
+
+    @staticmethod
+    def cumulative_sum(x: Array, *, axis: int) -> Array:
+        return anp.cumsum(x, axis=axis)
+
+    @staticmethod
+    def matrix_transpose(x: Array) -> Array:
+        return anp.swapaxes(x, -1, -2)
+
+    @staticmethod
+    def concat(arrays: list[Array], *, axis: int) -> Array:
+        return anp.concatenate(arrays, axis=axis)
+
+    @staticmethod
+    def argsort(x: Array, **options: Any) -> Array:
+        return numpy_backend.xp.argsort(_value(x), **options)
+
+    @staticmethod
+    def take_along_axis(x: Array, index: Array, *, axis: int) -> Array:
+        return _permute(x, index, axis)
+
+    @staticmethod
     def full(shape: Any, value: float, *, dtype: Any, device: Any) -> Array:
         return np.full(shape, value, dtype=dtype)
+
+
+def _value(x: Array) -> Array:
+    while isbox(x):
+        x = x._value
+    return x
+
+
+#: All that the rules take along an axis is permutations, whose transpose is their inverse.
+_permute = traced(np.take_along_axis)
+defvjp(
+    _permute,
+    lambda ans, x, index, axis: lambda g: _permute(g, np.argsort(index, axis=axis), axis),
+    argnums=(0,),
+)
+defjvp(_permute, lambda g, ans, x, index, axis: _permute(g, index, axis), argnums=(0,))
 
 
 class AutogradBackend(NumpyBackend):
@@ -60,9 +101,7 @@ class AutogradBackend(NumpyBackend):
         return "cpu"
 
     def constant(self, x: Array) -> Array:
-        while isbox(x):
-            x = x._value
-        return x
+        return _value(x)
 
 
 @cache

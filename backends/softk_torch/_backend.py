@@ -9,6 +9,8 @@ is right to second order.
 
 from __future__ import annotations
 
+import sys
+from ast import literal_eval
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -47,6 +49,14 @@ class TorchBackend(Backend):
     def constant(self, x: Array) -> Array:
         return x.detach()
 
+    def settle(
+        self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
+    ) -> tuple[Array, ...]:
+        if torch.compiler.is_compiling() or any(type(value) is not torch.Tensor for value in arrays):
+            name = f"{function.__module__}:{function.__qualname__}"
+            return tuple(_settled(name, repr(options), list(arrays)))
+        return function(self, *arrays, **options)
+
     def known(self, flag: Array) -> bool | None:
         return _look(flag)
 
@@ -78,6 +88,19 @@ def _look(flag: torch.Tensor) -> bool | None:
         return bool(flag)
     except RuntimeError:  # a tracer that has no type of its own refuses to tell
         return None
+
+
+@torch.library.custom_op("softk::settle", mutates_args=())
+def _settled(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    """An iteration as one operation of a graph, in which it stops when it is done."""
+    module, function = name.split(":")
+    return list(getattr(sys.modules[module], function)(backend, *arrays, **literal_eval(options)))
+
+
+@_settled.register_fake
+def _(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    module, function = name.split(":")
+    return list(getattr(sys.modules[module], function)(backend, *arrays, **{**literal_eval(options), "limit": 0}))
 
 
 @torch.compiler.allow_in_graph
