@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import limits, logits, nonzero, selectable, weigh
+from ._solver import exponential, least, limits, logits, nonzero, selectable, weigh
 from .backend import Array, Backend
 
 
@@ -61,7 +61,7 @@ class Linearisation:
         # Everything in units of exp(peak); only an item without weight can come closer than the peak.
         decay = near - peak if self.weights is None else xp.minimum(near - peak, ceiling)
         del near, apart
-        decay = xp.where(far, 0.0, xp.exp(decay))
+        decay = xp.where(far, 0.0, exponential(xp, decay))
         del far
         tail = decay / (1.0 + height * decay)
         del decay
@@ -226,9 +226,11 @@ class LogLinearisation(Linearisation):
 
 
 def sigmoid(xp: Any, z: Array) -> Array:
-    """1 / (1 + exp(-z)), with relative accuracy in the lower tail and no overflow."""
+    """1 / (1 + exp(-z)), without overflow, and exactly 0 before it would be a subnormal number."""
     upper = z > 0.0
-    decay = xp.exp(-xp.abs(z))
+    z = xp.abs(z)
+    decay = exponential(xp, -z)
+    decay = xp.where(z > -math.log(least(xp, z.dtype)), 0.0, decay)
     del z
     numerator = xp.where(upper, 1.0, decay)
     decay = 1.0 + decay

