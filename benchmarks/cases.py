@@ -1,0 +1,72 @@
+"""What is measured: shapes, k, epsilon and dtypes, and the inputs that belong to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+SHAPES = ((128, 1000, 10), (8, 20_000, 100), (4096, 64, 8), (1, 1_000_000, 1000))
+"""(slices, scores a slice, k)."""
+HALVES = ((128, 1000, 500), (1, 1_000_000, 500_000))
+EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+LENGTHS = (100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem of one batch of slices, and which candidates it is for."""
+
+    group: str  # the table or plot that it belongs to: "shapes", "epsilon" or "lengths"
+    rows: int
+    n: int
+    k: int
+    epsilon: float = 0.1
+    dtype: str = "float32"
+    peers: bool = True  # or only softk and what its framework has
+    compiled: bool = False  # torch.compile takes long enough to be asked for
+    forward: bool = True  # the forward pass on its own as well
+
+    @property
+    def size(self) -> int:
+        """How many scores there are."""
+        return self.rows * self.n
+
+    @property
+    def label(self) -> str:
+        """For the progress bar."""
+        return f"({self.rows}, {self.n}) k={self.k} epsilon={self.epsilon:g} {self.dtype}"
+
+    def scores(self) -> np.ndarray:
+        """Standard normal, the same for every candidate; rounding to the dtype comes before everything else."""
+        return np.random.default_rng(0).normal(size=(self.rows, self.n)).astype(self.dtype)
+
+    def cotangent(self) -> np.ndarray:
+        """Random: for one that is constant along a slice the derivative is zero, whatever a candidate does."""
+        return np.random.default_rng(1).normal(size=(self.rows, self.n)).astype(self.dtype)
+
+
+def plan(threads: str) -> list[Case]:
+    """All cases of a full run, `threads` being "one" or "all", the small ones first."""
+    shapes = [Case("shapes", *shape, compiled=True) for shape in SHAPES] + [Case("shapes", *shape) for shape in HALVES]
+    # Doubles decide little about time that floats do not: softk and its framework only.
+    doubles = [replace(case, dtype="float64", peers=False, compiled=False) for case in shapes]
+    if threads == "one":
+        return sorted(shapes + doubles, key=lambda case: case.size)
+    rows, n, k = SHAPES[0]
+    epsilons = [Case("epsilon", rows, n, k, epsilon) for epsilon in EPSILONS]
+    precise = [
+        Case("epsilon", rows, n, k, epsilon, "float64", peers=False, forward=False) for epsilon in EPSILONS[::2]
+    ]
+    lengths = [Case("lengths", 1, n, max(1, n // 100), forward=False) for n in LENGTHS]
+    return sorted(shapes + doubles, key=lambda case: case.size) + epsilons + precise + lengths
+
+
+def quick_plan(threads: str) -> list[Case]:
+    """One or two tiny cases of every group, which prove that all of it runs."""
+    shapes = [Case("shapes", 4, 64, 8), Case("shapes", 2, 100, 50, dtype="float64", peers=False)]
+    if threads == "one":
+        return shapes[:1]
+    epsilons = [Case("epsilon", 4, 64, 8, epsilon, peers=False) for epsilon in (1.0, 0.01)]
+    lengths = [Case("lengths", 1, n, max(1, n // 100), peers=False, forward=False) for n in (100, 1000)]
+    return shapes + epsilons + lengths
