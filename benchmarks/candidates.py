@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -44,16 +46,14 @@ class Candidate:
     peer: bool = False
     power: int = 1  # time grows as this power of n
     arrays: float = 0.0  # of n x n numbers a slice, held at once
-    whole: Callable[[Case], str | None] = lambda case: None  # why it cannot do a case, if so
+    obstacle: Callable[[Case], str | None] = lambda case: None  # why it cannot do a case, if so
 
     def refuses(self, case: Case) -> str | None:
         """Why it cannot be run on a case, from what is known beforehand."""
-        if self.framework == "torch.compile" and not case.compiled:
-            return "not asked for: every new shape, k, epsilon and dtype compiles for long"
         needed = self.arrays * case.rows * case.n**2 * np.dtype(case.dtype).itemsize
         if needed > MEMORY_SHARE * total_memory():
             return f"needs {needed / 2**30:.3g} GiB for n x n numbers a slice"
-        return self.whole(case)
+        return self.obstacle(case)
 
 
 def finished(call: Callable[[], Array], wait: Callable[[Array], Any]) -> Call:
@@ -139,7 +139,8 @@ PEERS = (
         "ott.tools.soft_sort",
         "JAX",
         "`topk_mask` with `squashing_fun` the identity is the same operator, by Sinkhorn's iteration to its default "
-        "tolerance of 1e-3; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values",
+        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values. Both "
+        "with `implicit_diff=None`: their default derivative raises an error with the present lineax",
     ),
     Peer(
         "POT",
@@ -180,16 +181,25 @@ PEERS = (
 )
 
 
-def availability(peer: Peer) -> str:
-    """The installed version, or why there is none, beginning with "absent"."""
+def installed(framework: str) -> set[str]:
+    """The distributions of the peers of a framework that can be imported."""
+    own = [peer for peer in PEERS if peer.framework == framework]
+    return {peer.distribution for peer in own if not availability(peer).startswith("absent")}
+
+
+def availability(peer: Peer, *, load: bool = True) -> str:
+    """The installed version, or why there is none, beginning with "absent"; `load` tries whether it imports."""
     if sys.version_info[:2] < peer.python:
         return f"absent: needs Python {peer.python[0]}.{peer.python[1]}, this is {sys.version.split()[0]}"
     try:
         version = metadata.version(peer.distribution)
     except metadata.PackageNotFoundError:
         return f"absent: {peer.absent or _build_log(peer) or 'not installed'}"
+    if not load:
+        return version
     try:
-        import_module(peer.module)
+        with redirect_stdout(io.StringIO()):  # one of them talks
+            import_module(peer.module)
     except Exception as error:  # whatever a broken installation raises
         return f"absent: {version} is installed, its import fails: {type(error).__name__}: {error}"
     return version

@@ -12,7 +12,7 @@ import numpy as np
 
 import softk
 
-from .candidates import PEERS, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, availability, implicit, sinkhorn
+from .candidates import SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, Any], Any]
@@ -88,16 +88,21 @@ def _sinkhorn(case: Case, x: Any) -> Any:
     return _iterated(x, case.k, case.epsilon)
 
 
+# Without squashing it is the same operator; without its implicit derivative, which raises with today's lineax, the
+# iterations are differentiated one by one.
+OTT_OPTIONS = {"squashing_fun": lambda values: values, "implicit_diff": None}
+
+
 def _ott_mask(case: Case, x: Any) -> Any:
     from ott.tools import soft_sort
 
-    return soft_sort.topk_mask(x, k=case.k, epsilon=case.epsilon, squashing_fun=lambda values: values)
+    return soft_sort.topk_mask(x, k=case.k, epsilon=case.epsilon, **OTT_OPTIONS)
 
 
 def _ott_sort(case: Case, x: Any) -> Any:
     from ott.tools import soft_sort
 
-    return soft_sort.sort(x, topk=case.k, epsilon=case.epsilon, squashing_fun=lambda values: values)
+    return soft_sort.sort(x, topk=case.k, epsilon=case.epsilon, **OTT_OPTIONS)
 
 
 def _softjax(case: Case, x: Any) -> Any:
@@ -110,16 +115,16 @@ def _softjax(case: Case, x: Any) -> Any:
 def _few(anchors_times_n: float) -> Callable[[Case], str | None]:
     """Refuses where the number of plan entries makes one call take minutes."""
 
-    def whole(case: Case) -> str | None:
+    def obstacle(case: Case) -> str | None:
         entries = case.rows * case.n * (case.k + 1)
         return f"a plan of {entries:.1e} numbers" if entries > anchors_times_n else None
 
-    return whole
+    return obstacle
 
 
 def candidates(device: str) -> list[Candidate]:
     """softk and the framework, and those peers that are installed."""
-    here = {peer.distribution for peer in PEERS if not availability(peer).startswith("absent")}
+    here = installed("JAX")
     found = [
         Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),
         Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
@@ -129,10 +134,10 @@ def candidates(device: str) -> list[Candidate]:
     ]
     if "ott-jax" in here:
         found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))
-        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, whole=_few(3e6))
+        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=_few(3e6))
         found.append(sort)
     if "softjax" in here:
         found.append(
-            Candidate("softjax top_k, ot", "JAX jit", "other", _prepare(_softjax, device), True, whole=_few(3e6))
+            Candidate("softjax top_k, ot", "JAX jit", "other", _prepare(_softjax, device), True, obstacle=_few(3e6))
         )
     return found

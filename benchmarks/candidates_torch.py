@@ -11,7 +11,7 @@ import torch
 
 import softk
 
-from .candidates import PEERS, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, availability, implicit, sinkhorn
+from .candidates import SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, torch.Tensor], torch.Tensor]
@@ -150,7 +150,7 @@ def _power_of_two(case: Case) -> str | None:
 
 def candidates(device: str) -> list[Candidate]:
     """softk and the framework, and those peers that are installed."""
-    here = {peer.distribution for peer in PEERS if not availability(peer).startswith("absent")}
+    here = installed("PyTorch")
     found = [
         Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),

@@ -55,9 +55,7 @@ def plan(threads: str) -> list[Case]:
         return sorted(shapes + doubles, key=lambda case: case.size)
     rows, n, k = SHAPES[0]
     epsilons = [Case("epsilon", rows, n, k, epsilon) for epsilon in EPSILONS]
-    precise = [
-        Case("epsilon", rows, n, k, epsilon, "float64", peers=False, forward=False) for epsilon in EPSILONS[::2]
-    ]
+    precise = [Case("epsilon", rows, n, k, epsilon, "float64", peers=False, forward=False) for epsilon in EPSILONS[::2]]
     lengths = [Case("lengths", 1, n, max(1, n // 100), forward=False) for n in LENGTHS]
     return sorted(shapes + doubles, key=lambda case: case.size) + epsilons + precise + lengths
 
