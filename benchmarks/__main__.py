@@ -65,7 +65,7 @@ def run_worker(framework: str, threads: str, seconds: float, options: argparse.N
 
 
 def split_peers(records: list[Any]) -> dict[str, Any]:
-    """What the workers found out about their peers, apart from what they measured; a peer without word by its metadata."""
+    """What the workers say of their peers, apart from what they measured; other peers by their metadata."""
     found = {record["peer"]: record["status"] for record in records if record["group"] == "peers"}
     peers = {
         peer.distribution: {
@@ -118,9 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes and no torch.compile: proves that it runs")
     parser.add_argument("--minutes", type=float, default=11.0, help="of measurement at most (default: 11)")
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
-    parser.add_argument(
-        "--threads", nargs="+", choices=("all", "one"), default=["all", "one"], help="in processes apart"
-    )
+    parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch and JAX (default: cpu)")
     parser.add_argument("--output", type=Path, help="a folder for the results, instead of the documentation")
     options = parser.parse_args(argv)

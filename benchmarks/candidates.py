@@ -139,8 +139,8 @@ PEERS = (
         "ott.tools.soft_sort",
         "JAX",
         "`topk_mask` with `squashing_fun` the identity is the same operator, by Sinkhorn's iteration to its default "
-        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values. Both "
-        "with `implicit_diff=None`: their default derivative raises an error with the present lineax",
+        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values. "
+        "Both with `implicit_diff=None`: their default derivative raises an error with the present lineax",
     ),
     Peer(
         "POT",

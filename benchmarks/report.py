@@ -11,7 +11,7 @@ from typing import Any
 Record = dict[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 ORDER = ("NumPy", "PyTorch", "torch.compile", "JAX jit")
-NOTHING = "–"
+NOTHING = "-"
 
 
 def table(header: list[str], rows: Iterable[list[str]], text: int = 1) -> str:
@@ -39,7 +39,7 @@ def spread(phase: Record | None) -> str:
     if phase is None:
         return NOTHING
     median, first, third = (milliseconds(phase[name]) for name in ("median", "q1", "q3"))
-    return f"{median} ({first}–{third})" if phase["rounds"] > 2 else f"{median} ({phase['rounds']}×)"
+    return f"{median} ({first} - {third})" if phase["rounds"] > 2 else f"{median} ({phase['rounds']} calls)"
 
 
 def ratio(phase: Record | None) -> str:
@@ -106,7 +106,7 @@ def details(records: list[Record]) -> str:
             else:
                 cells = [record["status"], NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
             rows.append([record["candidate"], framework, *cells])
-    header = ["candidate", "framework", "forward, ms", "forward + backward, ms", "× softmax"]
+    header = ["candidate", "framework", "forward, ms", "forward + backward, ms", "over softmax"]
     return table([*header, "mass error", "mask error", "derivative error"], rows, text=2)
 
 
@@ -159,7 +159,8 @@ def machine(environment: dict[str, Any]) -> str:
     return (
         f"{environment['date']}: {environment['processor']}, {environment['cores']} cores, "
         f"{environment['memory_gib']:.0f} GiB, {environment['system']}; device: {environment['device']}; "
-        f"load average at the start {environment['load']}; {versions}. The run took {environment['minutes']:.1f} minutes."
+        f"load average at the start {environment['load']}; {versions}. "
+        f"The run took {environment['minutes']:.1f} minutes."
     )
 
 
