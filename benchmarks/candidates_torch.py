@@ -156,9 +156,6 @@ def candidates(device: str) -> list[Candidate]:
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
-        Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
-        Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
-        Candidate("sigmoid", "torch.compile", "other", _prepare(_sigmoid, device, compiled=True)),
         Candidate("200 Sinkhorn iterations", "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
     ]
     if "POT" in here:
@@ -177,3 +174,12 @@ def candidates(device: str) -> list[Candidate]:
             Candidate("softtorch topk, ot", "PyTorch", "other", _prepare(_softtorch, device), True, arrays=0.05)
         )
     return found
+
+
+def compiled(device: str) -> list[Candidate]:
+    """softk and the framework under torch.compile."""
+    return [
+        Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
+        Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
+        Candidate("sigmoid", "torch.compile", "other", _prepare(_sigmoid, device, compiled=True)),
+    ]

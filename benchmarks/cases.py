@@ -24,7 +24,7 @@ class Case:
     epsilon: float = 0.1
     dtype: str = "float32"
     peers: bool = True  # or only softk and what its framework has
-    compiled: bool = False  # torch.compile takes long enough to be asked for
+    compiled: bool = False  # for torch.compile as well, which takes long over every new shape
     forward: bool = True  # the forward pass on its own as well
 
     @property

@@ -20,7 +20,8 @@ from . import memory, timing, truth
 from .candidates import PEERS, Candidate, Prepared, availability
 from .cases import Case, plan, quick_plan
 
-FRAMEWORKS = ("numpy", "torch", "jax")
+FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
+"""What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
 TOO_LONG = 10.0
 """Seconds for one call; a candidate that would take longer is not run."""
 Record = dict[str, Any]
@@ -40,6 +41,12 @@ def on_one_core() -> None:
     """Pin this process to a core, which no thread pool gets around; on systems that cannot, the variables must do."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def cases_of(framework: str, threads: str, *, quick: bool) -> list[Case]:
+    """What a worker measures."""
+    cases = (quick_plan if quick else plan)(threads)
+    return [case for case in cases if case.compiled or framework != "compiled"]
 
 
 class Pace:
@@ -92,8 +99,6 @@ def measure_case(
     for candidate in candidates:
         if candidate.peer and not case.peers:
             continue
-        if candidate.framework == "torch.compile" and not case.compiled:
-            continue  # the case is not for it, which the page says once
         record = {
             **describe(case, threads),
             "candidate": candidate.name,
@@ -239,21 +244,24 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + options.seconds
     if options.threads == "one":
         on_one_core()
-    found = import_module(f"benchmarks.candidates_{options.framework}").candidates(options.device)
-    if options.framework == "torch" and options.threads == "one":
+    cases = cases_of(options.framework, options.threads, quick=options.quick)
+    if options.framework == "compiled":
+        from .candidates_torch import compiled
+
+        found = compiled(options.device)
+    else:
+        found = import_module(f"benchmarks.candidates_{options.framework}").candidates(options.device)
+    if options.framework in ("torch", "compiled") and options.threads == "one":
         import torch
 
         torch.set_num_threads(1)
-    cases = (quick_plan if options.quick else plan)(options.threads)
-    if options.quick:
-        found = [candidate for candidate in found if candidate.framework != "torch.compile"]
 
     def watch(case: Case) -> None:
         print(f"case\t{case.label}", flush=True)
 
     with options.output.open("w") as file:
         times = timing.QUICK if options.quick else timing.Plan()
-        for peer in PEERS:
+        for peer in PEERS:  # of "PyTorch" in "torch", and so on
             if peer.framework.lower() in (options.framework, f"py{options.framework}"):
                 record = {"group": "peers", "peer": peer.distribution, "status": availability(peer)}
                 file.write(json.dumps(record) + "\n")
