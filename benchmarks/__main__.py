@@ -27,8 +27,8 @@ from .candidates import PEERS, availability, total_memory
 from .worker import FRAMEWORKS, cases_of, environment
 
 ROOT = Path(__file__).parent.parent
-SHARES = {"numpy": 1.0, "torch": 2.0, "jax": 2.0, "compiled": 3.0}
-"""How the time of a run is divided; what one does not use goes to those after it."""
+RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
+"""Seconds that are left to each process by those before it, come what may."""
 VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
 
 
@@ -115,7 +115,7 @@ def processor() -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and no torch.compile: proves that it runs")
-    parser.add_argument("--minutes", type=float, default=11.0, help="of measurement at most (default: 11)")
+    parser.add_argument("--minutes", type=float, default=11.5, help="of measurement at most (default: 11.5)")
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch and JAX (default: cpu)")
@@ -138,12 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {"environment": machine(options.device), "quick": options.quick, "records": []}
     runs = [(framework, threads) for threads in options.threads for framework in options.frameworks]
     runs.sort(key=lambda run: run[0] == "compiled")
-    shares = [SHARES[framework] * (2.0 if threads == "all" else 1.0) for framework, threads in runs]
     planned = sum(len(cases_of(framework, threads, quick=options.quick)) for framework, threads in runs)
     end = start + 60.0 * options.minutes
     with tqdm(total=planned, unit="case", dynamic_ncols=True) as bar:
         for i, (framework, threads) in enumerate(runs):
-            seconds = (end - time.monotonic()) * shares[i] / sum(shares[i:])
+            seconds = end - time.monotonic() - sum(RESERVES[later] for later, _ in runs[i + 1 :])
             result["records"] += run_worker(framework, threads, seconds, options, bar)
     result |= split_peers(result["records"])
     result["import_seconds"] = memory.import_seconds(1 if options.quick else 5)

@@ -134,10 +134,11 @@ def candidates(device: str) -> list[Candidate]:
     ]
     if "ott-jax" in here:
         found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))
-        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=_few(3e6))
+        sort = Candidate(
+            "OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=_few(1.5e6)
+        )
         found.append(sort)
     if "softjax" in here:
-        found.append(
-            Candidate("softjax top_k, ot", "JAX jit", "other", _prepare(_softjax, device), True, obstacle=_few(3e6))
-        )
+        shares = _prepare(_softjax, device)
+        found.append(Candidate("softjax top_k, ot", "JAX jit", "other", shares, True, obstacle=_few(1.5e6)))
     return found

@@ -52,7 +52,8 @@ def plan(threads: str) -> list[Case]:
     # Doubles decide little about time that floats do not: softk and its framework only.
     doubles = [replace(case, dtype="float64", peers=False, compiled=False) for case in shapes]
     if threads == "one":
-        return sorted(shapes + doubles, key=lambda case: case.size)
+        alone = [replace(case, peers=case.peers and 2 * case.k < case.n) for case in shapes]
+        return sorted(alone + doubles, key=lambda case: case.size)
     rows, n, k = SHAPES[0]
     epsilons = [Case("epsilon", rows, n, k, epsilon) for epsilon in EPSILONS]
     precise = [Case("epsilon", rows, n, k, epsilon, "float64", peers=False, forward=False) for epsilon in EPSILONS[::2]]
