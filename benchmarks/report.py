@@ -56,10 +56,10 @@ def error(record: Record, name: str) -> str:
         return "indicator"
     if record["kind"] == "other":
         return "another operator"
-    value = (record["errors"] or {}).get(name)
-    if value is None:
+    if record["errors"] is None or (name == "gradient" and record["both"] is None):
         return NOTHING
-    return f"{value:.0e}" if math.isfinite(value) else "NaN"
+    value = record["errors"][name]  # null in JSON if it was no number
+    return "NaN" if value is None or not math.isfinite(value) else f"{value:.0e}"
 
 
 def shape(record: Record) -> str:
@@ -121,6 +121,17 @@ def epsilons(records: list[Record]) -> str:
     return table([*header, "mass error", "mask error", "derivative error"], rows, text=3)
 
 
+def compilation(records: list[Record]) -> str:
+    """How long the first call of softk takes where it compiles, a range over all cases."""
+    parts = []
+    for framework in ("torch.compile", "JAX jit"):
+        found = of(records, candidate="softk.topk", framework=framework, status="measured")
+        seconds = [record["first_call"]["both"] for record in found if "both" in record.get("first_call", {})]
+        if seconds:
+            parts.append(f"{min(seconds):.2g} to {max(seconds):.2g} s under {framework}")
+    return f"The first call of softk, which compiles, takes {', '.join(parts)}." if parts else ""
+
+
 def skipped(records: list[Record]) -> str:
     """Everything that was asked for and not measured, with the reason; the same reason is given once."""
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -176,6 +187,7 @@ def page(result: dict[str, Any]) -> str:
         chosen = [record for record in of(shapes, rows=rows, n=n, k=k) if "candidate" in record]
         if chosen:
             parts += [f"### {shape(chosen[0])}", details(chosen)]
+    parts += [compilation(records)]
     parts += ["## Against epsilon", "(128, 1000) k=10." if not result["quick"] else "", epsilons(records)]
     parts += ["## Memory", memory(records)]
     parts += [f"`import softk` takes {1e3 * result['import_seconds']:.0f} ms where NumPy is imported already."]
