@@ -29,6 +29,8 @@ from .worker import FRAMEWORKS, cases_of, environment
 ROOT = Path(__file__).parent.parent
 RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
 """Seconds that are left to each process by those before it, come what may."""
+LARGEST_SHARE = 0.35
+"""Of the whole run's time, for one process."""
 VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
 
 
@@ -148,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=planned, unit="case", dynamic_ncols=True) as bar:
         for i, (framework, threads) in enumerate(runs):
             seconds = end - time.monotonic() - sum(RESERVES[later] for later, _ in runs[i + 1 :])
+            seconds = min(seconds, LARGEST_SHARE * 60.0 * options.minutes)
             result["records"] += run_worker(framework, threads, seconds, options, bar)
     result |= split_peers(result["records"])
     result["import_seconds"] = memory.import_seconds(1 if options.quick else 5)

@@ -50,10 +50,12 @@ class Candidate:
 
     def refuses(self, case: Case) -> str | None:
         """Why it cannot be run on a case, from what is known beforehand."""
+        if obstacle := self.obstacle(case):
+            return obstacle
         needed = self.arrays * case.rows * case.n**2 * np.dtype(case.dtype).itemsize
         if needed > MEMORY_SHARE * total_memory():
-            return f"needs {needed / 2**30:.3g} GiB for n x n numbers a slice"
-        return self.obstacle(case)
+            return f"needs {needed / 2**30:,.0f} GiB for n x n numbers a slice"
+        return None
 
 
 def finished(call: Callable[[], Array], wait: Callable[[Array], Any]) -> Call:

@@ -15,8 +15,13 @@ import numpy as np
 Record = dict[str, Any]
 COLOURS = {"NumPy": "#2171b5", "PyTorch": "#d94801", "JAX jit": "#238b45"}
 NAMES = {"NumPy": "NumPy", "PyTorch": "PyTorch", "JAX jit": "JAX"}
-GREY = "#737373"
-STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), "200 Sinkhorn iterations": (":", 1.4, "")}
+GREY = "#636363"
+SINKHORN = "200 Sinkhorn iterations"
+STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), SINKHORN: (":", 1.6, "")}
+
+
+SHOWN = "NumPy"
+"""The framework whose Sinkhorn iterations are drawn; the others' are in the tables."""
 
 
 def series(records: list[Record], group: str, axis: str) -> dict[tuple[str, str], list[tuple[float, Record]]]:
@@ -60,15 +65,17 @@ def times(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]
     for (framework, name), points in found.items():
         if framework not in COLOURS or name not in STYLES or len(points) < 2:
             continue
+        if name == SINKHORN and framework != SHOWN:
+            continue
         style, width, marker = STYLES[name]
         where = [place for place, _ in points]
         middle = [1e3 * record["both"]["median"] for _, record in points]
-        colour = COLOURS[framework]
+        colour = GREY if name == SINKHORN else COLOURS[framework]
         axes.plot(where, middle, ls=style, lw=width, marker=marker, ms=4, color=colour)
         if name == "softk.topk":
             low, high = ([1e3 * record["both"][q] for _, record in points] for q in ("q1", "q3"))
             axes.fill_between(where, low, high, color=colour, alpha=0.18, lw=0)
-        text = {"softk.topk": "softk", "softmax": "softmax", "200 Sinkhorn iterations": "Sinkhorn"}[name]
+        text = {"softk.topk": "softk", "softmax": "softmax", SINKHORN: SINKHORN}[name]
         ends.append((where, middle, f"{text}, {NAMES[framework]}", colour))
     return ends
 
@@ -129,12 +136,12 @@ def draw_epsilons(records: list[Record], path: Path) -> None:
                 where.append(place)
                 missed.append(value)
         ours = name == "softk.topk"
-        if len(where) < 2 or not (ours or name in peers or (name in STYLES and framework == "PyTorch")):
+        if len(where) < 2 or not (ours or name in peers or (name == SINKHORN and framework == SHOWN)):
             continue
-        colour = COLOURS.get(framework, GREY)
+        colour = GREY if name == SINKHORN else COLOURS.get(framework, GREY)
         style = "-" if ours else ":" if name in STYLES else "-."
         right.plot(where, missed, ls=style, lw=2.2 if ours else 1.4, marker="o" if ours else "", ms=4, color=colour)
-        text = f"softk, {NAMES[framework]}" if ours else peers.get(name, "200 Sinkhorn iterations")
+        text = f"softk, {NAMES[framework]}" if ours else peers.get(name, SINKHORN)
         wrong.append((where[-1], missed[-1], text, colour))
     for (framework, name), points in found.items():
         if name in peers and len(points) > 1:
@@ -142,7 +149,7 @@ def draw_epsilons(records: list[Record], path: Path) -> None:
             middle = [1e3 * record["both"]["median"] for _, record in points]
             left.plot(where, middle, ls="-.", lw=1.4, color=COLOURS[framework])
             ends.append((where, middle, peers[name], COLOURS[framework]))
-    right.set(ylabel="largest error of the mask")
+    right.set(ylabel="largest error of the mask", ylim=(1e-8, 3.0))
     right.set_title("Error: against the float64 truth", loc="left", fontsize=11)
     dress(left)
     dress(right)

@@ -39,7 +39,11 @@ def spread(phase: Record | None) -> str:
     if phase is None:
         return NOTHING
     median, first, third = (milliseconds(phase[name]) for name in ("median", "q1", "q3"))
-    return f"{median} ({first} - {third})" if phase["rounds"] > 2 else f"{median} ({phase['rounds']} calls)"
+    return (
+        f"{median} ({first} - {third})"
+        if phase["rounds"] > 2
+        else f"{median} ({phase['rounds']} call{'s' if phase['rounds'] > 1 else ''})"
+    )
 
 
 def ratio(phase: Record | None) -> str:
@@ -141,7 +145,9 @@ def skipped(records: list[Record]) -> str:
             where = f"{shape(record)} epsilon={record['epsilon']:g} {record['dtype']}, {record['threads']}"
             where = where if record["n"] else f"everything, {record['threads']}"
             reasons.setdefault((who, record["reason"]), []).append(where)
-    rows = [[who, reason.replace("|", "/"), "; ".join(where)] for (who, reason), where in reasons.items()]
+    rows = [
+        [who, reason.replace("|", "/"), "; ".join(dict.fromkeys(where))] for (who, reason), where in reasons.items()
+    ]
     return (
         table(["candidate", "reason", "case, threads"], rows, text=3)
         if rows
