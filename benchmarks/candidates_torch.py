@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 
 import softk
 
@@ -178,6 +179,9 @@ def candidates(device: str) -> list[Candidate]:
 
 def compiled(device: str) -> list[Candidate]:
     """softk and the framework under torch.compile."""
+    # Every case compiles the same few functions anew; beyond the usual limit of 8 they would silently run eagerly.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
     return [
         Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
         Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
