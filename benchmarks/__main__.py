@@ -15,7 +15,7 @@ from collections import deque
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 from tqdm import tqdm
@@ -29,8 +29,10 @@ from .worker import FRAMEWORKS, cases_of, environment
 ROOT = Path(__file__).parent.parent
 RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
 """Seconds that are left to each process by those before it, come what may."""
-LARGEST_SHARE = 0.35
+LARGEST_SHARE = 0.3
 """Of the whole run's time, for one process."""
+GRACE = 45.0
+"""Seconds for a process to stop by itself after its time; then it is stopped."""
 VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
 
 
@@ -49,11 +51,14 @@ def run_worker(framework: str, threads: str, seconds: float, options: argparse.N
         assert process.stderr is not None
         reader = Thread(target=last.extend, args=(process.stderr,), daemon=True)
         reader.start()
+        guard = Timer(seconds + GRACE, process.kill)
+        guard.start()
         for line in process.stdout:
             if line.startswith("case\t"):
                 bar.set_description_str(f"{framework}, {threads}: {line.split(chr(9))[1].strip()}")
                 bar.update()
         code = process.wait()
+        guard.cancel()
         reader.join()
         records = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     if code:

@@ -45,8 +45,13 @@ class Times(NamedTuple):
         return int(np.count_nonzero(~np.isnan(self.seconds)))
 
 
-def interleaved(calls: Mapping[str, Call], estimates: Mapping[str, float], plan: Plan) -> dict[str, Times]:
-    """Time all of them in turns. `estimates` are seconds a call, from calls that have warmed up everything."""
+def interleaved(
+    calls: Mapping[str, Call], estimates: Mapping[str, float], plan: Plan, deadline: float = math.inf
+) -> dict[str, Times]:
+    """Time all of them in turns. `estimates` are seconds a call, from calls that have warmed up everything.
+
+    After the deadline, on the monotonic clock, no new round begins but the first.
+    """
     names = list(calls)
     repeats, wanted = {}, {}
     for name in names:
@@ -62,6 +67,8 @@ def interleaved(calls: Mapping[str, Call], estimates: Mapping[str, float], plan:
     gc.disable()
     try:
         for turn in range(plan.rounds):
+            if turn and time.monotonic() > deadline:
+                break
             # A different one begins every round, so that no candidate always comes after the same other one's debris.
             start = turn % len(names) if names else 0
             for name in names[start:] + names[:start]:

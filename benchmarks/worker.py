@@ -24,6 +24,7 @@ FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
 """What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
 TOO_LONG = 10.0
 """Seconds for one call; a candidate that would take longer is not run."""
+OVER = "the time for the whole run was over"
 Record = dict[str, Any]
 
 
@@ -81,8 +82,7 @@ def measure(
         watch(case)
         if time.monotonic() > deadline:
             for framework in dict.fromkeys(candidate.framework for candidate in candidates):
-                reason = "the time for the whole run was over"
-                yield {**describe(case, threads), "framework": framework, "status": "skipped", "reason": reason}
+                yield {**describe(case, threads), "framework": framework, "status": "skipped", "reason": OVER}
             continue
         yield from measure_case(case, candidates, times, threads, deadline, pace)
 
@@ -128,7 +128,7 @@ def measure_case(
             calls[f"{key}|forward"], estimates[f"{key}|forward"] = prepared.forward, record["second_call"]["forward"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measured = timing.interleaved(calls, estimates, times)
+        measured = timing.interleaved(calls, estimates, times, deadline)
     for record in records:
         if record["status"] == "measured":
             summarise(record, measured)
@@ -159,6 +159,8 @@ def _too_long(candidate: Candidate, case: Case, deadline: float, pace: Pace) -> 
     left = deadline - time.monotonic()
     if candidate.framework == "torch.compile" and 1.5 * pace.compiling > left:
         return "too little of the whole run's time was left to compile it"
+    if left < 0.0:
+        return OVER
     for phase in ("forward", "both"):
         expected = pace.expected(candidate, case, phase)
         if expected > TOO_LONG:
@@ -172,7 +174,8 @@ def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record
     output = gradient = None
     for phase in ("both", "forward"):
         call = prepared.both if phase == "both" else prepared.forward
-        if call is None or (phase == "forward" and not case.forward and output is not None):
+        unwanted = not case.forward or "forward" in record["first_call"]
+        if call is None or (phase == "forward" and unwanted and output is not None):
             continue
         before = time.perf_counter()
         try:
@@ -192,9 +195,13 @@ def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record
             output = prepared.numpy(result)
         del result
         # The faster of two, on a machine that does other things as well; and a compiler may want to compile twice.
-        times = [timing.once(call)]
+        slow = seconds > 0.3 * TOO_LONG
+        eager = candidate.framework in ("NumPy", "PyTorch")
+        times = [seconds] if slow and eager else [timing.once(call)]
         if times[0] < 0.3 * TOO_LONG or candidate.framework == "torch.compile":
             times.append(timing.once(call))
+        elif phase == "both":
+            record["first_call"]["forward"] = None  # its time is not worth the wait
         record["second_call"][phase] = min(times)
         pace.learn(candidate, case, phase, min(times))
     return output, gradient
