@@ -18,6 +18,7 @@ from .cases import Case
 from .timing import Call
 
 Array = Any
+SINKHORN = "200 Sinkhorn iterations"
 SINKHORN_ITERATIONS = 200
 MEMORY_SHARE = 0.3
 """A candidate that would need more than this share of the machine's memory is not run."""
@@ -47,6 +48,12 @@ class Candidate:
     power: int = 1  # time grows as this power of n
     arrays: float = 0.0  # of n x n numbers a slice, held at once
     obstacle: Callable[[Case], str | None] = lambda case: None  # why it cannot do a case, if so
+
+    def belongs(self, case: Case) -> bool:
+        """Whether a case is for it."""
+        if not self.peer or case.peers == "all":
+            return True
+        return self.kind == "soft" if case.peers == "solvers" else case.peers == "sinkhorn" and self.name == SINKHORN
 
     def refuses(self, case: Case) -> str | None:
         """Why it cannot be run on a case, from what is known beforehand."""

@@ -12,7 +12,7 @@ import numpy as np
 
 import softk
 
-from .candidates import SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, Any], Any]
@@ -130,7 +130,7 @@ def candidates(device: str) -> list[Candidate]:
         Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "JAX jit", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", _prepare(_hard, device, gradient=False)),
-        Candidate("200 Sinkhorn iterations", "JAX jit", "soft", _prepare(_sinkhorn, device), peer=True),
+        Candidate(SINKHORN, "JAX jit", "soft", _prepare(_sinkhorn, device), peer=True),
     ]
     if "ott-jax" in here:
         found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))

@@ -9,7 +9,7 @@ from scipy import special
 
 import softk
 
-from .candidates import SINKHORN_ITERATIONS, Candidate, Prepared, implicit, sinkhorn
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepared, implicit, sinkhorn
 from .cases import Case
 
 
@@ -74,5 +74,5 @@ def candidates(device: str) -> list[Candidate]:
         Candidate("softmax (SciPy)", "NumPy", "other", _softmax),
         Candidate("sigmoid (SciPy)", "NumPy", "other", _sigmoid),
         Candidate("hard top-k (argpartition)", "NumPy", "hard", _hard),
-        Candidate("200 Sinkhorn iterations", "NumPy", "soft", _sinkhorn, peer=True),
+        Candidate(SINKHORN, "NumPy", "soft", _sinkhorn, peer=True),
     ]

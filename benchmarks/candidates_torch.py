@@ -12,7 +12,7 @@ import torch._dynamo
 
 import softk
 
-from .candidates import SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, torch.Tensor], torch.Tensor]
@@ -157,7 +157,7 @@ def candidates(device: str) -> list[Candidate]:
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
-        Candidate("200 Sinkhorn iterations", "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
+        Candidate(SINKHORN, "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
     ]
     if "POT" in here:
         found.append(Candidate("POT solve_batch", "PyTorch", "soft", _prepare(_pot, device), peer=True))

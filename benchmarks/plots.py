@@ -12,11 +12,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .candidates import SINKHORN
+
 Record = dict[str, Any]
 COLOURS = {"NumPy": "#2171b5", "PyTorch": "#d94801", "JAX jit": "#238b45"}
 NAMES = {"NumPy": "NumPy", "PyTorch": "PyTorch", "JAX jit": "JAX"}
 GREY = "#636363"
-SINKHORN = "200 Sinkhorn iterations"
 STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), SINKHORN: (":", 1.6, "")}
 
 

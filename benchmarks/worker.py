@@ -54,18 +54,18 @@ class Pace:
     """What a candidate has taken so far, to tell beforehand what it would take."""
 
     def __init__(self) -> None:
-        self.rates: dict[tuple[str, str, str], float] = {}  # seconds by rows * n^power
+        self.rates: dict[tuple[str, str], float] = {}  # seconds by rows * n^power
         self.compiling = 0.0  # the longest first call of torch.compile
 
-    def expected(self, candidate: Candidate, case: Case, phase: str) -> float:
+    def expected(self, candidate: Candidate, case: Case) -> float:
         """Seconds a call, extrapolated from the case before; 0 if there was none."""
-        rate = self.rates.get((candidate.framework, candidate.name, phase), 0.0)
+        rate = self.rates.get((candidate.framework, candidate.name), 0.0)
         return rate * case.rows * float(case.n) ** candidate.power
 
-    def learn(self, candidate: Candidate, case: Case, phase: str, seconds: float) -> None:
+    def learn(self, candidate: Candidate, case: Case, seconds: float) -> None:
         """Note what a call took."""
         rate = seconds / (case.rows * float(case.n) ** candidate.power)
-        self.rates[candidate.framework, candidate.name, phase] = rate
+        self.rates[candidate.framework, candidate.name] = rate
 
 
 def measure(
@@ -97,7 +97,7 @@ def measure_case(
     calls: dict[str, timing.Call] = {}
     estimates: dict[str, float] = {}
     for candidate in candidates:
-        if candidate.peer and not case.peers:
+        if not candidate.belongs(case):
             continue
         record = {
             **describe(case, threads),
@@ -121,6 +121,8 @@ def measure_case(
         except Exception as error:  # whatever a candidate raises is its result
             record |= {"status": "failed", "reason": short(error)}
             continue
+        if not candidate.peer:  # what the page is about gets its three rounds, whatever the machine did meanwhile
+            record["second_call"] = {name: min(s, times.budget / 3) for name, s in record["second_call"].items()}
         key = f"{candidate.framework}|{candidate.name}"
         if prepared.both is not None and "both" in record["second_call"]:
             calls[f"{key}|both"], estimates[f"{key}|both"] = prepared.both, record["second_call"]["both"]
@@ -161,11 +163,8 @@ def _too_long(candidate: Candidate, case: Case, deadline: float, pace: Pace) -> 
         return "too little of the whole run's time was left to compile it"
     if left < 0.0:
         return OVER
-    for phase in ("forward", "both"):
-        expected = pace.expected(candidate, case, phase)
-        if expected > TOO_LONG:
-            return f"one call would take about {expected:.0f} s"
-    return None
+    expected = pace.expected(candidate, case)
+    return f"one call would take about {expected:.0f} s" if candidate.peer and expected > TOO_LONG else None
 
 
 def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record, pace: Pace) -> tuple[Any, Any]:
@@ -203,7 +202,8 @@ def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record
         elif phase == "both":
             record["first_call"]["forward"] = None  # its time is not worth the wait
         record["second_call"][phase] = min(times)
-        pace.learn(candidate, case, phase, min(times))
+    again = record["second_call"]
+    pace.learn(candidate, case, again.get("both", again.get("forward", 0.0)))
     return output, gradient
 
 
