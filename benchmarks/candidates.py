@@ -53,7 +53,9 @@ class Candidate:
         """Whether a case is for it."""
         if not self.peer or case.peers == "all":
             return True
-        return self.kind == "soft" if case.peers == "solvers" else case.peers == "sinkhorn" and self.name == SINKHORN
+        if case.peers == "solvers":
+            return self.kind == "soft"
+        return case.peers == "sinkhorn" and self.name == SINKHORN and self.framework == "NumPy"
 
     def refuses(self, case: Case) -> str | None:
         """Why it cannot be run on a case, from what is known beforehand."""

@@ -13,7 +13,7 @@ HALVES = ((128, 1000, 500), (1, 1_000_000, 500_000))
 EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 Peers = Literal["all", "solvers", "sinkhorn", "none"]
 """Which peers take part, beside softk and what its framework has: all, those that solve the same problem, the paper's
-iterations alone, or none."""
+iterations on NumPy alone, or none."""
 LENGTHS = (100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 

@@ -172,12 +172,17 @@ def peers(found: dict[str, dict[str, str]]) -> str:
 
 def machine(environment: dict[str, Any]) -> str:
     """Where, when and with what."""
+    others = ""
+    if environment["others"] is not None:
+        others = f", and other processes used {100 * environment['others']:.0f} % of the machine meanwhile"
+        if environment["others"] > 0.1:
+            others += ": the times on all threads are not to be trusted"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
         f"{environment['date']}: {environment['processor']}, {environment['cores']} cores, "
         f"{environment['memory_gib']:.0f} GiB, {environment['system']}; device: {environment['device']}; "
         f"load average at the start {environment['load']}; {versions}. "
-        f"The run took {environment['minutes']:.1f} minutes."
+        f"The run took {environment['minutes']:.1f} minutes{others}."
     )
 
 

@@ -59,6 +59,7 @@ def result(records: list[dict[str, Any]]) -> dict[str, Any]:
         "load": "0.0",
         "versions": {"numpy": np.__version__},
         "minutes": 1.0,
+        "others": 0.5,
     }
     peers = {peer.distribution: {"status": "absent: a test", "computes": peer.computes} for peer in PEERS}
     return {"environment": environment, "quick": True, "records": records, "peers": peers, "import_seconds": 0.01}
@@ -123,7 +124,15 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
     assert text.startswith("# before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    for shown in ("softk.topk", "200 Sinkhorn iterations", "(4, 64) k=8", "no such thing", "an abacus", "2000-01-01"):
+    for shown in (
+        "softk.topk",
+        "200 Sinkhorn iterations",
+        "(4, 64) k=8",
+        "no such thing",
+        "an abacus",
+        "2000-01-01",
+        "not to be trusted",
+    ):
         assert shown in text
     for peer in PEERS:
         assert f"| {peer.distribution} " in text
