@@ -105,15 +105,8 @@ def draw_lengths(records: list[Record], path: Path) -> None:
     last = max((where[-1] for where, _, _, _ in ends), default=1)
     for where, middle, text, colour in ends:
         if where[-1] < last:
-            axes.annotate(
-                text,
-                (where[-1], middle[-1]),
-                (5, 4),
-                textcoords="offset points",
-                color=colour,
-                fontsize=8.5,
-                va="bottom",
-            )
+            place = {"xytext": (0, 7), "textcoords": "offset points", "va": "bottom", "ha": "right"}
+            axes.annotate(text, (where[-1], middle[-1]), **place, color=colour, fontsize=8.5)
     label_ends(axes, [(w[-1], m[-1], text, colour) for w, m, text, colour in ends if w[-1] == last])
     finish(figure, path)
 
