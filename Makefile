@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
+BENCH := .venv-bench
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test test-full lint docs clean
+.PHONY: demo test test-full lint docs bench bench-history clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
@@ -24,6 +25,12 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	$(RUN) sphinx -W --keep-going -q -b html docs docs/_build/html
 
+bench: $(BENCH)/ready
+	$(BENCH)/bin/python -m benchmarks
+
+bench-history: $(BENCH)/ready
+	$(BENCH)/bin/python -m pytest benchmarks/test_speed.py --benchmark-autosave --benchmark-compare
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
@@ -36,5 +43,15 @@ $(DEMO)/ready: pyproject.toml
 	$(DEMO)/bin/python -m pip install --quiet -e ".[demo]"
 	touch $@
 
+# torchsort has no wheels and is built here, its C++ part only: an nvcc on the path would make it want all of CUDA. Where
+# that fails, the tables say so.
+$(BENCH)/ready: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH)/bin/python -m pip install --quiet --progress-bar off -e ".[bench]"
+	-PATH="$(CURDIR)/$(BENCH)/bin:/usr/bin:/bin" $(BENCH)/bin/python -m pip install --quiet --no-build-isolation \
+		torchsort==0.1.10 > $(BENCH)/torchsort.log 2>&1
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) docs/_build
+	rm -rf $(VENV) $(DEMO) $(BENCH) docs/_build

@@ -1,0 +1,203 @@
+"""Measures everything, prints the tables, and renews docs/benchmarks.md: `make bench`, or `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from threading import Thread, Timer
+from typing import Any
+
+from tqdm import tqdm
+
+import softk
+
+from . import memory, plots, report
+from .candidates import PEERS, availability, total_memory
+from .worker import FRAMEWORKS, cases_of, environment
+
+ROOT = Path(__file__).parent.parent
+RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
+"""Seconds that are left to each process by those before it, come what may."""
+LARGEST_SHARE = 0.35
+"""Of the whole run's time, for one process."""
+GRACE = 45.0
+"""Seconds for a process to stop by itself after its time; then it is stopped."""
+VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
+
+
+def run_worker(framework: str, threads: str, seconds: float, options: argparse.Namespace, bar: Any) -> list[Any]:
+    """The records of one framework on one number of threads, measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "records.jsonl"
+        command = [sys.executable, "-m", "benchmarks.worker", framework, "--threads", threads, "--output", str(output)]
+        command += ["--seconds", str(seconds), "--device", options.device, *(["--quick"] if options.quick else [])]
+        variables = {**os.environ, **environment(framework, threads)}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        last: deque[str] = deque(maxlen=20)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        reader = Thread(target=last.extend, args=(process.stderr,), daemon=True)
+        reader.start()
+        guard = Timer(seconds + GRACE, process.kill)
+        guard.start()
+        for line in process.stdout:
+            if line.startswith("case\t"):
+                bar.set_description_str(f"{framework}, {threads}: {line.split(chr(9))[1].strip()}")
+                bar.update()
+        code = process.wait()
+        guard.cancel()
+        reader.join()
+        records = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    if code:
+        reason = next((line.strip() for line in reversed(last) if line.strip()), "no message")
+        lost = {"group": "shapes", "rows": 0, "n": 0, "k": 0, "epsilon": 0.1, "dtype": "all", "threads": threads}
+        lost |= {"candidate": "all", "framework": framework, "status": "failed", "kind": "other"}
+        records.append({**lost, "reason": f"its process ended with {code}: {reason[:200]}"})
+        tqdm.write(f"{framework}, {threads} threads: {reason}", file=sys.stderr)
+    return records
+
+
+def split_peers(records: list[Any]) -> dict[str, Any]:
+    """What the workers say of their peers, apart from what they measured; other peers by their metadata."""
+    found = {record["peer"]: record["status"] for record in records if record["group"] == "peers"}
+    peers = {
+        peer.distribution: {
+            "status": found.get(peer.distribution) or availability(peer, load=False),
+            "computes": peer.computes,
+        }
+        for peer in PEERS
+    }
+    return {"peers": peers, "records": [record for record in records if record["group"] != "peers"]}
+
+
+def busy_seconds() -> float:
+    """Processor time that all processes together have used, where the system tells; else NaN."""
+    try:
+        user, nice, system = (int(field) for field in Path("/proc/stat").read_text().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return math.nan
+
+
+def own_seconds() -> float:
+    """Processor time of this process and of those that it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on."""
+    versions = {"Python": platform.python_version(), "softk": softk.__version__}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    if commit:
+        versions["softk"] += f" ({commit})"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": total_memory() / 2**30,
+        "system": platform.platform(terse=True),
+        "device": device,
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    """The model's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and no torch.compile: proves that it runs")
+    parser.add_argument("--minutes", type=float, default=11.5, help="of measurement at most (default: 11.5)")
+    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
+    parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch and JAX (default: cpu)")
+    parser.add_argument("--output", type=Path, help="a folder for the results, instead of the documentation")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: page and pictures from results.json")
+    options = parser.parse_args(argv)
+    if options.device == "cuda":
+        options.threads = ["all"]
+        options.frameworks = [name for name in options.frameworks if name != "numpy"]
+        options.output = options.output or ROOT / "benchmarks" / "cuda"  # the page is about a processor
+    if options.quick:
+        options.threads = ["all"]
+    if options.quick and options.output is None:
+        options.output = Path(tempfile.mkdtemp(prefix="softk-benchmarks-"))
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the workers one after the other, then write everything."""
+    options = parse(argv)
+    if options.redraw:
+        publish(json.loads(((options.output or ROOT / "benchmarks") / "results.json").read_text()), options)
+        return 0
+    start, busy, own = time.monotonic(), busy_seconds(), own_seconds()
+    result: dict[str, Any] = {"environment": machine(options.device), "quick": options.quick, "records": []}
+    runs = [(framework, threads) for threads in options.threads for framework in options.frameworks]
+    runs.sort(key=lambda run: run[0] == "compiled")
+    planned = sum(len(cases_of(framework, threads, quick=options.quick)) for framework, threads in runs)
+    end = start + 60.0 * options.minutes
+    with tqdm(total=planned, unit="case", dynamic_ncols=True) as bar:
+        for i, (framework, threads) in enumerate(runs):
+            seconds = end - time.monotonic() - sum(RESERVES[later] for later, _ in runs[i + 1 :])
+            seconds = min(seconds, LARGEST_SHARE * 60.0 * options.minutes)
+            result["records"] += run_worker(framework, threads, seconds, options, bar)
+    result |= split_peers(result["records"])
+    result["import_seconds"] = memory.import_seconds(1 if options.quick else 5)
+    result["environment"]["minutes"] = (time.monotonic() - start) / 60.0
+    others = busy_seconds() - busy - (own_seconds() - own)
+    share = others / ((time.monotonic() - start) * result["environment"]["cores"])
+    result["environment"]["others"] = None if math.isnan(share) else max(0.0, share)
+    publish(result, options)
+    ours = report.of(result["records"], candidate="softk.topk")
+    return 1 if not ours or report.of(ours, status="failed") else 0
+
+
+def publish(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the tables, and write them with the JSON and the pictures."""
+    static = options.output or ROOT / "docs" / "_static"
+    results = (options.output or ROOT / "benchmarks") / "results.json"
+    report.write_json(results, result)
+    plots.draw_lengths(result["records"], static / "benchmark_n.png")
+    plots.draw_epsilons(result["records"], static / "benchmark_epsilon.png")
+    print(report.page(result))
+    if options.output is None:
+        report.write_page(ROOT / "docs" / "benchmarks.md", result)
+        print("written: docs/benchmarks.md, docs/_static/benchmark_*.png, benchmarks/results.json")
+    else:
+        print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

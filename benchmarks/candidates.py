@@ -1,0 +1,225 @@
+"""What every candidate supplies, and the paper's own algorithm for all of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .cases import Case
+from .timing import Call
+
+Array = Any
+SINKHORN = "200 Sinkhorn iterations"
+SINKHORN_ITERATIONS = 200
+MEMORY_SHARE = 0.3
+"""A candidate that would need more than this share of the machine's memory is not run."""
+
+
+class Prepared(NamedTuple):
+    """A candidate on one case. Both calls are warm after one call, and return what they computed, finished."""
+
+    forward: Callable[[], Array]
+    both: Callable[[], tuple[Array, Array]] | None  # output and derivative; None if it has no useful one
+    numpy: Callable[[Array], np.ndarray]
+
+
+Prepare = Callable[[Case, np.ndarray, np.ndarray], Prepared]
+"""From (case, scores, cotangent)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute something like a top-k mask."""
+
+    name: str
+    framework: Literal["NumPy", "PyTorch", "torch.compile", "JAX jit"]
+    kind: Literal["soft", "hard", "other"]  # the same operator as softk.topk; the indicator; another operator
+    prepare: Prepare
+    peer: bool = False
+    power: int = 1  # time grows as this power of n
+    arrays: float = 0.0  # of n x n numbers a slice, held at once
+    obstacle: Callable[[Case], str | None] = lambda case: None  # why it cannot do a case, if so
+
+    def belongs(self, case: Case) -> bool:
+        """Whether a case is for it."""
+        if not self.peer or case.peers == "all":
+            return True
+        if case.peers == "solvers":
+            return self.kind == "soft"
+        return case.peers == "sinkhorn" and self.name == SINKHORN and self.framework == "NumPy"
+
+    def refuses(self, case: Case) -> str | None:
+        """Why it cannot be run on a case, from what is known beforehand."""
+        if obstacle := self.obstacle(case):
+            return obstacle
+        needed = self.arrays * case.rows * case.n**2 * np.dtype(case.dtype).itemsize
+        if needed > MEMORY_SHARE * total_memory():
+            return f"needs {needed / 2**30:,.0f} GiB for n x n numbers a slice"
+        return None
+
+
+def finished(call: Callable[[], Array], wait: Callable[[Array], Any]) -> Call:
+    """A call that waits for the device."""
+    return lambda: wait(call())
+
+
+def total_memory() -> float:
+    """Bytes of the machine."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return 8.0 * 2**30
+
+
+# The paper's algorithm ------------------------------------------------------------------------------------------------
+
+
+def sinkhorn(xp: Any, x: Array, k: int, epsilon: float, loop: Callable[..., Any]) -> Array:
+    """n times the plan's column of anchor 1 after 200 iterations, from cost (x - anchor)^2 and marginals 1/n, k/n.
+
+    `loop(step, state)` takes the steps. For an epsilon large enough for its exponentials it is the multiplicative form,
+    which needs none within the loop, each row of the kernel in units of its largest entry; else in the logarithms.
+    """
+    n = x.shape[-1]
+    cost0, cost1 = x * x, (x - 1.0) * (x - 1.0)
+    if epsilon >= 0.05:
+        least = xp.minimum(cost0, cost1)
+        kernel0, kernel1 = xp.exp((least - cost0) / epsilon), xp.exp((least - cost1) / epsilon)
+
+        def scale(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            right0, right1 = state
+            left = (1.0 / n) / (kernel0 * right0 + kernel1 * right1)
+            return (
+                ((n - k) / n) / xp.sum(kernel0 * left, axis=-1, keepdims=True),
+                (k / n) / xp.sum(kernel1 * left, axis=-1, keepdims=True),
+            )
+
+        one = xp.ones_like(x[..., :1])
+        right0, right1 = loop(scale, (one / 2, one / 2))
+        return kernel1 * right1 / (kernel0 * right0 + kernel1 * right1)
+
+    log0, log1 = -cost0 / epsilon, -cost1 / epsilon
+
+    def logsumexp(values: Array) -> Array:
+        top = xp.amax(values, axis=-1, keepdims=True)
+        return top + xp.log(xp.sum(xp.exp(values - top), axis=-1, keepdims=True))
+
+    def balance(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        right0, right1 = state
+        left = -xp.logaddexp(log0 + right0, log1 + right1)
+        return float(np.log(n - k)) - logsumexp(log0 + left), float(np.log(k)) - logsumexp(log1 + left)
+
+    zero = xp.zeros_like(x[..., :1])
+    right0, right1 = loop(balance, (zero, zero))
+    return 1.0 / (1.0 + xp.exp(log0 + right0 - log1 - right1))
+
+
+def implicit(mask: Array, u: Array, epsilon: float) -> Array:
+    """The paper's derivative: of the transport problem's solution, taking the last iterate for it."""
+    slope = mask * (1.0 - mask)
+    mean = (slope * u).sum(-1, keepdims=True) / (slope.sum(-1, keepdims=True) + 1e-30)
+    return slope * (u - mean) / (epsilon / 2)
+
+
+# The peers ------------------------------------------------------------------------------------------------------------
+
+
+class Peer(NamedTuple):
+    """Another project, whether it is here or not."""
+
+    distribution: str
+    module: str
+    framework: str
+    computes: str
+    absent: str = ""  # why a plain `pip install` does not bring it
+    python: tuple[int, int] = (3, 11)
+
+
+PEERS = (
+    Peer(
+        "ott-jax",
+        "ott.tools.soft_sort",
+        "JAX",
+        "`topk_mask` with `squashing_fun` the identity is the same operator, by Sinkhorn's iteration to its default "
+        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values. "
+        "Both with `implicit_diff=None`: their default derivative raises an error with the present lineax",
+    ),
+    Peer(
+        "POT",
+        "ot",
+        "PyTorch",
+        '`solve_batch(method="log_sinkhorn", grad="last_step")` on the same cost, marginals and epsilon, at most 1000 '
+        "iterations to its default tolerance of 1e-5: the same operator, differentiated through its last iteration",
+    ),
+    Peer(
+        "difftopk",
+        "difftopk",
+        "PyTorch",
+        "`SoftSort` and the bitonic `DiffTopkNet` (n a power of two), whose rows for the first k places are added up: "
+        "relaxed permutation matrices, n x n numbers a slice",
+    ),
+    Peer(
+        "torchsort",
+        "torchsort",
+        "PyTorch",
+        "`soft_rank`: soft ranks by isotonic regression in compiled C++, which is not a mask",
+    ),
+    Peer(
+        "softtorch",
+        "softtorch",
+        "PyTorch",
+        '`topk(method="ot", standardize=False)`: transport to k + 1 anchors; the index distributions are added up',
+        python=(3, 12),
+    ),
+    Peer(
+        "softjax",
+        "softjax",
+        "JAX",
+        '`top_k(method="ot", standardize=False)`: as softtorch',
+        python=(3, 12),
+    ),
+    Peer("fast-soft-sort", "fast_soft_sort", "NumPy", "soft ranks by isotonic regression", "not on PyPI"),
+    Peer("LapSum", "lapsum", "PyTorch", "a mask from sums of Laplace distributions, in O(n log n)", "not on PyPI"),
+)
+
+
+def installed(framework: str) -> set[str]:
+    """The distributions of the peers of a framework that can be imported."""
+    own = [peer for peer in PEERS if peer.framework == framework]
+    return {peer.distribution for peer in own if not availability(peer).startswith("absent")}
+
+
+def availability(peer: Peer, *, load: bool = True) -> str:
+    """The installed version, or why there is none, beginning with "absent"; `load` tries whether it imports."""
+    if sys.version_info[:2] < peer.python:
+        return f"absent: needs Python {peer.python[0]}.{peer.python[1]}, this is {sys.version.split()[0]}"
+    try:
+        version = metadata.version(peer.distribution)
+    except metadata.PackageNotFoundError:
+        return f"absent: {peer.absent or _build_log(peer) or 'not installed'}"
+    if not load:
+        return version
+    try:
+        with redirect_stdout(io.StringIO()):  # one of them talks
+            import_module(peer.module)
+    except Exception as error:  # whatever a broken installation raises
+        return f"absent: {version} is installed, its import fails: {type(error).__name__}: {error}"
+    return version
+
+
+def _build_log(peer: Peer) -> str | None:
+    """The last error that pip left where the Makefile keeps its output."""
+    log = Path(sys.prefix) / f"{peer.distribution}.log"
+    if not log.exists():
+        return None
+    failures = [line.strip() for line in log.read_text(errors="replace").splitlines() if "rror" in line]
+    return f"does not build here: {failures[0][:200]}" if failures else None

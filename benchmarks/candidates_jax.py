@@ -1,0 +1,144 @@
+"""JAX under jit: softk, what the framework itself has, and the peers that are written for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import softk
+
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .cases import Case
+
+Operator = Callable[[Case, Any], Any]
+"""From (case, scores) to something of the scores' shape, or of k values a slice."""
+
+
+def both(operator: Operator, case: Case) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Output and derivative in one function, to be compiled as a whole."""
+
+    def function(x: Any, u: Any) -> tuple[Any, Any]:
+        out, pullback = jax.vjp(partial(operator, case), x)
+        return out, pullback(u[..., : out.shape[-1]])[0]
+
+    return function
+
+
+def _prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepare:
+    def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+        # Switched case by case: with doubles allowed, a peer that makes its constants itself would use them always.
+        jax.config.update("jax_enable_x64", case.dtype == "float64")
+        place = jax.devices("gpu" if device == "cuda" else device)[0]
+        scores, cotangent = jax.device_put(x, place), jax.device_put(u, place)
+        forward = jax.jit(partial(operator, case))
+        whole = jax.jit(both(operator, case))
+        return Prepared(
+            lambda: jax.block_until_ready(forward(scores)),
+            (lambda: jax.block_until_ready(whole(scores, cotangent))) if gradient else None,
+            np.asarray,
+        )
+
+    return prepare
+
+
+def _softk(case: Case, x: Any) -> Any:
+    return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
+def _softmax(case: Case, x: Any) -> Any:
+    return jax.nn.softmax(x, axis=-1)
+
+
+def _sigmoid(case: Case, x: Any) -> Any:
+    return jax.nn.sigmoid(x)
+
+
+def _hard(case: Case, x: Any) -> Any:
+    index = jax.lax.top_k(x, case.k)[1]
+    return jnp.zeros_like(x).at[jnp.arange(case.rows)[:, None], index].set(1.0)
+
+
+def _loop(step: Any, state: Any) -> Any:
+    return jax.lax.fori_loop(0, SINKHORN_ITERATIONS, lambda _, state: step(state), state)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _iterated(x: Any, k: int, epsilon: float) -> Any:
+    return sinkhorn(jnp, x, k, epsilon, _loop)
+
+
+def _iterated_forward(x: Any, k: int, epsilon: float) -> Any:
+    mask = _iterated(x, k, epsilon)
+    return mask, mask
+
+
+def _iterated_backward(k: int, epsilon: float, mask: Any, u: Any) -> Any:
+    return (implicit(mask, u, epsilon),)
+
+
+_iterated.defvjp(_iterated_forward, _iterated_backward)
+
+
+def _sinkhorn(case: Case, x: Any) -> Any:
+    return _iterated(x, case.k, case.epsilon)
+
+
+# Without squashing it is the same operator; without its implicit derivative, which raises with today's lineax, the
+# iterations are differentiated one by one.
+OTT_OPTIONS = {"squashing_fun": lambda values: values, "implicit_diff": None}
+
+
+def _ott_mask(case: Case, x: Any) -> Any:
+    from ott.tools import soft_sort
+
+    return soft_sort.topk_mask(x, k=case.k, epsilon=case.epsilon, **OTT_OPTIONS)
+
+
+def _ott_sort(case: Case, x: Any) -> Any:
+    from ott.tools import soft_sort
+
+    return soft_sort.sort(x, topk=case.k, epsilon=case.epsilon, **OTT_OPTIONS)
+
+
+def _softjax(case: Case, x: Any) -> Any:
+    import softjax
+
+    shares = softjax.top_k(x, case.k, softness=case.epsilon, method="ot", standardize=False)[1]
+    return shares.sum(axis=-2)
+
+
+def _few(anchors_times_n: float) -> Callable[[Case], str | None]:
+    """Refuses where the number of plan entries makes one call take minutes."""
+
+    def obstacle(case: Case) -> str | None:
+        entries = case.rows * case.n * (case.k + 1)
+        return f"a plan of {entries:.1e} numbers" if entries > anchors_times_n else None
+
+    return obstacle
+
+
+def candidates(device: str) -> list[Candidate]:
+    """softk and the framework, and those peers that are installed."""
+    here = installed("JAX")
+    found = [
+        Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),
+        Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
+        Candidate("sigmoid", "JAX jit", "other", _prepare(_sigmoid, device)),
+        Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", _prepare(_hard, device, gradient=False)),
+        Candidate(SINKHORN, "JAX jit", "soft", _prepare(_sinkhorn, device), peer=True),
+    ]
+    if "ott-jax" in here:
+        found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))
+        sort = Candidate(
+            "OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=_few(1.5e6)
+        )
+        found.append(sort)
+    if "softjax" in here:
+        shares = _prepare(_softjax, device)
+        found.append(Candidate("softjax top_k, ot", "JAX jit", "other", shares, True, obstacle=_few(1.5e6)))
+    return found

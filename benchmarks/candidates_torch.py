@@ -1,0 +1,189 @@
+"""PyTorch, eager and compiled: softk, what the framework itself has, and the peers that are written for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo
+
+import softk
+
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .cases import Case
+
+Operator = Callable[[Case, torch.Tensor], torch.Tensor]
+"""From (case, scores) to something of the scores' shape, or of k values a slice."""
+
+
+def _prepare(operator: Operator, device: str, *, compiled: bool = False, gradient: bool = True) -> Prepare:
+    """Eager autograd over an operator, or over its compiled form."""
+
+    def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+        scores, cotangent = torch.asarray(x, device=device), torch.asarray(u, device=device)
+        leaf = scores.clone().requires_grad_()
+
+        def function(values: torch.Tensor) -> torch.Tensor:
+            return operator(case, values)
+
+        if compiled:
+            function = torch.compile(function, dynamic=False)
+
+        def forward() -> torch.Tensor:
+            if compiled:  # the graph that is trained: one for inference would be compiled a second time
+                result = function(leaf)
+            else:
+                with torch.no_grad():
+                    result = function(scores)
+            _wait(device)
+            return result
+
+        def both() -> tuple[torch.Tensor, torch.Tensor]:
+            out = function(leaf)
+            (found,) = torch.autograd.grad(out, leaf, cotangent[..., : out.shape[-1]])
+            _wait(device)
+            return out, found
+
+        return Prepared(forward, both if gradient else None, lambda array: array.detach().cpu().numpy())
+
+    return prepare
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _softk(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
+def _softmax(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, dim=-1)
+
+
+def _sigmoid(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x)
+
+
+def _hard(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x).scatter_(-1, torch.topk(x, case.k, dim=-1).indices, 1.0)
+
+
+def _loop(step: Any, state: Any) -> Any:
+    for _ in range(SINKHORN_ITERATIONS):
+        state = step(state)
+    return state
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """The paper's forward and its implicit backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
+        mask = sinkhorn(torch, x, k, epsilon, _loop)
+        ctx.save_for_backward(mask)
+        ctx.epsilon = epsilon
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> Any:
+        return implicit(ctx.saved_tensors[0], u, ctx.epsilon), None, None
+
+
+def _sinkhorn(case: Case, x: torch.Tensor) -> torch.Tensor:
+    mask: torch.Tensor = _Sinkhorn.apply(x, case.k, case.epsilon)
+    return mask
+
+
+def _pot(case: Case, x: torch.Tensor) -> torch.Tensor:
+    import ot
+
+    n = case.n
+    costs = torch.stack([x * x, (x - 1.0) ** 2], dim=-1)
+    a = torch.full_like(x, 1.0 / n)
+    b = torch.asarray([(n - case.k) / n, case.k / n], dtype=x.dtype, device=x.device).expand(case.rows, 2)
+    solved = ot.solve_batch(costs, reg=case.epsilon, a=a, b=b, method="log_sinkhorn", grad="last_step")
+    plan: torch.Tensor = solved.plan
+    return n * plan[..., 1]
+
+
+def _softsort(case: Case, x: torch.Tensor) -> torch.Tensor:
+    import difftopk
+
+    permutation: torch.Tensor = difftopk.SoftSort(tau=case.epsilon)(x)
+    return permutation[:, : case.k, :].sum(dim=1)
+
+
+@cache
+def _network(n: int, k: int, steepness: float, device: str) -> Any:
+    import difftopk
+
+    return difftopk.DiffTopkNet("bitonic", n, k, sparse=False, device=device, steepness=steepness)
+
+
+def _bitonic(case: Case, x: torch.Tensor) -> torch.Tensor:
+    attribution: torch.Tensor = _network(case.n, case.k, 1.0 / case.epsilon, x.device.type)(x)[1]
+    return attribution.sum(dim=-1)
+
+
+def _soft_rank(case: Case, x: torch.Tensor) -> torch.Tensor:
+    import torchsort
+
+    ranks: torch.Tensor = torchsort.soft_rank(x, regularization_strength=case.epsilon)
+    return ranks
+
+
+def _softtorch(case: Case, x: torch.Tensor) -> torch.Tensor:
+    import softtorch
+
+    found = softtorch.topk(x, case.k, dim=-1, softness=case.epsilon, method="ot", standardize=False)
+    shares: torch.Tensor = found.indices
+    return shares.sum(dim=-2)
+
+
+def _power_of_two(case: Case) -> str | None:
+    return None if case.n & (case.n - 1) == 0 else "takes a power of two only"
+
+
+def candidates(device: str) -> list[Candidate]:
+    """softk and the framework, and those peers that are installed."""
+    here = installed("PyTorch")
+    found = [
+        Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
+        Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
+        Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
+        Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
+        Candidate(SINKHORN, "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
+    ]
+    if "POT" in here:
+        found.append(Candidate("POT solve_batch", "PyTorch", "soft", _prepare(_pot, device), peer=True))
+    if "difftopk" in here:
+        softsort = _prepare(_softsort, device)
+        found.append(Candidate("difftopk SoftSort", "PyTorch", "other", softsort, peer=True, power=2, arrays=4))
+        bitonic = Candidate(
+            "difftopk bitonic", "PyTorch", "other", _prepare(_bitonic, device), True, 2, 24, _power_of_two
+        )
+        found.append(bitonic)
+    if "torchsort" in here:
+        found.append(Candidate("torchsort soft_rank", "PyTorch", "other", _prepare(_soft_rank, device), peer=True))
+    if "softtorch" in here:
+        found.append(
+            Candidate("softtorch topk, ot", "PyTorch", "other", _prepare(_softtorch, device), True, arrays=0.05)
+        )
+    return found
+
+
+def compiled(device: str) -> list[Candidate]:
+    """softk and the framework under torch.compile."""
+    # Every case compiles the same few functions anew; beyond the usual limit of 8 they would silently run eagerly.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
+    return [
+        Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
+        Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
+        Candidate("sigmoid", "torch.compile", "other", _prepare(_sigmoid, device, compiled=True)),
+    ]

@@ -1,0 +1,230 @@
+"""The result as text: tables in Markdown, for the terminal and for docs/benchmarks.md, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+ORDER = ("NumPy", "PyTorch", "torch.compile", "JAX jit")
+NOTHING = "-"
+
+
+def table(header: list[str], rows: Iterable[list[str]], text: int = 1) -> str:
+    """A table in Markdown with aligned columns: the first `text` of them to the left, numbers to the right."""
+    cells = [header, *rows]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    sides = ["<" if i < text else ">" for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rules = ("-" * (width + 1) + ("-" if side == "<" else ":") for width, side in zip(widths, sides, strict=True))
+    return "\n".join([line(header), "|" + "|".join(rules) + "|", *(line(row) for row in cells[1:])])
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, whatever the size."""
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def spread(phase: Record | None) -> str:
+    """Median and quartiles, in milliseconds."""
+    if phase is None:
+        return NOTHING
+    median, first, third = (milliseconds(phase[name]) for name in ("median", "q1", "q3"))
+    return (
+        f"{median} ({first} - {third})"
+        if phase["rounds"] > 2
+        else f"{median} ({phase['rounds']} call{'s' if phase['rounds'] > 1 else ''})"
+    )
+
+
+def ratio(phase: Record | None) -> str:
+    """Times softmax."""
+    if phase is None or phase["over_softmax"] is None:
+        return NOTHING
+    value = phase["over_softmax"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def error(record: Record, name: str) -> str:
+    """An error of a candidate of the same operator; what another operator computes is not wrong, but another thing."""
+    if record["kind"] == "hard":
+        return "indicator"
+    if record["kind"] == "other":
+        return "another operator"
+    if record["errors"] is None or (name == "gradient" and record["both"] is None):
+        return NOTHING
+    value = record["errors"][name]  # null in JSON if it was no number
+    return "NaN" if value is None or not math.isfinite(value) else f"{value:.0e}"
+
+
+def shape(record: Record) -> str:
+    """The shape and k of a case."""
+    size = f"10^{round(math.log10(record['n']))}" if record["n"] >= 10**6 else str(record["n"])
+    return f"({record['rows']}, {size}) k={record['k']}"
+
+
+def of(records: list[Record], **wanted: Any) -> list[Record]:
+    """Those records that have all of the given values."""
+    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
+
+
+def headline(records: list[Record]) -> str:
+    """softk over softmax, forward + backward: a row for each case, dtype and number of threads."""
+    ours = of(records, group="shapes", candidate="softk.topk", status="measured")
+    keys: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in ours:
+        key = (record["threads"], record["dtype"], record["n"] * record["rows"], record["k"], shape(record))
+        keys.setdefault(key, {})[record["framework"]] = record
+    order = sorted(keys, key=lambda key: (key[1], key[0], key[2], key[3]))
+    rows = []
+    for key in order:
+        cells = []
+        for framework in ORDER:
+            found = keys[key].get(framework)
+            both = found["both"] if found else None
+            cells.append(NOTHING if both is None else f"{ratio(both)} ({milliseconds(both['median'])} ms)")
+        rows.append([key[4], key[1], key[0], *cells])
+    return table(["shape", "dtype", "threads", *ORDER], rows, text=3)
+
+
+def details(records: list[Record]) -> str:
+    """All candidates on one case."""
+    rows = []
+    for framework in ORDER:
+        for record in of(records, framework=framework):
+            if record["status"] == "measured":
+                both = spread(record["both"])
+                cells = [spread(record["forward"]), both, ratio(record["both"] or None)]
+                cells += [error(record, name) for name in ("mass", "mask", "gradient")]
+                if "reason" in record and record["both"] is None:
+                    cells[1] = "fails"
+            else:
+                cells = [record["status"], NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
+            rows.append([record["candidate"], framework, *cells])
+    header = ["candidate", "framework", "forward, ms", "forward + backward, ms", "over softmax"]
+    return table([*header, "mass error", "mask error", "derivative error"], rows, text=2)
+
+
+def epsilons(records: list[Record]) -> str:
+    """softk and the other solvers of the same problem against epsilon: time, and the errors beside it."""
+    rows = []
+    for record in of(records, group="epsilon", status="measured", kind="soft"):
+        cells = [spread(record["both"]), *(error(record, name) for name in ("mass", "mask", "gradient"))]
+        rows.append([record["candidate"], record["framework"], record["dtype"], f"{record['epsilon']:g}", *cells])
+    rows.sort(key=lambda row: (row[2], ORDER.index(row[1]), row[0] != "softk.topk", row[0], -float(row[3])))
+    header = ["candidate", "framework", "dtype", "epsilon", "forward + backward, ms"]
+    return table([*header, "mass error", "mask error", "derivative error"], rows, text=3)
+
+
+def compilation(records: list[Record]) -> str:
+    """How long the first call of softk takes where it compiles, a range over all cases."""
+    parts = []
+    for framework in ("torch.compile", "JAX jit"):
+        found = of(records, candidate="softk.topk", framework=framework, status="measured")
+        seconds = [record["first_call"]["both"] for record in found if "both" in record.get("first_call", {})]
+        if seconds:
+            parts.append(f"{min(seconds):.2g} to {max(seconds):.2g} s under {framework}")
+    return f"The first call of softk, which compiles, takes {', '.join(parts)}." if parts else ""
+
+
+def skipped(records: list[Record]) -> str:
+    """Everything that was asked for and not measured, with the reason; the same reason is given once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if "reason" in record:
+            who = f"{record.get('candidate', 'all')}, {record['framework']}"
+            where = f"{shape(record)} epsilon={record['epsilon']:g} {record['dtype']}, {record['threads']}"
+            where = where if record["n"] else f"everything, {record['threads']}"
+            reasons.setdefault((who, record["reason"]), []).append(where)
+    rows = [
+        [who, reason.replace("|", "/"), "; ".join(dict.fromkeys(where))] for (who, reason), where in reasons.items()
+    ]
+    return (
+        table(["candidate", "reason", "case, threads"], rows, text=3)
+        if rows
+        else "Nothing was skipped, and nothing failed."
+    )
+
+
+def memory(records: list[Record]) -> str:
+    """What is held, in arrays of the scores' size."""
+    rows = [
+        [record["candidate"], record["framework"], record["what"], f"{record['arrays']:.2f}"]
+        for record in of(records, group="memory", status="measured")
+    ]
+    return table(["candidate", "framework", "what", "arrays of the scores' size"], rows, text=3)
+
+
+def peers(found: dict[str, dict[str, str]]) -> str:
+    """What each peer computes, and its version or why it is absent."""
+    rows = [[name, peer["status"], peer["computes"]] for name, peer in found.items()]
+    return table(["peer", "version", "what is timed"], rows, text=3)
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Where, when and with what."""
+    others = ""
+    if environment["others"] is not None:
+        others = f", and other processes used {100 * environment['others']:.0f} % of the machine meanwhile"
+        if environment["others"] > 0.1:
+            others += ": the times on all threads are not to be trusted"
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"{environment['date']}: {environment['processor']}, {environment['cores']} cores, "
+        f"{environment['memory_gib']:.0f} GiB, {environment['system']}; device: {environment['device']}; "
+        f"load average at the start {environment['load']}; {versions}. "
+        f"The run took {environment['minutes']:.1f} minutes{others}."
+    )
+
+
+def page(result: dict[str, Any]) -> str:
+    """Everything, as sections of a page."""
+    records = result["records"]
+    parts = ["## Machine", machine(result["environment"])]
+    parts += ["## softk over softmax", "Forward + backward, epsilon 0.1.", headline(records)]
+    shapes = of(records, group="shapes", dtype="float32", threads="all")
+    parts += ["## Every candidate", "float32, all threads, epsilon 0.1: median and quartiles."]
+    seen = dict.fromkeys((record["rows"], record["n"], record["k"]) for record in shapes)
+    for rows, n, k in sorted(seen, key=lambda key: (key[2] * 2 >= key[1], key[0] * key[1])):
+        chosen = [record for record in of(shapes, rows=rows, n=n, k=k) if "candidate" in record]
+        if chosen:
+            parts += [f"### {shape(chosen[0])}", details(chosen)]
+    parts += [compilation(records)]
+    parts += ["## Against epsilon", "(128, 1000) k=10." if not result["quick"] else "", epsilons(records)]
+    parts += ["## Memory", memory(records)]
+    parts += [f"`import softk` takes {1e3 * result['import_seconds']:.0f} ms where NumPy is imported already."]
+    parts += ["## The peers", peers(result["peers"])]
+    parts += ["## What was not measured", skipped(records)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_page(path: Path, result: dict[str, Any]) -> None:
+    """Put the tables between the markers of a page, and leave the rest of it as it is."""
+    text = path.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n\n{page(result)}\n{END}{after}")
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Every record; numbers that JSON does not have become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(result), indent=1) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity as None, at any depth."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

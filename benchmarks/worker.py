@@ -1,0 +1,290 @@
+"""Measures one framework in a process of its own: `python -m benchmarks.worker`, started by the command.
+
+One record, a dictionary, is written for every candidate and case, whether it was measured, skipped, or failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import memory, timing, truth
+from .candidates import PEERS, Candidate, Prepared, availability
+from .cases import Case, plan, quick_plan
+
+FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
+"""What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
+TOO_LONG = 5.0
+"""Seconds for one call; a candidate that would take longer is not run."""
+OVER = "the time for the whole run was over"
+Record = dict[str, Any]
+
+
+def environment(framework: str, threads: str) -> dict[str, str]:
+    """The variables that fix the number of threads; they count only before the framework is imported."""
+    if threads == "all":
+        return {}
+    found = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+    if framework == "jax":
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    return found
+
+
+def on_one_core() -> None:
+    """Pin this process to a core, which no thread pool gets around; on systems that cannot, the variables must do."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def cases_of(framework: str, threads: str, *, quick: bool) -> list[Case]:
+    """What a worker measures."""
+    cases = (quick_plan if quick else plan)(threads)
+    return [case for case in cases if case.compiled or framework != "compiled"]
+
+
+class Pace:
+    """What a candidate has taken so far, to tell beforehand what it would take."""
+
+    def __init__(self) -> None:
+        self.rates: dict[tuple[str, str], float] = {}  # seconds by rows * n^power
+        self.compiling = 0.0  # the longest first call of torch.compile
+
+    def expected(self, candidate: Candidate, case: Case) -> float:
+        """Seconds a call, extrapolated from the case before; 0 if there was none."""
+        rate = self.rates.get((candidate.framework, candidate.name), 0.0)
+        return rate * case.rows * float(case.n) ** candidate.power
+
+    def learn(self, candidate: Candidate, case: Case, seconds: float) -> None:
+        """Note what a call took."""
+        rate = seconds / (case.rows * float(case.n) ** candidate.power)
+        self.rates[candidate.framework, candidate.name] = rate
+
+
+def measure(
+    cases: Iterable[Case],
+    candidates: list[Candidate],
+    times: timing.Plan,
+    threads: str = "all",
+    deadline: float = math.inf,
+    watch: Callable[[Case], None] = lambda case: None,
+) -> Iterator[Record]:
+    """Records of all candidates on all cases, case by case. What has not begun at the deadline is skipped."""
+    pace = Pace()
+    for case in cases:
+        watch(case)
+        if time.monotonic() > deadline:
+            for framework in dict.fromkeys(candidate.framework for candidate in candidates):
+                yield {**describe(case, threads), "framework": framework, "status": "skipped", "reason": OVER}
+            continue
+        yield from measure_case(case, candidates, times, threads, deadline, pace)
+
+
+def measure_case(
+    case: Case, candidates: list[Candidate], times: timing.Plan, threads: str, deadline: float, pace: Pace
+) -> Iterator[Record]:
+    """All candidates on one case."""
+    x, u = case.scores(), case.cotangent()
+    right = truth.solve(x, u, case.k, case.epsilon)
+    records: list[Record] = []
+    calls: dict[str, timing.Call] = {}
+    estimates: dict[str, float] = {}
+    for candidate in candidates:
+        if not candidate.belongs(case):
+            continue
+        record = {
+            **describe(case, threads),
+            "candidate": candidate.name,
+            "framework": candidate.framework,
+            "kind": candidate.kind,
+        }
+        records.append(record)
+        reason = candidate.refuses(case) or _too_long(candidate, case, deadline, pace)
+        if reason is not None:
+            record |= {"status": "skipped", "reason": reason}
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the candidates; their errors are recorded
+                prepared = candidate.prepare(case, x, u)
+                found = warm_up(candidate, case, prepared, record, pace)
+            record |= {"status": "measured", "errors": None}
+            if candidate.kind == "soft":
+                record["errors"] = truth.errors(*found, right, case.k)._asdict()
+        except Exception as error:  # whatever a candidate raises is its result
+            record |= {"status": "failed", "reason": short(error)}
+            continue
+        if not candidate.peer:  # what the page is about gets its three rounds, whatever the machine did meanwhile
+            record["second_call"] = {name: min(s, times.budget / 3) for name, s in record["second_call"].items()}
+        key = f"{candidate.framework}|{candidate.name}"
+        if prepared.both is not None and "both" in record["second_call"]:
+            calls[f"{key}|both"], estimates[f"{key}|both"] = prepared.both, record["second_call"]["both"]
+        if "forward" in record["second_call"]:
+            calls[f"{key}|forward"], estimates[f"{key}|forward"] = prepared.forward, record["second_call"]["forward"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        measured = timing.interleaved(calls, estimates, times, deadline)
+    for record in records:
+        if record["status"] == "measured":
+            summarise(record, measured)
+    yield from records
+
+
+def short(error: Exception) -> str:
+    """The line of a message that says most, for some are pages long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error: " in line] or lines or [""]
+    return f"{type(error).__name__}: {telling[-1 if 'Error: ' in telling[-1] else 0]}"[:200]
+
+
+def describe(case: Case, threads: str) -> Record:
+    """What identifies a case in a record."""
+    return {
+        "group": case.group,
+        "rows": case.rows,
+        "n": case.n,
+        "k": case.k,
+        "epsilon": case.epsilon,
+        "dtype": case.dtype,
+        "threads": threads,
+    }
+
+
+def _too_long(candidate: Candidate, case: Case, deadline: float, pace: Pace) -> str | None:
+    left = deadline - time.monotonic()
+    if candidate.framework == "torch.compile" and 1.5 * pace.compiling > left:
+        return "too little of the whole run's time was left to compile it"
+    if left < 0.0:
+        return OVER
+    expected = pace.expected(candidate, case)
+    return f"one call would take about {expected:.0f} s" if candidate.peer and expected > TOO_LONG else None
+
+
+def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record, pace: Pace) -> tuple[Any, Any]:
+    """A few calls of each phase: the first compiles, the others say how long one takes. Returns the results."""
+    record |= {"first_call": {}, "second_call": {}}
+    output = gradient = None
+    for phase in ("both", "forward"):
+        call = prepared.both if phase == "both" else prepared.forward
+        unwanted = not case.forward or "forward" in record["first_call"]
+        if call is None or (phase == "forward" and unwanted and output is not None):
+            continue
+        before = time.perf_counter()
+        try:
+            result = call()
+        except Exception as error:
+            if phase == "forward":
+                raise
+            record["reason"] = f"backward failed: {short(error)}"
+            continue
+        seconds = time.perf_counter() - before
+        record["first_call"][phase] = seconds
+        if candidate.framework == "torch.compile":
+            pace.compiling = max(pace.compiling, seconds)
+        if phase == "both":
+            output, gradient = (prepared.numpy(array) for array in result)
+        elif output is None:
+            output = prepared.numpy(result)
+        del result
+        # The faster of two, on a machine that does other things as well; and a compiler may want to compile twice.
+        slow = seconds > 0.3 * TOO_LONG
+        eager = candidate.framework in ("NumPy", "PyTorch")
+        times = [seconds] if slow and eager else [timing.once(call)]
+        if times[0] < 0.3 * TOO_LONG or candidate.framework == "torch.compile":
+            times.append(timing.once(call))
+        elif phase == "both":
+            record["first_call"]["forward"] = None  # its time is not worth the wait
+        record["second_call"][phase] = min(times)
+    again = record["second_call"]
+    pace.learn(candidate, case, again.get("both", again.get("forward", 0.0)))
+    return output, gradient
+
+
+def summarise(record: Record, measured: dict[str, timing.Times]) -> None:
+    """Put quartiles into a record, and ratios to the softmax of the same framework in the same rounds."""
+    framework = record["framework"]
+    softmax = next((name for name in ("softmax", "softmax (SciPy)") if f"{framework}|{name}|both" in measured), None)
+    del record["second_call"]
+    for phase in ("forward", "both"):
+        times = measured.get(f"{framework}|{record['candidate']}|{phase}")
+        if times is None:
+            record[phase] = None
+            continue
+        first, median, third = times.quartiles()
+        record[phase] = {"q1": first, "median": median, "q3": third, "rounds": times.count, "over_softmax": None}
+        if softmax is not None:
+            reference = measured.get(f"{framework}|{softmax}|{phase}")
+            record[phase]["over_softmax"] = None if reference is None else times.ratio(reference)
+
+
+def memory_records(candidates: list[Candidate], case: Case) -> Iterator[Record]:
+    """What softk and softmax, and the Sinkhorn iterations, hold on one case."""
+    for candidate in candidates:
+        if candidate.framework not in memory.MEASURES:
+            continue
+        if candidate.name.split(" ")[0] not in ("softk.topk", "softmax", "200"):
+            continue
+        if candidate.framework == "JAX jit" and candidate.peer:
+            continue
+        what, measured = memory.MEASURES[candidate.framework]
+        record = {**describe(case, "all"), "group": "memory", "candidate": candidate.name, "what": what}
+        record["framework"] = candidate.framework
+        try:
+            yield {**record, "status": "measured", "arrays": measured(candidate, case)}
+        except Exception as error:
+            yield {**record, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:200]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write the records as they come, one a line."""
+    parser = argparse.ArgumentParser(description="Measure one framework; the command starts this.")
+    parser.add_argument("framework", choices=FRAMEWORKS)
+    parser.add_argument("--threads", choices=("one", "all"), required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(argv)
+    deadline = time.monotonic() + options.seconds
+    if options.threads == "one":
+        on_one_core()
+    cases = cases_of(options.framework, options.threads, quick=options.quick)
+    if options.framework == "compiled":
+        from .candidates_torch import compiled
+
+        found = compiled(options.device)
+    else:
+        found = import_module(f"benchmarks.candidates_{options.framework}").candidates(options.device)
+    if options.framework in ("torch", "compiled") and options.threads == "one":
+        import torch
+
+        torch.set_num_threads(1)
+
+    def watch(case: Case) -> None:
+        print(f"case\t{case.label}", flush=True)
+
+    with options.output.open("w") as file:
+        times = timing.QUICK if options.quick else timing.Plan()
+        for peer in PEERS:  # of "PyTorch" in "torch", and so on
+            if peer.framework.lower() in (options.framework, f"py{options.framework}"):
+                record = {"group": "peers", "peer": peer.distribution, "status": availability(peer)}
+                file.write(json.dumps(record) + "\n")
+        if options.threads == "all":
+            large = Case("memory", 1, 10_000 if options.quick else 1_000_000, 1000)
+            for record in memory_records(found, large):
+                file.write(json.dumps(record) + "\n")
+        for record in measure(cases, found, times, options.threads, deadline, watch):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,174 @@
+"""The benchmarks' NumPy part on tiny shapes: that it measures, reports, and would notice a wrong answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import plots, report, timing, truth
+from benchmarks.candidates import PEERS, Candidate, Prepared
+from benchmarks.candidates_numpy import candidates
+from benchmarks.cases import Case, plan, quick_plan
+from benchmarks.worker import measure, memory_records
+
+from .oracles import Reference
+
+ROOT = Path(__file__).parent.parent
+
+
+def _wrong(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    """k times a softmax: it sums to k and is not the operator."""
+
+    def both() -> tuple[np.ndarray, np.ndarray]:
+        share = np.exp(x - x.max(axis=-1, keepdims=True))
+        share /= share.sum(axis=-1, keepdims=True)
+        return case.k * share, case.k * share * (u - (u * share).sum(axis=-1, keepdims=True))
+
+    return Prepared(lambda: both()[0], both, np.asarray)
+
+
+def _raises(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    raise RuntimeError("no such thing")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    everyone = [
+        *candidates("cpu"),
+        Candidate("wrong", "NumPy", "soft", _wrong),
+        Candidate("raises", "NumPy", "soft", _raises),
+        Candidate("greedy", "NumPy", "other", _wrong, power=2, arrays=1e12),
+    ]
+    found = list(measure(quick_plan("all"), everyone, timing.Plan(rounds=2, sample=1e-5, budget=0.001)))
+    return [*found, *memory_records(candidates("cpu"), Case("memory", 1, 2000, 20))]
+
+
+@pytest.fixture(scope="module")
+def result(records: list[dict[str, Any]]) -> dict[str, Any]:
+    environment = {
+        "date": "2000-01-01",
+        "processor": "an abacus",
+        "cores": 10,
+        "memory_gib": 0.5,
+        "system": "wood",
+        "device": "cpu",
+        "load": "0.0",
+        "versions": {"numpy": np.__version__},
+        "minutes": 1.0,
+        "others": 0.5,
+    }
+    peers = {peer.distribution: {"status": "absent: a test", "computes": peer.computes} for peer in PEERS}
+    return {"environment": environment, "quick": True, "records": records, "peers": peers, "import_seconds": 0.01}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.001])
+def test_the_truth_is_true(epsilon: float, dtype: str) -> None:
+    case = Case("shapes", 2, 50, 5, epsilon, dtype)
+    x, u = case.scores(), case.cotangent()
+    found = truth.solve(x, u, case.k, epsilon)
+    for row in range(2):
+        reference = Reference(x[row], case.k, float(np.dtype(dtype).type(epsilon)))
+        gradient = reference.vjp(u[row])["x"]
+        digits = 1e-11 if dtype == "float32" else 1e-14
+        assert np.max(np.abs(found.mask[row] - reference.mask)) <= digits
+        assert np.max(np.abs(found.gradient[row] - gradient)) <= 100 * digits * np.max(np.abs(gradient))
+
+
+def test_every_candidate_is_timed_with_its_errors(records: list[dict[str, Any]]) -> None:
+    ours = [record for record in records if record.get("candidate") == "softk.topk" and record["group"] != "memory"]
+    assert len(ours) == len(quick_plan("all"))
+    for record in ours:
+        assert record["status"] == "measured"
+        assert record["both"]["median"] > 0.0
+        assert record["both"]["q1"] <= record["both"]["median"] <= record["both"]["q3"]
+        assert record["both"]["over_softmax"] > 0.0
+        eps = float(np.finfo(record["dtype"]).eps)
+        assert record["errors"]["mass"] <= 16 * eps
+        assert record["errors"]["mask"] <= 32 * eps
+        assert record["errors"]["gradient"] <= 1e3 * eps
+
+
+def test_a_wrong_candidate_is_found_out(records: list[dict[str, Any]]) -> None:
+    wrong = [record for record in records if record.get("candidate") == "wrong"]
+    assert len(wrong) == len(quick_plan("all"))
+    for record in wrong:
+        assert record["errors"]["mass"] <= 1e-6
+        assert record["errors"]["mask"] >= 0.1
+        assert record["errors"]["gradient"] >= 0.1
+
+
+def test_what_cannot_be_measured_has_a_reason(records: list[dict[str, Any]]) -> None:
+    raised = [record for record in records if record.get("candidate") == "raises"]
+    assert {(record["status"], record["reason"]) for record in raised} == {("failed", "RuntimeError: no such thing")}
+    greedy = [record for record in records if record.get("candidate") == "greedy"]
+    assert all(record["status"] == "skipped" and "GiB" in record["reason"] for record in greedy)
+
+
+def test_after_the_deadline_nothing_begins() -> None:
+    cases = quick_plan("all")
+    found = list(measure(cases, candidates("cpu"), timing.QUICK, deadline=0.0))
+    assert len(found) == len(cases)
+    assert {record["status"] for record in found} == {"skipped"}
+
+
+def test_page(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(f"# before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_page(path, result)
+    text = path.read_text()
+    assert text.startswith("# before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    for shown in (
+        "softk.topk",
+        "200 Sinkhorn iterations",
+        "(4, 64) k=8",
+        "no such thing",
+        "an abacus",
+        "2000-01-01",
+        "not to be trusted",
+    ):
+        assert shown in text
+    for peer in PEERS:
+        assert f"| {peer.distribution} " in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) > 20
+    report.write_page(path, result)
+    assert path.read_text() == text
+
+
+def test_json(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    report.write_json(path, {**result, "nan": [float("nan")]})
+    loaded = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert loaded["nan"] == [None]
+    assert len(loaded["records"]) == len(result["records"])
+    assert {record["group"] for record in loaded["records"]} == {"shapes", "epsilon", "lengths", "memory"}
+
+
+def test_pictures(result: dict[str, Any], tmp_path: Path) -> None:
+    plots.draw_lengths(result["records"], tmp_path / "n.png")
+    plots.draw_epsilons(result["records"], tmp_path / "epsilon.png")
+    assert (tmp_path / "n.png").stat().st_size > 10_000
+    assert (tmp_path / "epsilon.png").stat().st_size > 10_000
+
+
+def test_the_full_run_measures_what_it_should() -> None:
+    cases = plan("all")
+    shapes = {(case.rows, case.n, case.k) for case in cases if case.group == "shapes"}
+    assert {(128, 1000, 10), (8, 20_000, 100), (1, 10**6, 1000), (4096, 64, 8), (128, 1000, 500)} <= shapes
+    assert {case.epsilon for case in cases if case.group == "epsilon"} >= {1.0, 0.1, 0.01, 0.001}
+    assert max(case.n for case in cases if case.group == "lengths") == 10**7
+    for threads in ("one", "all"):
+        assert {case.dtype for case in plan(threads)} == {"float32", "float64"}
+
+
+def test_the_page_has_its_markers() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert text.count(report.BEGIN) == 1
+    assert text.count(report.END) == 1
