@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .backend import Array
+from .backend import Array, Backend
 
 
-def solve_definite(xp: Any, matrix: Array, right: Array) -> Array:
+def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
     """The solution of ``matrix @ solution = right``; zero for the unknowns whose row vanishes.
 
     Parameters
     ----------
-    xp : namespace
-        Of the arrays. Its linear algebra extension is used where it has one.
+    backend : Backend
+        The framework of the arrays. Its linear algebra is used where its namespace has the extension.
     matrix : array
         Shape (..., b, b), positive semidefinite.
     right : array
@@ -24,8 +22,9 @@ def solve_definite(xp: Any, matrix: Array, right: Array) -> Array:
     array
         Shape (..., b, r).
     """
+    xp = backend.xp
     b, info = matrix.shape[-1], xp.finfo(matrix.dtype)
-    index = xp.arange(b)
+    index = xp.arange(b, device=backend.device(matrix))
     diagonal = xp.reshape(index, (b, 1)) == xp.reshape(index, (1, b))
     diagonal = xp.broadcast_to(diagonal, matrix.shape)
     size = xp.sum(xp.where(diagonal, matrix, 0.0), axis=-1, keepdims=True)
@@ -36,14 +35,15 @@ def solve_definite(xp: Any, matrix: Array, right: Array) -> Array:
     matrix = xp.where(active & xp.matrix_transpose(active), matrix / scale / xp.matrix_transpose(scale), 0.0)
     matrix = xp.where(diagonal, 1.0 + b * float(info.eps), matrix)
     right = xp.where(active, right / scale, 0.0)
-    found = xp.linalg.solve(matrix, right) if hasattr(xp, "linalg") else _eliminate(xp, matrix, right)
+    found = xp.linalg.solve(matrix, right) if hasattr(xp, "linalg") else _eliminate(backend, matrix, right)
     return xp.where(active, found / scale, 0.0)
 
 
-def _eliminate(xp: Any, matrix: Array, right: Array) -> Array:
+def _eliminate(backend: Backend, matrix: Array, right: Array) -> Array:
     """Gauss-Jordan elimination, which needs no pivoting where the matrix is positive definite."""
-    b = matrix.shape[-1]
-    index = xp.broadcast_to(xp.reshape(xp.arange(b), (b, 1)), (*matrix.shape[:-1], 1))
+    xp, b = backend.xp, matrix.shape[-1]
+    index = xp.reshape(xp.arange(b, device=backend.device(matrix)), (b, 1))
+    index = xp.broadcast_to(index, (*matrix.shape[:-1], 1))
     table = xp.concat([matrix, right], axis=-1)
     for i in range(b):
         pivot = table[..., i : i + 1, :] / table[..., i : i + 1, i : i + 1]

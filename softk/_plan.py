@@ -152,7 +152,7 @@ def newton(
     reference, offset, count, valid = backend.settle(_approach, options, *constants)
     z = log_odds(xp, task, reference)
     for _ in range(CORRECTIONS):
-        offset = offset + _step(xp, z - offset, task.mass, task.weights)[0]
+        offset = offset + _step(backend, z - offset, task.mass, task.weights)[0]
     return Boundaries(reference, xp.where(valid, offset, math.nan), count)
 
 
@@ -176,7 +176,7 @@ def _approach(
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, last, careful, done = state
-        size, wanted = _step(xp, z - offset, fixed.k, task.weights)
+        size, wanted = _step(backend, z - offset, fixed.k, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
         careful = careful | (decrement > last)
         potentials = running(xp, size, reverse=True)
@@ -195,11 +195,12 @@ def _approach(
     return reference, offset, count, valid
 
 
-def _step(xp: Any, z: Array, mass: Array, weights: Array) -> tuple[Array, Array]:
+def _step(backend: Backend, z: Array, mass: Array, weights: Array) -> tuple[Array, Array]:
     """Newton's step of the offsets, and the excess that asks for it."""
+    xp = backend.xp
     above, below = sides(xp, plan(xp, z))
     wanted = excess(xp, above, below, mass, weights)
-    return solve_definite(xp, curvature(xp, above, below, weights), wanted), wanted
+    return solve_definite(backend, curvature(xp, above, below, weights), wanted), wanted
 
 
 def _together(xp: Any, z: Array, alone: Array, weights: Array) -> Array:

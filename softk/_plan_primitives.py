@@ -66,7 +66,8 @@ class _Means:
     +inf; one for which no scores are left is -inf.
     """
 
-    def __init__(self, xp: Any, task: Task, reference: Array, unit: Array) -> None:
+    def __init__(self, backend: Backend, task: Task, reference: Array, unit: Array) -> None:
+        xp = backend.xp
         x, rows = task.x, reference.shape[-2]
         finite = xp.abs(x) < math.inf
         least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
@@ -75,7 +76,7 @@ class _Means:
         near = between(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
         self.apart = xp.where(self.finite, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), 0.0)
-        before = unit * xp.broadcast_to(xp.astype(xp.arange(rows), x.dtype), near.shape)
+        before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
         count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
         first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
         mass = between(xp, count - before, 0.0, unit)
@@ -104,7 +105,7 @@ def _sorted_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int,
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
     share = (plan(xp, log_odds(xp, task, reference) - offset) * task.weights)[..., :-1, :]
-    return _Means(xp, task, reference, inputs[2]).of(share), share, offset, reference
+    return _Means(backend, task, reference, inputs[2]).of(share), share, offset, reference
 
 
 def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -112,7 +113,7 @@ def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tang
     weights = rule.task.weights
     dshare, doffset = _push(rule, tangents)
     share, dshare = (weights * rule.share)[..., :-1, :], (weights * dshare)[..., :-1, :]
-    means = _Means(backend.xp, rule.task, outputs[-1], inputs[2])
+    means = _Means(backend, rule.task, outputs[-1], inputs[2])
     return means.push(share, dshare, tangents[0]), dshare, doffset
 
 
@@ -123,7 +124,7 @@ def _sorted_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cota
     weights, direct = rule.task.weights, None
     if vbar is not None:
         share = (weights * rule.share)[..., :-1, :]
-        found, direct = _Means(xp, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
+        found, direct = _Means(backend, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
         ubar = found if ubar is None else ubar + found
     if ubar is not None:
         ubar = weights * xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
@@ -137,10 +138,11 @@ sorted_plan = Primitive("sorted_plan", _sorted_forward, _sorted_jvp, _sorted_vjp
 # --- the soft rank: the mean position of the rows that a score goes to, 0 for the highest
 
 
-def _positions(xp: Any, x: Array, rows: int) -> Array:
+def _positions(backend: Backend, x: Array, rows: int) -> Array:
     """Evenly over 0 ... n - 1, from the highest to the lowest row (..., m - 1, 1)."""
+    xp = backend.xp
     step = (x.shape[-1] - 1) / max(rows - 1, 1)
-    place = step * xp.astype(xp.arange(rows), x.dtype)
+    place = step * xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype)
     return xp.broadcast_to(xp.reshape(place, (rows, 1)), (*x.shape[:-1], rows, 1))
 
 
@@ -148,7 +150,7 @@ def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, .
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
     share = plan(xp, log_odds(xp, task, reference) - offset)[..., :-1, :]
-    place = _positions(xp, task.x, rows)
+    place = _positions(backend, task.x, rows)
     found = xp.sum(share * place, axis=-2)
     # -inf is never selected: those are behind all others, and tie.
     count = xp.count_nonzero(task.x > -math.inf, axis=-1, keepdims=True)
@@ -159,7 +161,7 @@ def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, .
 
 def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
     rule = _linearise(backend, inputs, outputs)
-    place = _positions(backend.xp, rule.task.x, outputs[-1].shape[-2])
+    place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
     dshare, doffset = _push(rule, tangents)
     return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
 
@@ -169,7 +171,7 @@ def _rank_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotang
     ubar, c = cotangents
     rule = _linearise(backend, inputs, outputs)
     if ubar is not None:
-        place = _positions(xp, rule.task.x, outputs[-1].shape[-2])
+        place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
         place = xp.concat([place, place[..., -1:, :]], axis=-2)
         ubar = rule.task.weights * xp.expand_dims(ubar, axis=-2) * place
     xbar, taubar, _, _ = rule.pull(ubar, c)
@@ -288,7 +290,8 @@ def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, t
         growth = growth - xp.where(problem.fixed, 0.0, moved / problem.distance)
     dmasses = xp.zeros_like(problem.masses)
     if dmarginals is not None:
-        dmarginals = problem.order.sorted(dmarginals)
+        # An anchor without a marginal is left out, and so is its derivative.
+        dmarginals = xp.where(problem.masses > 0.0, problem.order.sorted(dmarginals), 0.0)
         lost = problem.masses * (xp.sum(dmarginals, axis=-1, keepdims=True) / nonzero(xp, problem.sum))
         dmasses = dmasses + problem.scale * dmarginals - lost
     if da is not None:
@@ -314,6 +317,7 @@ def _transport_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, c
     massbar = running(xp, massbar, reverse=True)[..., 0]
     taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
     marginalbar = problem.scale * massbar - taken / nonzero(xp, problem.sum)
+    marginalbar = xp.where(problem.masses > 0.0, marginalbar, 0.0)
     growth = (taubar * task.tau)[..., 0]
     moved = xp.where(problem.fixed, 0.0, -growth / problem.distance)
     none = xp.zeros_like(moved[..., :1])

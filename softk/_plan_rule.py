@@ -40,8 +40,8 @@ class PlanLinearisation:
     """
 
     def __init__(self, backend: Backend, task: Task, reference: Array, offset: Array) -> None:
-        self.xp = xp = backend.xp
-        self.task = task
+        self.backend, self.xp, self.task = backend, backend.xp, task
+        xp = backend.xp
         self.apart = log_odds(xp, task, reference)
         self.share = plan(xp, self.apart - offset)
         self.above, self.below = sides(xp, self.share)
@@ -84,7 +84,7 @@ class PlanLinearisation:
             change = change + self.total(da * self.above)
         if dmass is not None:
             change = change - dmass
-        ds = solve_definite(xp, self.matrix, change)
+        ds = solve_definite(self.backend, self.matrix, change)
         w = w - ds
         behind = running(xp, self.below * w, reverse=True)
         before = running(xp, self.above * w)
@@ -98,7 +98,7 @@ class PlanLinearisation:
         origin = self.at_peak(difference) / nonzero(xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape)))
         difference = difference - weights * origin
         wanted = wanted - self.total(self.spread(difference))
-        slack = solve_definite(xp, self.matrix, wanted)
+        slack = solve_definite(self.backend, self.matrix, wanted)
         wbar = self.spread(difference + weights * slack)
         slack = slack - origin
         xbar = xp.sum(xp.where(self.moving(), wbar / tau, 0.0), axis=-2)
