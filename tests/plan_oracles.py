@@ -1,6 +1,6 @@
 """Independent references for transport plans: what softk must compute, by other means and sharing no code with it.
 
-`Transported` solves one slice of sum_i a_i softmax_j((2 x_i y_j - y_j^2 + g_j) / epsilon) = c_j for the potentials g, by
+`Transported` solves one slice of sum_i a_i softmax_j((2 x_i y_j - y_j^2 + g_j) / epsilon) = c_j for the potentials g by
 Newton's method with a line search along falling temperatures, and differentiates it by the implicit function theorem:
 all in the arithmetic of one's choice, mpmath with 120 digits or NumPy's long double. softk solves for the boundaries
 between neighbouring anchors, and never forms g. `Ladder` makes sorting and ranking of it. `sinkhorn` is the algorithm
