@@ -71,13 +71,13 @@ class Transported:
     def _solve(self) -> np.ndarray:
         centre = (max(self.x) + min(self.x)) / 2
         g = self.y**2 - 2 * centre * self.y
-        g = g - g[-1]
         size = (max(self.x) - min(self.x) + self.epsilon) * (max(self.y) - min(self.y) + self.epsilon)
         epsilon = self.epsilon
         while epsilon < size:
             epsilon = 2 * epsilon
+        g = g + epsilon * self.arithmetic.log(self.c)
         while True:
-            g = self._newton(g, epsilon)
+            g = self._newton(g - g[-1], epsilon)
             if epsilon == self.epsilon:
                 break
             epsilon = epsilon / 2

@@ -53,7 +53,7 @@ class Case:
     options: dict[str, Any]
     arithmetic: Arithmetic = EXACT
 
-    def rows(self, rows: slice) -> Case:
+    def rows(self, rows: slice | list[int]) -> Case:
         """Some of the slices."""
         where = {"where": self.options["where"][rows]} if "where" in self.options else {}
         arguments = {name: values[rows] for name, values in self.arguments.items()}
@@ -260,9 +260,14 @@ def test_against_the_oracle(lib: Library, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_hard_slices_in_single_precision(name: str) -> None:
-    """A gap of 40 temperatures on either side of a boundary, a small marginal."""
-    case = CASES[name].rows(slice(4, 5)).rounded("float32")
-    check(BY_NAME["numpy"], case, by_oracle(case))
+    """A gap of 40 temperatures on either side of a boundary, a small marginal: along six directions each."""
+    case = CASES[name].rows([4] * 6).rounded("float32")
+    along = by_oracle(case)
+    pulled, rates = derivatives(BY_NAME["numpy"], case, along, tuple(case.arguments))
+    for name, values in pulled.items():
+        assert_close(f"cotangent of {name}", values, along.pulled[name], TOLERANCE["float32"])
+    for part, values in zip(along.rates, rates, strict=True):
+        assert_close(f"tangent of {part}", values, along.rates[part], TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9])
