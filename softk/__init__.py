@@ -1,7 +1,7 @@
 """softk: the differentiable top-k for every array library."""
 
 from ._derivatives import jvp, vjp
-from ._operators import quantile, threshold, topk
+from ._operators import log_topk, quantile, threshold, topk
 from ._ordering import TopK, rank, sort, sorted_topk
 from ._transport import ConvergenceWarning, Plan, transport
 
@@ -12,6 +12,7 @@ __all__ = [
     "Plan",
     "TopK",
     "jvp",
+    "log_topk",
     "quantile",
     "rank",
     "sort",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import Any
@@ -42,19 +41,22 @@ def check_axis(axis: Any, ndim: int) -> int:
 
 def check_mode(mode: Any) -> bool:
     """Whether the smallest are meant."""
-    if mode not in ("largest", "smallest"):
+    if not isinstance(mode, str) or mode not in ("largest", "smallest"):
         raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
     return bool(mode == "smallest")
 
 
-def check_mass(k: Any, n: int, weighted: bool) -> None:
-    """k as a number: 0 <= k <= n, or 0 <= k where weights decide how much there is."""
+def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool) -> None:
+    """k as a number: 0 <= k <= n, or any that there is where weights decide how much is selected."""
     if not is_number(k):
         return
-    most = math.inf if weighted else n
-    if not 0 <= k <= most or k == math.inf:
-        allowed = "at least 0 and finite" if weighted else f"from 0 to {n}, the size of x along axis"
-        raise ValueError(f"k must be {allowed}, got {k!r}")
+    info = xp.finfo(dtype)
+    if weighted and not 0 <= k <= float(info.max):
+        raise ValueError(
+            f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"
+        )
+    if not weighted and not 0 <= k <= n:
+        raise ValueError(f"k must be from 0 to {n}, the size of x along axis, got {k!r}")
 
 
 def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:

@@ -40,7 +40,7 @@ def _masked(
     """The arguments that topk and threshold share, checked and canonical."""
     smallest = check_mode(mode)
     slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
-    check_mass(k, slices.n, weights is not None)
+    check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
     bits = slices.xp.finfo(slices.working).bits
     with slices.backend.quiet():
@@ -144,6 +144,58 @@ def topk(
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
     if hard and is_number(k) and k != math.floor(k):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
+    return Call(**call, restores=(slices.like_scores(),))
+
+
+@operator_from
+def log_topk(
+    x: Array,
+    k: Any,
+    /,
+    *,
+    axis: int = -1,
+    mode: Mode = "largest",
+    epsilon: Any = 0.1,
+    weights: Array | None = None,
+    where: Array | None = None,
+) -> Call:
+    """Logarithm of the mask of `softk.topk`, accurate where the mask underflows or rounds to 1.
+
+    A cross-entropy needs it: ``-sum(target * log_topk(x, k))`` has a gradient for a target that is far from selected.
+
+    Parameters
+    ----------
+    x, k, axis, mode, epsilon, weights, where
+        As for `softk.topk`.
+
+    Returns
+    -------
+    array
+        ``log(topk(x, k))``, at most 0, of the shape, dtype and device of `x`; ``-inf`` for what is never selected.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`.
+
+    Notes
+    -----
+    ``log(1 - topk(x, k))`` is the logarithm of the mask of the others: ``log_topk(x, n - k, mode="smallest")``.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, sections 3.1 and 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> softk.log_topk(np.asarray([0.0, 1.0, 500.0, 501.0]), 2, epsilon=0.5).round(3).tolist()
+    [-1002.0, -998.0, 0.0, 0.0]
+    """
+    slices, call = _masked(_primitives.log_mask, x, k, axis, mode, epsilon, weights, where)
+    if slices.n == 0:
+        call |= {"primitive": _primitives.empty_mask, "options": {}}
     return Call(**call, restores=(slices.like_scores(),))
 
 

@@ -165,7 +165,7 @@ def sort(
     >>> import numpy as np
     >>> import softk
     >>> softk.sort(np.asarray([0.2, 1.7, -0.5, 0.9]), epsilon=0.1).round(3).tolist()
-    [-0.5, 0.201, 0.899, 1.7]
+    [-0.499, 0.2, 0.9, 1.7]
     """
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
     call = _anchored(slices, epsilon, num_anchors)
@@ -213,7 +213,7 @@ def rank(
     >>> import numpy as np
     >>> import softk
     >>> softk.rank(np.asarray([0.2, 1.7, -0.5, 0.9]), epsilon=0.1).round(3).tolist()
-    [1.001, 3.0, 0.0, 1.999]
+    [1.0, 3.0, 0.001, 1.999]
     """
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
     call = _anchored(slices, epsilon, num_anchors)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._rule import Linearisation, sigmoid
-from ._solver import between, logits, selectable, solve
+from ._rule import Linearisation, LogLinearisation, sigmoid
+from ._solver import between, limits, logits, selectable, solve
 from .backend import Array, Backend, Inputs, Primitive
 
 Arrays = tuple[Array, ...]
@@ -34,7 +34,7 @@ def _mask_forward(
     weights: Array | None,
     where: Array | None,
     *,
-    ranks: tuple[int, int] | None,
+    ranks: tuple[int, ...] | None,
 ) -> Arrays:
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
     z = logits(backend.xp, selectable(backend.xp, x, where), reference, tau) - offset
@@ -54,6 +54,49 @@ def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inp
 mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
 
 
+# --- the logarithm of the mask: it neither underflows nor rounds to 0 before the mask does
+
+
+def _log_forward(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    xp = backend.xp
+    x = selectable(xp, x, where)
+    reference, offset, extreme = solve(backend, x, k, tau, weights, None, ranks)
+    z = logits(xp, x, reference, tau) - offset
+    # As far below as it is, and not only as far as a derivative sees.
+    lower = xp.where(z < 0.0, (xp.minimum(x, limits(xp, x.dtype).largest) - reference) / tau - offset, 0.0)
+    found = lower - xp.log1p(xp.exp(-xp.abs(z)))
+    never = (x == -math.inf) | (k <= 0.0) | ((extreme == math.inf) & (x < math.inf))
+    never = never & ~xp.isnan(offset)
+    return xp.where(never, -math.inf, found), offset, reference
+
+
+def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearisation:
+    *_, offset, reference = outputs
+    return LogLinearisation(backend, inputs, reference, offset)
+
+
+def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    found, offset, _ = _log_linearise(backend, inputs, outputs).push(*tangents[:-1])
+    return found, offset
+
+
+def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+    u, c = cotangents
+    return (*_log_linearise(backend, inputs, outputs).pull(u, c, None), None)
+
+
+log_mask = Primitive("topk_log_mask", _log_forward, _log_jvp, _log_vjp, constants=1)
+
+
 # --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
 
 
@@ -65,7 +108,7 @@ def _hard_forward(
     weights: Array | None,
     where: Array | None,
     *,
-    ranks: tuple[int, int] | None,
+    ranks: tuple[int, ...] | None,
 ) -> Arrays:
     xp = backend.xp
     x = selectable(xp, x, where)
@@ -81,7 +124,10 @@ def _hard_forward(
     place = xp.cumulative_sum(xp.astype(tied, backend.index), axis=-1)
     place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
-    return xp.where(whole, xp.astype(chosen, x.dtype), math.nan), offset, reference
+    chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
+    # Where a framework differentiates the operations themselves, they are those of the soft mask.
+    soft = sigmoid(xp, logits(xp, x, reference, tau) - offset)
+    return chosen + (soft - backend.constant(soft)), offset, reference
 
 
 hard_mask = Primitive("topk_hard_mask", _hard_forward, _mask_jvp, _mask_vjp, constants=1)
@@ -116,7 +162,7 @@ def _threshold_forward(
     weights: Array | None,
     where: Array | None,
     *,
-    ranks: tuple[int, int] | None,
+    ranks: tuple[int, ...] | None,
 ) -> Arrays:
     reference, offset, extreme = solve(backend, x, k, tau, weights, where, ranks)
     return reference + tau * offset + extreme, offset, reference

@@ -1,7 +1,7 @@
 r"""The derivative of the soft top-k, once, for every operator and every framework.
 
-With z = (x - r) / tau - s and the mask m = sigmoid(z), differentiate sum_i a_i m_i = k (DESIGN: implicit function
-theorem; Xie et al., NeurIPS 2020, section 3.2, reduced to its one unknown). Write v = m (1 - m), V = sum_i a_i v_i,
+With z = (x - r) / tau - s and the mask m = sigmoid(z), differentiate sum_i a_i m_i = k (the implicit function theorem;
+Xie et al., NeurIPS 2020, section 3.2, reduced to its one unknown). Write v = m (1 - m), V = sum_i a_i v_i,
 p = a v / V, w = (dx - z dtau) / tau and dh = dk - <m, da>, the mass that the threshold has to find. Then
 
     dm = v (w - <p, w>) + (v / V) dh
@@ -46,7 +46,7 @@ class Linearisation:
 
     def __init__(self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array) -> None:
         self.xp = xp = backend.xp
-        self.x, k, self.tau, self.weights, self.where = inputs
+        self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
         bound = limits(xp, self.x.dtype)
         near = self.z()
@@ -65,7 +65,7 @@ class Linearisation:
         del far
         tail = decay / (1.0 + height * decay)
         del decay
-        slip = backend.constant(self.slip(k, peak, upper, tail))
+        slip = backend.constant(self.slip(peak, upper, tail))
         # v' = v exp(-peak), which is the tail times the mask or its complement, whichever is large
         self.scaled = (1.0 - height * tail) * tail
         del tail
@@ -76,7 +76,7 @@ class Linearisation:
         self.rate = xp.minimum(1.0 / self.normal, bound.farthest)
         self.inverse = xp.minimum(xp.exp(xp.minimum(-peak, ceiling)) * self.rate, bound.farthest)  # 1 / V
 
-    def slip(self, k: Array, peak: Array, upper: Array, tail: Array) -> Array:
+    def slip(self, peak: Array, upper: Array, tail: Array) -> Array:
         """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
         xp = self.xp
         if self.weights is None:
@@ -84,8 +84,8 @@ class Linearisation:
         else:
             above = self.total(xp.where(upper, self.weights, 0.0))
             tail = self.weigh(tail)
-        delta = k - above
-        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * k, 0.0, delta * xp.exp(-peak))
+        delta = self.k - above
+        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * self.k, 0.0, delta * xp.exp(-peak))
         lower = self.total(xp.where(upper, 0.0, tail))
         upper = self.total(xp.where(upper, tail, 0.0))
         slip = (lower - upper - delta) / nonzero(xp, lower + upper)
@@ -95,14 +95,28 @@ class Linearisation:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
         return logits(self.xp, selectable(self.xp, self.x, self.where), self.reference, self.tau) - self.offset
 
-    def spread(self) -> Array:
-        """v. Without weights v' is never held back, and v is in proportion to it."""
+    def gain(self) -> Array:
+        """v, the derivative of the mask in z. Without weights v' is never held back, and v is in proportion to it."""
         if self.weights is None:
             return self.height * self.scaled
         decay = self.xp.exp(-self.xp.abs(self.z()))
         tail = decay / (1.0 + decay)
         del decay
         return (1.0 - tail) * tail
+
+    def lift(self) -> Array:
+        """v / V, the derivative of the mask in k."""
+        return self.scaled * self.rate
+
+    def centred(self, u: Array) -> Array:
+        """v u, less a multiple of a v, which is zero at the item that dominates p: J^T a = 0."""
+        origin = self.at_peak(u)
+        if self.weights is None:
+            u = self.kept(u) - origin
+            return u * self.gain()
+        xp, heaviest = self.xp, nonzero(self.xp, self.at_peak(self.weights))
+        gain = self.gain()
+        return (xp.where(gain == 0.0, 0.0, self.weights) / heaviest * -origin + self.kept(u)) * gain
 
     def at_peak(self, values: Array) -> Array:
         """The value at the item that has the largest share of p; the mean of several, zero where none has any.
@@ -117,8 +131,12 @@ class Linearisation:
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""
-        moves = self.x <= limits(self.xp, self.x.dtype).largest
+        moves = ~(self.x > limits(self.xp, self.x.dtype).largest)
         return self.xp.where(moves if self.where is None else moves & self.where, values, 0.0)
+
+    def kept(self, values: Array) -> Array:
+        """Zero for the items that are removed, whatever stands there."""
+        return values if self.where is None else self.xp.where(self.where, values, 0.0)
 
     def weigh(self, values: Array) -> Array:
         return values if self.weights is None else weigh(self.xp, self.weights, values)
@@ -146,7 +164,7 @@ class Linearisation:
             w = w - self.z() * (dtau / self.tau)
         dh = zero if dk is None else dk + zero
         if da is not None:
-            dh = dh - self.total(self.mask() * da)
+            dh = dh - self.total(self.mask() * self.kept(da))
         # J 1 = 0: measured from the item that dominates p, w - <p, w> does not cancel where p is nearly 1.
         origin = self.at_peak(w)
         w = w - origin
@@ -156,7 +174,7 @@ class Linearisation:
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        return self.spread() * (w - shifted) + self.scaled * (dh * self.rate), ds, self.tau * (mean - found)
+        return self.gain() * (w - shifted) + self.lift() * dh, ds, self.tau * (mean - found)
 
     def pull(self, u: Array | None, c: Array | None, b: Array | None) -> tuple[Array, Array, Array, Array | None]:
         """Cotangents of (x, k, tau, a), from those of the mask, the offset and the threshold. None is zero."""
@@ -170,16 +188,8 @@ class Linearisation:
         if u is None:
             xbar = self.shares(g / self.tau)
         else:
-            hbar = hbar + self.total(self.scaled * u) * self.rate
-            # J^T a = 0: the same for the transpose.
-            origin = self.at_peak(u)
-            if self.weights is None:
-                xbar = self.spread()
-                xbar = (u - origin) * xbar
-            else:
-                heaviest = nonzero(xp, self.at_peak(self.weights))
-                xbar = self.spread()
-                xbar = (xp.where(xbar == 0.0, 0.0, self.weights) / heaviest * -origin + u) * xbar
+            hbar = hbar + self.total(self.lift() * self.kept(u))
+            xbar = self.centred(u)
             g = g - self.total(xbar)
             xbar = (self.shares(g) + xbar) / self.tau
         del self.scaled  # an array of the scores' size, of which the rest needs some
@@ -188,6 +198,31 @@ class Linearisation:
         if c is not None:
             taubar = taubar - c * self.offset / self.tau
         return xbar, hbar, taubar, None if self.weights is None else -self.mask() * hbar
+
+
+class LogLinearisation(Linearisation):
+    """The derivative of the logarithm of the mask, log m = min(z, 0) - log1p(exp(-|z|)): with 1 - m in the place of v.
+
+    What is never selected has the logarithm -inf and no derivative.
+    """
+
+    def gain(self) -> Array:
+        z = self.z()
+        never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
+        return self.xp.where(never, 0.0, sigmoid(self.xp, -z))
+
+    def lift(self) -> Array:
+        """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
+        z = self.z()
+        above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate
+        return self.xp.where(z > 0.0, above, self.gain() * self.inverse)
+
+    def centred(self, u: Array) -> Array:
+        """(1 - m) u, less a multiple of p, which is zero at the item that dominates p."""
+        direct = self.gain()
+        direct = self.xp.where(direct == 0.0, 0.0, u) * direct
+        share = self.shares(self.xp.ones_like(self.offset))
+        return direct - share * (self.at_peak(direct) / nonzero(self.xp, self.at_peak(share)))
 
 
 def sigmoid(xp: Any, z: Array) -> Array:

@@ -43,25 +43,28 @@ class Limits(NamedTuple):
     """What a dtype can hold, as Python numbers."""
 
     eps: float
-    largest: float  # score that counts as finite; a larger one, and +inf, counts as this one
+    largest: float  # finite score; +inf counts as this one
     farthest: float  # |z| beyond which a score has no part in any derivative
     saturated: float  # offset at which a sigmoid is exactly 0 or 1
 
 
 def limits(xp: Any, dtype: Any) -> Limits:
     info = xp.finfo(dtype)
-    largest = 0.5 * float(info.max)  # so that the difference of two scores is finite
-    return Limits(float(info.eps), largest, largest**0.5, 128.0 if info.bits <= 32 else 1024.0)
+    largest = float(info.max)
+    return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, 128.0 if info.bits <= 32 else 1024.0)
 
 
 def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
     """(x - reference) / tau, clipped to the farthest distance that a derivative still sees.
 
-    +inf counts as the largest score: many of them tie, and share k when they are more than k.
+    +inf counts as the largest score: many of them tie, and share k when they are more than k. The difference of two
+    scores may overflow, and is clipped then too.
     """
     bound = limits(xp, x.dtype)
-    reach = bound.farthest * tau
-    return between(xp, xp.minimum(x, bound.largest) - reference, -reach, reach) / tau
+    reach = xp.minimum(bound.farthest * tau, bound.largest)
+    x = xp.minimum(x, bound.largest)
+    x = x - reference
+    return between(xp, x, -reach, reach) / tau
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
@@ -174,7 +177,7 @@ def solve(
     tau: Array,
     weights: Array | None,
     where: Array | None,
-    ranks: tuple[int, int] | None,
+    ranks: tuple[int, ...] | None,
 ) -> Solution:
     """The threshold r + tau s, in its two parts.
 
@@ -257,7 +260,9 @@ def frame(xp: Any, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     high = between(xp, ends.high, -largest, largest)
     whole = ends.nothing | ends.everything
     low = xp.where(whole, high, between(xp, ends.low, -largest, largest))
-    reference = 0.5 * high + 0.5 * low
+    # The middle, of which no part overflows, however a compiler rearranges it.
+    together = (high > 0.0) == (low > 0.0)
+    reference = xp.where(together, high - 0.5 * (high - low), 0.5 * (high + low))
     return reference, Gap(logits(xp, high, reference, tau), logits(xp, low, reference, tau))
 
 

@@ -78,6 +78,7 @@ class Reference:
         self.z = (self.x - self.t) / self.tau
         tail = self.arithmetic.exp(-abs(self.z))
         self.m = np.where(self.z > 0, 1 / (1 + tail), tail / (1 + tail))
+        self.rest = np.where(self.z > 0, tail / (1 + tail), 1 / (1 + tail))  # 1 - m
         self.v = tail / (1 + tail) ** 2
         self.V = (self.a * self.v).sum()
 
@@ -121,6 +122,13 @@ class Reference:
         return self._items(self.m)
 
     @property
+    def log_mask(self) -> np.ndarray:
+        """-inf for the items that are removed."""
+        found = np.where(self.kept, 0.0, -np.inf)
+        found[self.kept] = np.asarray(self.arithmetic.log(self.m), dtype=float)
+        return found
+
+    @property
     def threshold(self) -> float:
         return float(self.sign * self.t)
 
@@ -137,10 +145,15 @@ class Reference:
         mask, threshold = self.rates(**tangents)
         return self._items(mask), float(threshold)
 
-    def vjp(self, u: np.ndarray | None = None, b: Any = 0) -> dict[str, Any]:
-        """Cotangents of x, k, epsilon and weights, from those of the mask and of the threshold."""
+    def log_jvp(self, **tangents: Any) -> np.ndarray:
+        """The tangent of the logarithm of the mask."""
+        mask, _ = self.rates(**tangents)
+        return self._items(mask / self.m)
+
+    def vjp(self, u: np.ndarray | None = None, b: Any = 0, *, log: bool = False) -> dict[str, Any]:
+        """Cotangents of x, k, epsilon and weights, from those of the mask (of its logarithm) and of the threshold."""
         u = self.number((np.zeros(self.kept.shape) if u is None else u)[self.kept])
-        direct = self.v * u / self.tau
+        direct = (self.rest if log else self.v) * u / self.tau
         through = self.sign * self.number(b)[()] - direct.sum()  # the cotangent of t
         p = self.a * self.v / self.V
         return {

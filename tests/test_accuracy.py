@@ -307,6 +307,46 @@ def test_mask_of_a_part_of_the_scores(mode: str, dtype: str, rng: np.random.Gene
         assert_exact(x, k, 0.2, dtype, where=where, mode=mode)
 
 
+@DTYPES
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_log_mask(lib: Library, name: str, dtype: str) -> None:
+    """Beside the mask's own error, an error of a rounding of z, of which the logarithm is nearly one."""
+    problem = problem_for(lib, name, dtype)
+    given = {key: value for key, value in problem.arguments.items() if key not in ("x", "k")}
+    found = lib.evaluate(softk.log_topk, problem.x, problem.k, **given, **problem.options)
+    wanted = np.stack([reference.log_mask for reference in problem.references])
+    assert found.dtype == dtype
+    assert np.all(found <= 0.0)
+    removed = np.isneginf(wanted)
+    np.testing.assert_array_equal(np.isneginf(found), removed)
+    eps = np.finfo(dtype).eps
+    error = np.abs(found - np.where(removed, 0.0, wanted))[~removed]
+    assert np.all(error <= MASK * eps * np.maximum(1.0, np.abs(wanted[~removed])))
+
+
+@DTYPES
+def test_log_mask_where_the_mask_is_no_number(dtype: str) -> None:
+    """Far below the threshold the mask is 0, far above it 1; their logarithms are neither 0 nor the same."""
+    x = np.asarray([-3e4, -500.0, 0.0, 20.0, 400.0], dtype=dtype)
+    found = softk.log_topk(x, 2, epsilon=1.0)
+    reference = Reference(x, 2.0, 1.0)
+    assert np.all(softk.topk(x, 2, epsilon=1.0)[:2] == 0.0)
+    np.testing.assert_allclose(found, reference.log_mask, rtol=4 * np.finfo(dtype).eps)
+    assert found[4] == 0.0 or found[4] > -1e-150
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_numbers_are_finite(lib: Library, dtype: str) -> None:
+    """The lowest number of a dtype, with which masks are often filled, is a score like any other."""
+    m = np.finfo(dtype).max
+    x = np.asarray([[1.0, 2.0, -m, -m], [-m, -m, -m, -m], [1.0, -m, m, 0.0]], dtype=dtype)
+    k = np.asarray([[3.0], [2.0], [1.0]], dtype=dtype)
+    found = lib.evaluate(softk.topk, x, k)
+    np.testing.assert_array_equal(found, [[1.0, 1.0, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 1.0, 0.0]])
+    hard = lib.evaluate(softk.topk, x, k, hard=True)
+    np.testing.assert_array_equal(hard, [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+
+
 # --- the paper's algorithm
 
 

@@ -26,9 +26,14 @@ from .libraries import Library
 
 INF, NAN = math.inf, math.nan
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
-FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold, "quantile": softk.quantile}
+FUNCTIONS = {
+    "topk": softk.topk,
+    "log_topk": softk.log_topk,
+    "threshold": softk.threshold,
+    "quantile": softk.quantile,
+}
 
-#: The design's bound on the error of a mask, in eps, absolute.
+#: The bound on the error of a mask, in eps, absolute.
 MASK = 32
 
 #: Scores, in multiples of 1/4 so that float32 holds them; without ties.
@@ -235,7 +240,7 @@ def pushed(x: Any, k: Any, tangents: dict[str, Any], f: Callable[..., Any], **kw
 def cotangents(lib: Library, function: str, given: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
     """The cotangents of all arguments, for a cotangent of the result that has no symmetry."""
     arrays = {name: lib.array(values) for name, values in given.items()}
-    shape = given["x"].shape if function == "topk" else given["x"].shape[:-1]
+    shape = given["x"].shape if function in ("topk", "log_topk") else given["x"].shape[:-1]
     cotangent = lib.array(np.cos(np.arange(math.prod(shape))).reshape(shape), given["x"].dtype)
     x, k = arrays.pop("x"), arrays.pop("k")
     found = lib.call(pulled, x, k, cotangent, FUNCTIONS[function], **arrays, **options)
@@ -292,7 +297,7 @@ def test_threshold(lib: Library, table: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("table", "dtype"), [("plain", "float64"), ("full", "float32")])
-@pytest.mark.parametrize("function", ["topk", "threshold"])
+@pytest.mark.parametrize("function", ["topk", "log_topk", "threshold"])
 def test_derivatives_of_every_slice(lib: Library, function: str, table: str, dtype: str) -> None:
     """None is NaN or infinite, not even beside slices that are NaN; what is removed or infinite has none."""
     found = cotangents(lib, function, arguments(table, dtype))
@@ -312,7 +317,7 @@ def test_smallest_are_the_largest_of_the_negated(eager: Library, function: str) 
     np.testing.assert_array_equal(found, largest if function == "topk" else -largest)
 
 
-@pytest.mark.parametrize("function", ["topk", "threshold"])
+@pytest.mark.parametrize("function", ["topk", "log_topk", "threshold"])
 def test_slices_are_independent(eager: Library, function: str) -> None:
     """Alone or beside any others: the same, but for a last bit, since others may make the solver do a step more."""
     batch = answers(eager, function, "full", "float64")
@@ -570,6 +575,24 @@ def test_empty_batch(eager: Library) -> None:
     }
 
 
+@TABLES
+def test_log_mask_is_the_logarithm_of_the_mask(lib: Library, table: str, dtype: str) -> None:
+    """In every slice of the tables: infinities, NaN, removed items, k = 0 and k = n."""
+    mask, found = (answers(lib, function, table, dtype).astype(np.float64) for function in ("topk", "log_topk"))
+    with np.errstate(divide="ignore"):
+        wanted = np.log(mask)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    assert np.all(np.isneginf(wanted[np.isneginf(found)]))
+    seen = wanted > -20.0
+    tolerance = 4 * MASK * EPS[dtype]
+    np.testing.assert_allclose(np.exp(found[seen]), mask[seen], rtol=0.0, atol=tolerance)
+    low = seen & (wanted < -1.0)
+    np.testing.assert_allclose(found[low], wanted[low], rtol=0.0, atol=tolerance)
+    assert np.all(found[~seen & ~np.isnan(found)] < -19.0)
+    never = np.stack([np.broadcast_to(~s.kept | np.isneginf(s.x), (N,)) for s in SLICES[table]])
+    assert np.all(np.isneginf(found[never & ~np.isnan(found)]))
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_no_scores(lib: Library, hard: bool) -> None:
     """Of nothing, nothing is selected."""
@@ -673,7 +696,7 @@ def test_no_native_gradient_is_nan(eager: Library, function: str) -> None:
     given = extreme_problem(function, "float32", True)
     arrays = {name: eager.array(values) for name, values in given.items()}
     x, k = arrays.pop("x"), arrays.pop("k")
-    shape = given["x"].shape if function == "topk" else given["x"].shape[:-1]
+    shape = given["x"].shape if function in ("topk", "log_topk") else given["x"].shape[:-1]
     cotangent = eager.array(np.cos(np.arange(math.prod(shape))).reshape(shape), "float32")
     found = backend_of(x).gradient(lambda x: FUNCTIONS[function](x, k, **arrays), x, cotangent)
     assert not nan_slices(eager.numpy(found), given)

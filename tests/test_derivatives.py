@@ -22,7 +22,7 @@ from .oracles import DIGITS, FEW, PROBLEMS, Problem, Quantile, Reference, proble
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
-FUNCTIONS = pytest.mark.parametrize("function", ["topk", "threshold"])
+FUNCTIONS = pytest.mark.parametrize("function", ["topk", "log_topk", "threshold"])
 
 
 def assert_close(name: str, found: np.ndarray, wanted: np.ndarray, dtype: str, part: Any = ...) -> None:
@@ -54,7 +54,7 @@ def evaluate(lib: Library, f: Any, *arrays: np.ndarray, names: list[str], **opti
 def check_pullback(lib: Library, function: str, case: Problem, dtype: str) -> None:
     """`softk.vjp` on one library, for a random cotangent, against the reference."""
     names = [name for name in case.arguments if name not in ("x", "k")]
-    shape = case.x.shape if function == "topk" else case.x.shape[:-1]
+    shape = case.x.shape[:-1] if function == "threshold" else case.x.shape
     u = directions({"u": shape}, dtype)["u"]
 
     def pullback(x: Any, k: Any, u: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def check_pullback(lib: Library, function: str, case: Problem, dtype: str) -> No
     given = [case.x, case.k, u, *(case.arguments[name] for name in names)]
     found = evaluate(lib, pullback, *given, names=names, **case.options)
     rows = [
-        reference.vjp(u[i]) if function == "topk" else reference.vjp(b=u[i])
+        reference.vjp(b=u[i]) if function == "threshold" else reference.vjp(u[i], log=function == "log_topk")
         for i, reference in enumerate(case.references)
     ]
     assert set(found) == set(case.arguments)
@@ -90,7 +90,9 @@ def check_pushforward(lib: Library, function: str, case: Problem, dtype: str, mo
     for i, reference in enumerate(case.references):
         row = {f"d{name}": tangents[name][i] for name in moved}
         row |= {name: value[0] for name, value in row.items() if name in ("dk", "depsilon")}
-        rows.append(reference.jvp(**row)[function == "threshold"])
+        rows.append(
+            reference.log_jvp(**row) if function == "log_topk" else reference.jvp(**row)[function == "threshold"]
+        )
     for label, part in case.parts:
         assert_close(f"{label}, rate with {', '.join(moved)}", found, np.stack(rows), dtype, part)
 
@@ -157,27 +159,38 @@ def _quantile_case(dtype: str) -> dict[str, np.ndarray]:
         "epsilon": np.asarray([[0.1], [0.3], [1.0]]),
         "weights": rng.uniform(0.5, 2.5, size=(3, 30)),
     }
-    return {name: values.astype(dtype) for name, values in case.items()}
+    case = {name: values.astype(dtype) for name, values in case.items()}
+    return case | {"where": rng.uniform(size=(3, 30)) < 0.7}
 
 
-QUANTILES = pytest.mark.parametrize(("weighted", "dtype"), [(True, "float64"), (True, "float32"), (False, "float64")])
+QUANTILES = pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ("", "float64"),
+        ("weights", "float64"),
+        ("weights", "float32"),
+        ("where", "float64"),
+        ("weights where", "float64"),
+    ],
+)
 
 
 @QUANTILES
-def test_quantile_pullback(lib: Library, weighted: bool, dtype: str) -> None:
+def test_quantile_pullback(lib: Library, given: str, dtype: str) -> None:
     if "traced" in lib.tags:
         pytest.skip("compiling takes too long; run without the outer jit")
     case = _quantile_case(dtype)
-    names = ["epsilon", "weights"] if weighted else ["epsilon"]
+    names = ["epsilon", "weights"] if "weights" in given else ["epsilon"]
+    options = {"where": case["where"]} if "where" in given else {}
     u = directions({"u": (3, 3)}, dtype)["u"]
 
     def pullback(x: Any, q: Any, u: Any, **kwargs: Any) -> Any:
         return softk.vjp(softk.quantile, x, q, **kwargs)[1](u)
 
-    found = evaluate(lib, pullback, case["x"], case["q"], u, *(case[name] for name in names), names=names)
+    found = evaluate(lib, pullback, case["x"], case["q"], u, *(case[name] for name in names), names=names, **options)
     wanted = {name: np.zeros(case[name].shape) for name in ("x", "q", *names)}
     for j, i in np.ndindex(3, 3):
-        row = _quantile(case, i, j, weighted).vjp(u[j, i])
+        row = _quantile(case, i, j, given).vjp(u[j, i])
         for name, place in {"x": i, "q": j, "epsilon": i, "weights": i}.items():
             if name in wanted:
                 wanted[name][place] += row[name]
@@ -187,30 +200,41 @@ def test_quantile_pullback(lib: Library, weighted: bool, dtype: str) -> None:
 
 
 @QUANTILES
-def test_quantile_pushforward(lib: Library, weighted: bool, dtype: str) -> None:
+def test_quantile_pushforward(lib: Library, given: str, dtype: str) -> None:
     if "traced" in lib.tags:
         pytest.skip("compiling takes too long; run without the outer jit")
     case = _quantile_case(dtype)
-    names = ["epsilon", "weights"] if weighted else ["epsilon"]
+    names = ["epsilon", "weights"] if "weights" in given else ["epsilon"]
+    options = {"where": case["where"]} if "where" in given else {}
     moved = ("x", "q", *names)
     tangents = directions({name: case[name].shape for name in moved}, dtype)
 
     def pushforward(x: Any, q: Any, *moves: Any, **kwargs: Any) -> Any:
-        given = dict(zip(moved, moves, strict=True))
-        return {"rate": softk.jvp(softk.quantile, x, q, tangents=given, **kwargs)[1]}
+        along = dict(zip(moved, moves, strict=True))
+        return {"rate": softk.jvp(softk.quantile, x, q, tangents=along, **kwargs)[1]}
 
     arrays = [case["x"], case["q"], *tangents.values(), *(case[name] for name in names)]
-    found = evaluate(lib, pushforward, *arrays, names=names)["rate"]
+    found = evaluate(lib, pushforward, *arrays, names=names, **options)["rate"]
     wanted = np.zeros((3, 3))
     for j, i in np.ndindex(3, 3):
         row = {"dx": tangents["x"][i], "dq": tangents["q"][j], "depsilon": tangents["epsilon"][i, 0]}
-        row |= {"dweights": tangents["weights"][i]} if weighted else {}
-        wanted[j, i] = _quantile(case, i, j, weighted).jvp(**row)
+        row |= {"dweights": tangents["weights"][i]} if "weights" in given else {}
+        wanted[j, i] = _quantile(case, i, j, given).jvp(**row)
     assert_close("rate", found, wanted, dtype)
 
 
-def _quantile(case: dict[str, np.ndarray], i: int, j: int, weighted: bool) -> Quantile:
-    return Quantile(case["x"][i], case["q"][j], case["epsilon"][i, 0], case["weights"][i] if weighted else None)
+def _quantile(case: dict[str, np.ndarray], i: int, j: int, given: str) -> Quantile:
+    named = {name: case[name][i] for name in given.split()}
+    return Quantile(case["x"][i], case["q"][j], case["epsilon"][i, 0], **named)
+
+
+@pytest.mark.parametrize("given", ["", "weights", "where", "weights where"])
+def test_quantile_values(lib: Library, given: str) -> None:
+    case = _quantile_case("float64")
+    named = {name: case[name] for name in given.split()}
+    found = lib.evaluate(softk.quantile, case["x"], case["q"], epsilon=case["epsilon"], **named)
+    wanted = [[_quantile(case, i, j, given).value for i in range(3)] for j in range(3)]
+    np.testing.assert_allclose(found, wanted, rtol=0.0, atol=1e-13)
 
 
 def test_quantile_near_the_top_of_a_total_that_is_not_whole() -> None:
@@ -382,6 +406,34 @@ def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest
 def test_the_rule_is_one() -> None:
     """Every adapter differentiates by the same rule: none has mathematics of its own to test."""
     assert importlib.import_module("softk._primitives").Linearisation is softk._rule.Linearisation
+
+
+def test_what_stands_at_a_removed_item_does_no_harm() -> None:
+    """A NaN in a tangent or a cotangent there is nobody's, as one in the scores is."""
+    x, where = np.asarray([1.0, 2.0, 3.0, np.nan]), np.asarray([True, True, True, False])
+    weights, u = np.ones(4), np.asarray([0.3, -1.0, 2.0, 0.0])
+    spoiled = np.where(where, u, np.nan)
+    for f in (softk.topk, softk.log_topk):
+        _, pullback = softk.vjp(f, x, 1.5, weights=weights, where=where)
+        for name, values in pullback(u).items():
+            np.testing.assert_array_equal(pullback(spoiled)[name], values)
+        for name in ("x", "weights"):
+            _, wanted = softk.jvp(f, x, 1.5, weights=weights, where=where, tangents={name: u})
+            _, found = softk.jvp(f, x, 1.5, weights=weights, where=where, tangents={name: spoiled})
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_second_derivatives_are_finite_where_the_first_are_held(dtype: str) -> None:
+    """All the weight is selected, and an item without any is far away: 1 / V is more than a number can be."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    given = [torch.tensor(values, dtype=getattr(torch, dtype)) for values in ([0.0, 100.0], 1.0, 0.01, [0.0, 1.0])]
+    x, k, epsilon, weights = arguments = [value.requires_grad_() for value in given]
+    mask = softk.topk(x, k, epsilon=epsilon, weights=weights)
+    first = torch.autograd.grad((mask * torch.tensor([0.3, -1.0])).sum(), arguments, create_graph=True)
+    for gradient in first:
+        for second in torch.autograd.grad(gradient.sum(), arguments, retain_graph=True, allow_unused=True):
+            assert second is None or bool(torch.isfinite(second).all())
 
 
 @pytest.mark.parametrize(

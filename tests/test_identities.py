@@ -1,6 +1,6 @@
 """Identities of the operator, on problems that Hypothesis draws: it looks for the one that breaks them.
 
-Tolerances follow from the design's two bounds, on the mass and on the mask, and from the rounding of one float (eps):
+Tolerances follow from the two bounds, on the mass and on the mask, and from the rounding of one float (eps):
 where two masks are compared, each may be MASK eps from the truth.
 """
 
@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 
 import softk
 
-#: The design's bounds in eps: of |sum mask - k| / max(1, k), and of a mask.
+#: The bounds in eps: of |sum mask - k| / max(1, k), and of a mask.
 MASS, MASK = 16, 32
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
 

@@ -316,6 +316,20 @@ def test_exported_module_is_differentiated_right(strict: bool, rng: Any) -> None
     assert_close(found_twice, expected_twice, 1e-9)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_hard_mask_has_the_soft_derivative(strict: bool, rng: Any) -> None:
+    class Hard(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            x = torch.sin(x)
+            return softk.topk(x, 2, epsilon=1.0, hard=True) * x
+
+    x, u = random(rng, 3, 7).requires_grad_(), random(rng, 3, 7)
+    module = torch.export.export(Hard(), (x.detach(),), strict=strict).module()
+    out, wanted = module(x), Hard()(x)
+    assert torch.equal(out, wanted)
+    assert_close(torch.autograd.grad(out, x, u)[0], torch.autograd.grad(wanted, x, u)[0].numpy())
+
+
 def test_export_with_dynamic_shapes(rng: Any) -> None:
     class Plain(torch.nn.Module):
         def forward(self, x: Any) -> Any:
