@@ -473,10 +473,12 @@ def shape_of(function: str, batch: tuple[int, ...] = ()) -> tuple[int, ...]:
 
 ALL = pytest.mark.parametrize("function", FUNCTIONS)
 
-#: Where one takes seconds: the other two are made of the same primitive, or of a part of it.
-DEAR = pytest.mark.parametrize(
-    "function", ["sorted_topk", "transport", *(pytest.param(f, marks=pytest.mark.full) for f in ("sort", "rank"))]
-)
+
+def mostly(*least: str) -> pytest.MarkDecorator:
+    """One function where one takes seconds, the others in the wider run: their primitives are tested by value above."""
+    rest = [pytest.param(name, marks=pytest.mark.full) for name in FUNCTIONS if name not in least]
+    return pytest.mark.parametrize("function", [*least, *rest])
+
 
 # --- torch
 
@@ -489,7 +491,7 @@ def tensors(values: list[np.ndarray], *, grad: bool = False) -> tuple[Any, ...]:
 
 
 @TORCH
-@DEAR
+@mostly("transport")
 def test_torch_gradcheck(function: str) -> None:
     given = tensors(arguments(function), grad=True)
     import torch
@@ -546,7 +548,7 @@ def _fresh() -> Any:
 
 
 @TORCH
-@DEAR
+@mostly("sorted_topk")
 @pytest.mark.usefixtures("_fresh")
 def test_torch_compile(function: str) -> None:
     """One graph, forward and backward; and the gradient compiled as a whole."""
@@ -607,7 +609,7 @@ def test_torch_native_gradient_is_the_rule_s(function: str) -> None:
 # --- JAX
 
 
-@pytest.mark.parametrize("function", [pytest.param("sorted_topk", marks=pytest.mark.full), "transport"])
+@mostly("transport")
 def test_jax(function: str) -> None:
     """jit with a traced epsilon, vmap, the gradient of each sample, and the hessian in every pair of arguments."""
     jax = pytest.importorskip("jax", reason="jax is not installed")
