@@ -284,6 +284,16 @@ def test_many_scores_against_the_oracle(name: str) -> None:
     check(BY_NAME["numpy"], MANY[name], by_oracle(MANY[name]))
 
 
+def test_an_anchor_that_takes_nothing_yet() -> None:
+    """The one-sided derivative in its marginal: what it will take, the others lose. Against a difference quotient."""
+    x, y, h = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([1.0, 0.0, 2.0]), 1e-6
+    nothing, tangents = np.asarray([0.0, 1.0, 2.0]), {"marginals": np.asarray([1.0, 0.0, 0.0])}
+    out, rate = softk.jvp(softk.transport, x, y, nothing, epsilon=0.5, tangents=tangents)
+    np.testing.assert_allclose(rate.sum(axis=0), [4 / 3, -4 / 9, -8 / 9], rtol=0, atol=1e-12)
+    little = Transported(x, y, np.asarray([h, 1.0, 2.0]), 0.5).plan
+    np.testing.assert_allclose(rate, (little - out.plan) / h, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("only", ["x", "anchors", "marginals", "epsilon", "weights"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_one_argument_alone(library: str, only: str) -> None:
