@@ -1,0 +1,299 @@
+"""Independent references for transport plans: what softk must compute, by other means and sharing no code with it.
+
+`Transported` solves one slice of sum_i a_i softmax_j((2 x_i y_j - y_j^2 + g_j) / epsilon) = c_j for the potentials g by
+Newton's method with a line search along falling temperatures, and differentiates it by the implicit function theorem:
+all in the arithmetic of one's choice, mpmath with 120 digits or NumPy's long double. softk solves for the boundaries
+between neighbouring anchors, and never forms g. `Ladder` makes sorting and ranking of it. `sinkhorn` is the algorithm
+of the paper in the log domain, and `pot` that of the POT library.
+
+Inputs are taken as they are: round them to the dtype under test first.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .oracles import EXACT, LONG, Arithmetic
+
+__all__ = ["EXACT", "LONG", "Ladder", "Transported", "pot", "sinkhorn"]
+
+#: The arguments of a transport problem that have derivatives.
+ARGUMENTS = ("x", "anchors", "marginals", "epsilon", "weights")
+
+
+class Transported:
+    """One slice of the transport problem: the plan (n, m) and its derivatives.
+
+    Needs finite scores among those that are kept, and marginals of which two are positive. An anchor whose marginal is
+    0 takes nothing.
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        anchors: np.ndarray,
+        marginals: np.ndarray,
+        epsilon: float,
+        weights: np.ndarray | None = None,
+        where: np.ndarray | None = None,
+        arithmetic: Arithmetic = EXACT,
+    ) -> None:
+        self.arithmetic, number = arithmetic, arithmetic.array
+        self.kept = np.ones(np.shape(x), dtype=bool) if where is None else np.asarray(where)
+        self.taken = np.asarray(marginals) > 0
+        self.x = number(np.asarray(x)[self.kept])
+        self.a = number((np.ones(np.shape(x)) if weights is None else np.asarray(weights))[self.kept])
+        self.y = number(np.asarray(anchors)[self.taken])
+        self.marginals = number(np.asarray(marginals)[self.taken])
+        self.c = self.marginals * self.a.sum() / self.marginals.sum()
+        self.epsilon = number(epsilon)[()]
+        self.g = self._solve()
+        self.share = self._shares(self.g, self.epsilon)
+
+    # -- the solution
+
+    def _shares(self, g: np.ndarray, epsilon: Any) -> np.ndarray:
+        """The softmax of each score's row."""
+        exponent = (2 * self.x[:, None] * self.y - self.y**2 + g) / epsilon
+        share = self.arithmetic.exp(exponent - exponent.max(axis=1)[:, None])
+        return share / share.sum(axis=1)[:, None]
+
+    def _hessian(self, share: np.ndarray, epsilon: Any) -> np.ndarray:
+        """d(sum_i a_i P_ij)/dg_l, as a Laplacian: its diagonal is the sum of the others. The last potential is 0."""
+        away = (self.a[:, None] * share).T @ share
+        away = away - np.diag(np.diag(away))
+        return ((np.diag(away.sum(axis=1)) - away) / epsilon)[:-1, :-1]
+
+    def _solve(self) -> np.ndarray:
+        centre = (max(self.x) + min(self.x)) / 2
+        g = self.y**2 - 2 * centre * self.y
+        size = (max(self.x) - min(self.x) + self.epsilon) * (max(self.y) - min(self.y) + self.epsilon)
+        epsilon = self.epsilon
+        while epsilon < size:
+            epsilon = 2 * epsilon
+        g = g + epsilon * self.arithmetic.log(self.c)
+        while True:
+            g = self._newton(g - g[-1], epsilon)
+            if epsilon == self.epsilon:
+                break
+            epsilon = epsilon / 2
+        error = abs((self.a[:, None] * self._shares(g, epsilon)).sum(axis=0) - self.c)
+        if not max(error) <= 1e-17 * max(len(self.x), 10) * self.c.sum():
+            raise AssertionError(f"the reference did not converge: its marginals are off by {float(max(error)):.3g}")
+        return g
+
+    def _newton(self, g: np.ndarray, epsilon: Any) -> np.ndarray:
+        """Until no step, however short, lessens the error any more."""
+        share = self._shares(g, epsilon)
+        lack = (self.c - (self.a[:, None] * share).sum(axis=0))[:-1]
+        for _ in range(200):
+            step = np.append(_solved(self._hessian(share, epsilon), lack[:, None])[:, 0], 0 * self.epsilon)
+            length, error = 1.0, (lack**2).sum()
+            while length > 1e-9:
+                tried = g + length * step
+                new_share = self._shares(tried, epsilon)
+                new_lack = (self.c - (self.a[:, None] * new_share).sum(axis=0))[:-1]
+                if (new_lack**2).sum() < (1 - 1e-4 * length) * error:
+                    break
+                length /= 2
+            else:
+                return g
+            g, share, lack = tried, new_share, new_lack
+            if (lack**2).sum() < 1e-220 * self.c.sum() ** 2:
+                return g
+        return g
+
+    @property
+    def plan(self) -> np.ndarray:
+        return self._full(self.a[:, None] * self.share)
+
+    @property
+    def error(self) -> float:
+        """Of the marginals."""
+        return float(max(abs((self.a[:, None] * self.share).sum(axis=0) - self.c)))
+
+    @property
+    def potentials(self) -> np.ndarray:
+        """0 at the lowest anchor that takes anything, -inf at those that take nothing."""
+        full = np.full(self.taken.shape, -np.inf)
+        full[self.taken] = np.asarray(self.g - self.g[np.argmin(self.y)], dtype=float)
+        return full
+
+    def _full(self, values: np.ndarray) -> np.ndarray:
+        full = np.zeros((*values.shape[:-2], *self.kept.shape, *self.taken.shape))
+        full[..., np.flatnonzero(self.kept)[:, None], np.flatnonzero(self.taken)] = np.asarray(values, dtype=float)
+        return full
+
+    # -- its derivatives
+
+    def rates(self, tangents: dict[str, np.ndarray]) -> np.ndarray:
+        """Tangents of the kept part of the plan (D, ...), along D directions at once, in the own arithmetic."""
+        number, zero = self.arithmetic.array, 0 * self.epsilon
+        tangents = {name: number(values) for name, values in tangents.items()}
+        count = len(next(iter(tangents.values())))
+        x, y, a, share, epsilon = self.x, self.y, self.a, self.share, self.epsilon
+
+        dx = tangents["x"][:, self.kept] if "x" in tangents else np.full((count, len(x)), zero)
+        dy = tangents["anchors"][:, self.taken] if "anchors" in tangents else np.full((count, len(y)), zero)
+        da = tangents["weights"][:, self.kept] if "weights" in tangents else np.full((count, len(x)), zero)
+        db = tangents["marginals"][:, self.taken] if "marginals" in tangents else np.full((count, len(y)), zero)
+        depsilon = tangents.get("epsilon", np.full(count, zero))
+
+        sums, total = self.marginals.sum(), a.sum()
+        dc = db * (total / sums) + self.marginals * ((da.sum(axis=1) - total * db.sum(axis=1) / sums) / sums)[:, None]
+        exponent = (2 * x[:, None] * y - y**2 + self.g) / epsilon
+        moved = 2 * (dx[:, :, None] * y + (x[:, None] - y) * dy[:, None, :]) / epsilon
+        moved = moved - exponent * (depsilon / epsilon)[:, None, None]
+        held = share * (moved - (share * moved).sum(axis=2)[:, :, None])  # dP at constant g
+        lack = dc - (da[:, :, None] * share + a[:, None] * held).sum(axis=1)
+        dg = _solved(self._hessian(share, epsilon), lack[:, :-1].T).T
+        dg = np.concatenate([dg, np.full((count, 1), zero)], axis=1)[:, None, :] / epsilon
+        moved = moved + dg
+        dshare = share * (moved - (share * moved).sum(axis=2)[:, :, None])
+        return da[:, :, None] * share + a[:, None] * dshare
+
+    def jvp(self, **tangents: Any) -> np.ndarray:
+        """The tangent of the plan along one direction."""
+        return self._full(self.rates({name: np.asarray(value)[None] for name, value in tangents.items()}))[0]
+
+    def jacobian(self, name: str) -> np.ndarray:
+        """The derivatives of the plan with respect to each entry of one argument, which come first."""
+        sizes = {"x": self.kept.size, "weights": self.kept.size, "epsilon": 1}
+        size = sizes.get(name, self.taken.size)
+        directions = np.ones(1) if name == "epsilon" else np.eye(size)
+        return self._full(self.rates({name: directions}))
+
+    def vjp(self, u: np.ndarray, names: tuple[str, ...] = ARGUMENTS) -> dict[str, np.ndarray]:
+        """Cotangents from that of the plan. No transposed rule is involved: only the Jacobian."""
+        found = {name: np.tensordot(self.jacobian(name), np.asarray(u, dtype=float), 2) for name in names}
+        return {name: values[0] if name == "epsilon" else values for name, values in found.items()}
+
+
+class Ladder:
+    """One slice of a sorted top-k, a sort or a ranking, as the transport to evenly spaced anchors.
+
+    `rows` anchors of mass `unit` at the distance `step`, the highest first, and one more below for the rest.
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        rows: int,
+        epsilon: float,
+        *,
+        unit: float = 1.0,
+        step: float = 1.0,
+        largest: bool = True,
+        where: np.ndarray | None = None,
+        arithmetic: Arithmetic = EXACT,
+    ) -> None:
+        self.sign = 1.0 if largest else -1.0
+        kept = np.ones(np.shape(x), dtype=bool) if where is None else np.asarray(where)
+        self.x, self.rows, self.unit = np.where(kept, x, 0.0).astype(float), rows, unit
+        rest = float(np.count_nonzero(kept)) - rows * unit
+        masses = np.asarray([unit] * rows + [rest if rest > 1e-9 else 0.0])
+        self.places = step * np.arange(rows)
+        self.transported = Transported(
+            self.sign * self.x, step * np.arange(rows, -1.0, -1.0), masses, epsilon, None, kept, arithmetic
+        )
+
+    @property
+    def assignment(self) -> np.ndarray:
+        return self.transported.plan.T[: self.rows]
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.assignment @ self.x / self.unit
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """0 at the highest anchor."""
+        return self.places @ self.assignment
+
+    def jacobians(self, name: str) -> dict[str, np.ndarray]:
+        """The derivatives of the three results with respect to each entry of x or of epsilon, which come first."""
+        moved = np.swapaxes(self.transported.jacobian(name), 1, 2)[:, : self.rows]
+        if name == "x":
+            moved = self.sign * moved
+        values = moved @ self.x
+        if name == "x":
+            values = values + self.assignment.T
+        return {"assignment": moved, "values": values / self.unit, "ranks": np.einsum("j,dji->di", self.places, moved)}
+
+    def jvp(self, dx: np.ndarray, depsilon: float) -> dict[str, np.ndarray]:
+        by_x, by_epsilon = self.jacobians("x"), self.jacobians("epsilon")
+        return {name: np.tensordot(dx, by_x[name], 1) + depsilon * by_epsilon[name][0] for name in by_x}
+
+    def vjp(self, **cotangents: np.ndarray) -> dict[str, Any]:
+        found = {}
+        for name in ("x", "epsilon"):
+            blocks = self.jacobians(name)
+            found[name] = sum(np.tensordot(blocks[part], u, u.ndim) for part, u in cotangents.items())
+        return {"x": found["x"], "epsilon": found["epsilon"][0]}
+
+    @cached_property
+    def error(self) -> float:
+        return self.transported.error
+
+
+def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The solution of linear equations, in the arithmetic of their entries, by elimination with pivots."""
+    size = len(matrix)
+    table = np.concatenate([matrix, right], axis=1)
+    for i in range(size):
+        pivot = i + int(np.argmax(abs(table[i:, i])))
+        table[[i, pivot]] = table[[pivot, i]]
+        for j in range(i + 1, size):
+            table[j, i:] = table[j, i:] - table[i, i:] * (table[j, i] / table[i, i])
+    for i in reversed(range(size)):
+        table[i, size:] = (table[i, size:] - table[i, i + 1 : size] @ table[i + 1 : size, size:]) / table[i, i]
+    return table[:, size:]
+
+
+# --- Sinkhorn's algorithm, twice
+
+
+def sinkhorn(
+    x: np.ndarray,
+    anchors: np.ndarray,
+    marginals: np.ndarray,
+    epsilon: float,
+    weights: np.ndarray | None = None,
+    iterations: int = 1_000_000,
+) -> np.ndarray:
+    """The plan (n, m) by the algorithm of the paper in the log domain, run until its marginals hold to 1e-13."""
+    a = np.ones(len(x)) if weights is None else np.asarray(weights)
+    a, x, positions = a[a > 0], np.asarray(x), np.asarray(anchors)
+    kept = np.ones(len(x), dtype=bool) if weights is None else np.asarray(weights) > 0
+    c = np.asarray(marginals) * (a.sum() / np.sum(marginals))
+    cost = (x[kept][:, None] - positions) ** 2
+    g = np.zeros(len(positions))
+    for _ in range(iterations):
+        f = epsilon * (np.log(a) - np.logaddexp.reduce((g - cost) / epsilon, axis=1))
+        plan = np.exp((f[:, None] + g - cost) / epsilon)
+        if np.max(np.abs(plan.sum(axis=0) - c)) <= 1e-13 * a.sum():
+            full = np.zeros((len(x), len(positions)))
+            full[kept] = plan
+            return full
+        g = epsilon * (np.log(c) - np.logaddexp.reduce((f[:, None] - cost) / epsilon, axis=0))
+    raise AssertionError("Sinkhorn's iteration did not converge")
+
+
+def pot(
+    x: np.ndarray, anchors: np.ndarray, marginals: np.ndarray, epsilon: float, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """The plan (n, m) of the POT library."""
+    for name in ("PYTORCH", "JAX", "CUPY", "TENSORFLOW"):  # it would import every framework that it finds
+        os.environ.setdefault(f"POT_BACKEND_DISABLE_{name}", "1")
+    import ot
+
+    a = np.ones(len(x)) if weights is None else np.asarray(weights)
+    c = np.asarray(marginals) * (a.sum() / np.sum(marginals))
+    cost = (np.asarray(x)[:, None] - np.asarray(anchors)) ** 2
+    options = {"numItermax": 100_000, "stopThr": 1e-13, "warn": True}
+    found: np.ndarray = ot.sinkhorn(a, c, cost, epsilon, method="sinkhorn_log", **options)
+    return found
