@@ -47,6 +47,7 @@ class Task(NamedTuple):
     """A transport problem in canonical form: a row a boundary, a column a score."""
 
     x: Array  # scores (..., n), -inf for those that are removed
+    masses: Array  # c (..., m, 1)
     mass: Array  # C (..., m - 1, 1)
     tau: Array  # (..., m - 1, 1)
     weights: Array  # (..., 1, n), 0 for the scores that cannot be selected
@@ -94,10 +95,54 @@ def running(xp: Any, values: Array, *, reverse: bool = False) -> Array:
     return xp.concat([nothing, xp.cumulative_sum(values, axis=-2)], axis=-2)
 
 
-def curvature(xp: Any, above: Array, below: Array, weights: Array) -> Array:
-    """J (..., m - 1, m - 1)."""
-    product = xp.matmul(weights * above, xp.matrix_transpose(below))  # right where j <= l
-    return xp.triu(product) + xp.matrix_transpose(xp.triu(product, k=1))
+class System:
+    """J, and how to solve with it: at one plan, in coordinates in which it is well conditioned.
+
+    Where an anchor takes next to nothing, the boundaries on either side of it have nearly the same row. There the
+    unknown is not the second of the two but the anchor itself: the two move apart. With M = Q_min R_max the entries
+    are again products of a part above and a part below, U_k V_l for k < l, with U = Q and V = R for a boundary, U = P
+    and V = -P for an anchor, and P (1 - P) on its diagonal: none is formed as a difference. An anchor is an unknown
+    where it is diffuse, so that sum a P (1 - P) is of the size of its mass.
+
+    Parameters
+    ----------
+    backend : Backend
+        The framework of the arrays.
+    share, above, below : array
+        P (..., m, n), Q and R (..., m - 1, n).
+    weights : array
+        Item weights (..., 1, n).
+    """
+
+    def __init__(self, backend: Backend, share: Array, above: Array, below: Array, weights: Array) -> None:
+        self.backend, xp = backend, backend.xp
+        own = share[..., :-1, :]  # the anchor above each boundary
+        alone = xp.sum((1.0 - own) * own * weights, axis=-1, keepdims=True)
+        taken = xp.sum(weights * own, axis=-1, keepdims=True)
+        edge = xp.sum(weights * (above * below), axis=-1, keepdims=True)
+        tiny = float(xp.finfo(share.dtype).smallest_normal) / float(xp.finfo(share.dtype).eps)
+        edge_, alone_, taken_ = (backend.constant(value) for value in (edge, alone, taken))
+        previous = xp.concat([xp.zeros_like(edge_[..., :1, :]), edge_[..., :-1, :]], axis=-2)
+        self.node = (edge_ > tiny) & (previous > tiny) & (alone_ > 0.5 * taken_)
+        second = xp.matrix_transpose(xp.where(self.node, -own, below))
+        upper = xp.triu(xp.matmul(weights * xp.where(self.node, own, above), second), k=1)
+        del second
+        b = upper.shape[-1]
+        index = xp.arange(b, device=backend.device(share))
+        diagonal = xp.broadcast_to(xp.reshape(index, (b, 1)) == xp.reshape(index, (1, b)), upper.shape)
+        diagonal = xp.astype(diagonal, share.dtype) * xp.where(self.node, alone, edge)
+        self.matrix = upper + xp.matrix_transpose(upper) + diagonal
+
+    def choose(self, boundary: Array, anchor: Array) -> Array:
+        """Of what belongs to each boundary, and to the anchor above it, that which is the unknown."""
+        return self.backend.xp.where(self.node, anchor, boundary)
+
+    def solve(self, wanted: Array) -> Array:
+        """J^-1 for a right-hand side by `choose`, as changes of the boundaries."""
+        xp = self.backend.xp
+        found = solve_definite(self.backend, self.matrix, wanted)
+        anchors = xp.where(self.node, found, 0.0)
+        return found - xp.concat([anchors[..., 1:, :], xp.zeros_like(anchors[..., :1, :])], axis=-2)
 
 
 def excess(xp: Any, above: Array, below: Array, mass: Array, weights: Array) -> Array:
@@ -135,7 +180,13 @@ def prepare(xp: Any, x: Array, masses: Array, tau: Array, held: Array) -> Task:
     """
     mass = xp.cumulative_sum(masses, axis=-1)[..., :-1]
     tau = xp.broadcast_to(tau, mass.shape)
-    return Task(x, xp.expand_dims(mass, axis=-1), xp.expand_dims(tau, axis=-1), xp.expand_dims(held, axis=-2))
+    return Task(
+        x,
+        xp.expand_dims(masses, axis=-1),
+        xp.expand_dims(mass, axis=-1),
+        xp.expand_dims(tau, axis=-1),
+        xp.expand_dims(held, axis=-2),
+    )
 
 
 def newton(
@@ -152,7 +203,7 @@ def newton(
     reference, offset, count, valid = backend.settle(_approach, options, *constants)
     z = log_odds(xp, task, reference)
     for _ in range(CORRECTIONS):
-        offset = offset + _step(backend, z - offset, task.mass, task.weights)[0]
+        offset = offset + _step(backend, z - offset, task.mass, task.masses, task.weights)[0]
     return Boundaries(reference, xp.where(valid, offset, math.nan), count)
 
 
@@ -176,7 +227,7 @@ def _approach(
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, last, careful, done = state
-        size, wanted = _step(backend, z - offset, fixed.k, task.weights)
+        size, wanted = _step(backend, z - offset, fixed.k, task.masses, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
         careful = careful | (decrement > last)
         potentials = running(xp, size, reverse=True)
@@ -195,12 +246,15 @@ def _approach(
     return reference, offset, count, valid
 
 
-def _step(backend: Backend, z: Array, mass: Array, weights: Array) -> tuple[Array, Array]:
-    """Newton's step of the offsets, and the excess that asks for it."""
+def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array) -> tuple[Array, Array]:
+    """Newton's step of the offsets, and the excess of the boundaries that asks for it."""
     xp = backend.xp
-    above, below = sides(xp, plan(xp, z))
+    share = plan(xp, z)
+    above, below = sides(xp, share)
+    system = System(backend, share, above, below, weights)
     wanted = excess(xp, above, below, mass, weights)
-    return solve_definite(backend, curvature(xp, above, below, weights), wanted), wanted
+    column = xp.sum(weights * share[..., :-1, :], axis=-1, keepdims=True) - masses[..., :-1, :]
+    return system.solve(system.choose(wanted, column)), wanted
 
 
 def _together(xp: Any, z: Array, alone: Array, weights: Array) -> Array:

@@ -298,9 +298,9 @@ def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, t
         da = xp.where(task.x == -math.inf, 0.0, da)
         dmasses = dmasses + problem.masses * (xp.sum(da, axis=-1, keepdims=True) / nonzero(xp, problem.total))
         da = xp.expand_dims(da, axis=-2)
-    dmass = running(xp, xp.expand_dims(dmasses, axis=-1))[..., 1:-1, :]
+    dmasses = xp.expand_dims(dmasses, axis=-1)
     dtau = task.tau * xp.expand_dims(growth, axis=-1)
-    dshare, doffset = rule.push(None if dx is None else xp.expand_dims(dx, axis=-2), dtau, da, dmass)
+    dshare, doffset = rule.push(None if dx is None else xp.expand_dims(dx, axis=-2), dtau, da, dmasses)
     dshare = task.weights * dshare
     return problem.order.restored_rows(dshare if da is None else dshare + da * rule.share), doffset
 
@@ -314,7 +314,7 @@ def _transport_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, c
     if ubar is not None:
         ubar = problem.order.sorted_rows(ubar)
     xbar, taubar, abar, massbar = rule.pull(None if ubar is None else task.weights * ubar, c)
-    massbar = running(xp, massbar, reverse=True)[..., 0]
+    massbar = massbar[..., 0]
     taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
     marginalbar = problem.scale * massbar - taken / nonzero(xp, problem.sum)
     marginalbar = xp.where(problem.masses > 0.0, marginalbar, 0.0)

@@ -20,8 +20,7 @@ measured from that score, as in the rule of the mask.
 
 from __future__ import annotations
 
-from ._linear import solve_definite
-from ._plan import Task, curvature, log_odds, plan, running, sides
+from ._plan import System, Task, log_odds, plan, running, sides
 from ._solver import limits, nonzero
 from .backend import Array, Backend
 
@@ -40,12 +39,12 @@ class PlanLinearisation:
     """
 
     def __init__(self, backend: Backend, task: Task, reference: Array, offset: Array) -> None:
-        self.backend, self.xp, self.task = backend, backend.xp, task
+        self.xp, self.task = backend.xp, task
         xp = backend.xp
         self.apart = log_odds(xp, task, reference)
         self.share = plan(xp, self.apart - offset)
         self.above, self.below = sides(xp, self.share)
-        self.matrix = curvature(xp, self.above, self.below, task.weights)
+        self.system = System(backend, self.share, self.above, self.below, task.weights)
         weight = task.weights * (self.above * self.below)
         self.peak = (weight >= xp.max(weight, axis=-1, keepdims=True)) & (weight > 0.0)
 
@@ -58,19 +57,34 @@ class PlanLinearisation:
         count = xp.astype(xp.count_nonzero(self.peak, axis=-1, keepdims=True), self.apart.dtype)
         return self.total(xp.where(self.peak, values, 0.0)) / nonzero(xp, count)
 
-    def spread(self, w: Array) -> Array:
-        """M w, score by score."""
+    def across(self, w: Array) -> Array:
+        """dQ = M w, score by score, for a change w of the log-odds."""
         before = running(self.xp, self.above * w)[..., 1:, :]
+        before = self.below * before
         behind = running(self.xp, self.below * w, reverse=True)[..., 1:, :]
-        return self.below * before + self.above * behind
+        return self.above * behind + before
+
+    def spread(self, w: Array) -> Array:
+        """dP, for all anchors."""
+        change = running(self.xp, self.below * w, reverse=True)
+        change = change - running(self.xp, self.above * w)
+        return change * self.share
+
+    def weighed(self, w: Array) -> Array:
+        """sum_i a_i M_i w_i, for the unknowns of the system."""
+        weights = self.task.weights
+        boundaries = self.total(self.across(w) * weights)
+        return self.system.choose(boundaries, self.total((self.spread(w) * weights)[..., :-1, :]))
 
     def moving(self) -> Array:
         """The scores that a tangent moves: those that are finite."""
         most = limits(self.xp, self.apart.dtype).largest
         return self.xp.expand_dims((self.task.x >= -most) & (self.task.x <= most), axis=-2)
 
-    def push(self, dx: Array | None, dtau: Array | None, da: Array | None, dmass: Array | None) -> tuple[Array, Array]:
-        """Tangents (dP, ds), from those of the scores (..., 1, n), of tau and C (..., m - 1, 1), and of the weights."""
+    def push(
+        self, dx: Array | None, dtau: Array | None, da: Array | None, dmasses: Array | None
+    ) -> tuple[Array, Array]:
+        """Tangents (dP, ds), from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c (..., m, 1)."""
         xp, tau = self.xp, self.task.tau
         w = xp.zeros_like(self.apart)
         if dx is not None:
@@ -79,28 +93,29 @@ class PlanLinearisation:
             w = w - self.apart * (dtau / tau)
         origin = self.at_peak(w)
         w = w - origin
-        change = self.total(self.task.weights * self.spread(w))
+        change = self.weighed(w)
         if da is not None:
-            change = change + self.total(da * self.above)
-        if dmass is not None:
-            change = change - dmass
-        ds = solve_definite(self.backend, self.matrix, change)
-        w = w - ds
-        behind = running(xp, self.below * w, reverse=True)
-        before = running(xp, self.above * w)
-        return self.share * (behind - before), ds + origin
+            change = change + self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
+        if dmasses is not None:
+            change = change - self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
+        ds = self.system.solve(change)
+        return self.spread(w - ds), ds + origin
 
     def pull(self, u: Array | None, c: Array | None) -> tuple[Array, Array, Array, Array]:
-        """Cotangents of the scores (..., n), tau, weights (..., n) and C, from those of the plan and of the offsets."""
+        """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
         xp, tau, weights = self.xp, self.task.tau, self.task.weights
-        wanted = xp.zeros_like(tau) if c is None else c
         difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
         origin = self.at_peak(difference) / nonzero(xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape)))
         difference = difference - weights * origin
-        wanted = wanted - self.total(self.spread(difference))
-        slack = solve_definite(self.backend, self.matrix, wanted)
-        wbar = self.spread(difference + weights * slack)
+        boundaries = self.total(self.across(difference))
+        wanted = -self.system.choose(boundaries, self.total(self.spread(difference)[..., :-1, :]))
+        if c is not None:
+            before = xp.concat([xp.zeros_like(c[..., :1, :]), c[..., :-1, :]], axis=-2)
+            wanted = wanted + self.system.choose(c, c - before)
+        slack = self.system.solve(wanted)
+        wbar = self.across(difference + weights * slack)
+        del difference
         slack = slack - origin
         xbar = xp.sum(xp.where(self.moving(), wbar / tau, 0.0), axis=-2)
         taubar = -self.total(self.apart * wbar) / tau
-        return xbar, taubar, xp.sum(slack * self.above, axis=-2), -slack
+        return xbar, taubar, xp.sum(slack * self.above, axis=-2), -running(xp, slack, reverse=True)

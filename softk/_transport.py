@@ -107,9 +107,6 @@ def transport(
 
     Notes
     -----
-    Columns and derivatives lose digits in proportion to the total over the smallest marginal that is not 0: of 1e-6 of
-    the total ten are left in float64.
-
     Derivatives flow to `x`, `anchors`, `marginals`, `epsilon` and `weights`, by the implicit function theorem at the
     solution; what `"sinkhorn"` has not solved has the derivative of neither.
 

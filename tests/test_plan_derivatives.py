@@ -270,7 +270,7 @@ def test_hard_slices_in_single_precision(name: str) -> None:
         assert_close(f"tangent of {part}", values, along.rates[part], TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("least", [1e-3, 1e-6])
 def test_a_small_marginal(least: float) -> None:
     """Nothing is lost where an anchor takes next to nothing: its scores' shares follow its marginal in proportion."""
     given = {name: values[:1] for name, values in transport_rows(True).items()}
@@ -284,14 +284,20 @@ def test_many_scores_against_the_oracle(name: str) -> None:
     check(BY_NAME["numpy"], MANY[name], by_oracle(MANY[name]))
 
 
-def test_an_anchor_that_takes_nothing_yet() -> None:
-    """The one-sided derivative in its marginal: what it will take, the others lose. Against a difference quotient."""
-    x, y, h = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([1.0, 0.0, 2.0]), 1e-6
-    nothing, tangents = np.asarray([0.0, 1.0, 2.0]), {"marginals": np.asarray([1.0, 0.0, 0.0])}
-    out, rate = softk.jvp(softk.transport, x, y, nothing, epsilon=0.5, tangents=tangents)
-    np.testing.assert_allclose(rate.sum(axis=0), [4 / 3, -4 / 9, -8 / 9], rtol=0, atol=1e-12)
-    little = Transported(x, y, np.asarray([h, 1.0, 2.0]), 0.5).plan
-    np.testing.assert_allclose(rate, (little - out.plan) / h, rtol=0, atol=1e-4)
+def test_an_anchor_that_takes_nothing_is_left_out() -> None:
+    """It has no derivative in its marginal, in either direction; the others have that of the problem without it."""
+    x, y = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([1.0, 0.0, 2.0])
+    nothing, tangents = np.asarray([0.0, 1.0, 2.0]), {"marginals": np.asarray([5.0, 1.0, -1.0])}
+    _, rate = softk.jvp(softk.transport, x, y, nothing, epsilon=0.5, tangents=tangents)
+    tangents = {"marginals": np.asarray([1.0, -1.0])}
+    _, without = softk.jvp(softk.transport, x, y[1:], nothing[1:], epsilon=0.5, tangents=tangents)
+    np.testing.assert_allclose(rate, np.insert(without, 0, 0.0, axis=1), rtol=0, atol=1e-14)
+    u = np.cos(np.arange(12.0)).reshape(4, 3)
+    found = softk.vjp(softk.transport, x, y, nothing, epsilon=0.5)[1](u)
+    wanted = softk.vjp(softk.transport, x, y[1:], nothing[1:], epsilon=0.5)[1](u[:, 1:])
+    for name in ("anchors", "marginals"):
+        np.testing.assert_allclose(found[name], np.insert(wanted[name], 0, 0.0), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(found["x"], wanted["x"], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("only", ["x", "anchors", "marginals", "epsilon", "weights"])
@@ -372,14 +378,15 @@ def _unweighted(rule: Any) -> Any:
 def _uncorrected(rule: Any) -> Any:
     """The boundaries do not follow."""
     rule = copy.copy(rule)
-    rule.matrix = 1e6 * rule.matrix
+    rule.system = copy.copy(rule.system)
+    rule.system.matrix = 1e6 * rule.system.matrix
     return rule
 
 
 def _with_a_sign_changed(rule: Any) -> Any:
     """In M w the boundaries above instead of those below."""
     rule = copy.copy(rule)
-    rule.spread = lambda w: 2.0 * rule.above * rule.below * w - _plan_rule.PlanLinearisation.spread(rule, w)
+    rule.across = lambda w: 2.0 * rule.above * rule.below * w - _plan_rule.PlanLinearisation.across(rule, w)
     return rule
 
 
