@@ -28,7 +28,7 @@ def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
     diagonal = xp.reshape(index, (b, 1)) == xp.reshape(index, (1, b))
     diagonal = xp.broadcast_to(diagonal, matrix.shape)
     size = xp.sum(xp.where(diagonal, matrix, 0.0), axis=-1, keepdims=True)
-    active = size > float(info.smallest_normal) / float(info.eps)
+    active = size > 4.0 * float(info.smallest_normal)
     # In units of the diagonal: rows differ by as many orders of magnitude as the gaps between scores make them. A unit
     # of the last digit more on the diagonal keeps the matrix regular, whatever rounding does to it.
     scale = xp.sqrt(xp.where(active, size, 1.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
+import numbers
 from typing import Any, NamedTuple
 
 from . import _plan_primitives
@@ -239,12 +239,8 @@ def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
 
 
 def _whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
-    try:
-        number = operator.index(value) if not isinstance(value, bool) and not hasattr(value, "shape") else None
-    except TypeError:
-        number = None
-    if number is None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python integer, on which shapes may depend, got {value!r}")
-    if not least <= number <= most:
+    if not least <= int(value) <= most:
         raise ValueError(f"{name} must be from {least} to {most}, {most_is}, got {value!r}")
-    return number
+    return int(value)

@@ -102,7 +102,7 @@ class System:
     unknown is not the second of the two but the anchor itself: the two move apart. With M = Q_min R_max the entries
     are again products of a part above and a part below, U_k V_l for k < l, with U = Q and V = R for a boundary, U = P
     and V = -P for an anchor, and P (1 - P) on its diagonal: none is formed as a difference. An anchor is an unknown
-    where it is diffuse, so that sum a P (1 - P) is of the size of its mass.
+    where its mass is far below what both its boundaries share, and diffuse: sum a P (1 - P) is of the size of the mass.
 
     Parameters
     ----------
@@ -120,10 +120,9 @@ class System:
         alone = xp.sum((1.0 - own) * own * weights, axis=-1, keepdims=True)
         taken = xp.sum(weights * own, axis=-1, keepdims=True)
         edge = xp.sum(weights * (above * below), axis=-1, keepdims=True)
-        tiny = float(xp.finfo(share.dtype).smallest_normal) / float(xp.finfo(share.dtype).eps)
         edge_, alone_, taken_ = (backend.constant(value) for value in (edge, alone, taken))
         previous = xp.concat([xp.zeros_like(edge_[..., :1, :]), edge_[..., :-1, :]], axis=-2)
-        self.node = (edge_ > tiny) & (previous > tiny) & (alone_ > 0.5 * taken_)
+        self.node = (alone_ > 0.5 * taken_) & (taken_ < 0.01 * xp.minimum(edge_, previous))
         second = xp.matrix_transpose(xp.where(self.node, -own, below))
         upper = xp.triu(xp.matmul(weights * xp.where(self.node, own, above), second), k=1)
         del second

@@ -62,8 +62,8 @@ def _one(xp: Any, taubar: Array, tau: Array) -> Array:
 class _Means:
     """The mean score that each row takes: r + sum_i P_ij (x_i - r) / c_j.
 
-    Measured from a constant r near it, which keeps an offset of the scores out of the sum. A row that is all +inf is
-    +inf; one for which no scores are left is -inf.
+    Measured from a constant r near it, which keeps an offset of the scores out of the sum. A row that takes of +inf is
+    +inf; one for which not enough scores are left is -inf.
     """
 
     def __init__(self, backend: Backend, task: Task, reference: Array, unit: Array) -> None:
@@ -75,12 +75,15 @@ class _Means:
         some = least <= most
         near = between(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
-        self.apart = xp.where(self.finite, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), 0.0)
+        far = limits(xp, x.dtype).largest
+        apart = between(xp, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), -far, far)
+        self.apart = xp.where(self.finite, apart, 0.0)
         before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
         count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
         first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
         mass = between(xp, count - before, 0.0, unit)
-        self.end = xp.where(before < first, math.inf, xp.where(mass > 0.0, 0.0 * mass, -math.inf))
+        none = xp.zeros_like(mass)
+        self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
         self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
 
     def of(self, share: Array) -> Array:
@@ -234,9 +237,8 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     taken = marginals > 0.0
     # Neither an anchor that takes nothing nor the distance of two that are equal is a scale to measure scores on.
     both = taken[..., :-1] & taken[..., 1:]
-    least = tau / limits(xp, x.dtype).farthest
+    least = tau / limits(xp, x.dtype).farthest ** 0.5
     distance = xp.where(both, anchors[..., :-1] - anchors[..., 1:], 1.0)
-    fixed = ~both | (distance <= least)
     distance = xp.where(distance <= least, least, distance)
     x = selectable(xp, x, where)
     held = hold(xp, x, weights)
@@ -244,7 +246,7 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     scale = total / xp.where(valid & (whole > 0.0), whole, math.nan)
     masses = marginals * scale
     task = prepare(xp, x, masses, tau / distance, held)
-    return _Transport(order, task, anchors, masses, scale, whole, total, distance, fixed)
+    return _Transport(order, task, anchors, masses, scale, whole, total, distance, ~both)
 
 
 def _transport_forward(backend: Backend, *inputs: Any, method: str, tolerance: float, limit: int) -> Arrays:

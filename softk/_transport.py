@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -141,7 +142,7 @@ def transport(
     if not is_number(tolerance) or not 0.0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
     limit = (STEPS if method == "newton" else 1000) if max_iterations is None else max_iterations
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
 
     with slices.backend.quiet():
@@ -153,7 +154,7 @@ def transport(
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
         }
-    options = {"method": method, "tolerance": float(tolerance), "limit": limit}
+    options = {"method": method, "tolerance": float(tolerance), "limit": int(limit)}
 
     def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan:
         converged = error <= tolerance

@@ -284,6 +284,53 @@ def test_many_scores_against_the_oracle(name: str) -> None:
     check(BY_NAME["numpy"], MANY[name], by_oracle(MANY[name]))
 
 
+@pytest.mark.parametrize("epsilon", [0.2, 0.1, 0.04, 0.01])
+def test_tied_scores_beside_a_gap(epsilon: float) -> None:
+    """Anchors that share tied scores, cut off from the others by a gap in which next to nothing is."""
+    x, y, masses = np.asarray([-1.0, 1.0, 1.0, 1.0]), np.asarray([3.0, 2.0, 1.0, 0.0]), np.ones(4)
+    change = np.asarray([-1.0, 0.0, 0.0, 1.0])
+    out, rate = softk.jvp(softk.transport, x, y, masses, epsilon=epsilon, tangents={"marginals": change})
+    np.testing.assert_allclose(rate.sum(axis=0), change, rtol=0, atol=1e-13)
+    assert out.iterations <= 3
+
+
+def test_masses_move_across_a_gap(lib: Library) -> None:
+    """In float32, 72 temperatures wide on either side, as the mask's do."""
+    x, two = np.asarray([0.0, 0.3, 7.5, 7.8], np.float32), np.asarray([2.0, 2.0], np.float32)
+
+    def rates(x: Any, anchors: Any, two: Any, change: Any, k: Any, one: Any) -> dict[str, Any]:
+        moved = {"marginals": change}
+        return {
+            "plan": softk.jvp(softk.transport, x, anchors, two, epsilon=0.1, tangents=moved)[1][..., 1],
+            "mask": softk.jvp(softk.topk, x, k, epsilon=0.1, tangents={"k": one})[1],
+        }
+
+    if "traced" in lib.tags:
+        pytest.skip("compiling takes too long; run without the outer jit")
+    given = [x, np.asarray([0.0, 1.0]), two, np.asarray([-1.0, 1.0]), np.asarray(2.0), np.asarray(1.0)]
+    found = rates(*(lib.array(values.astype(np.float32)) for values in given))
+    plan, mask = lib.numpy(found["plan"]), lib.numpy(found["mask"])
+    assert mask.max() > 0.4
+    np.testing.assert_allclose(plan, mask, rtol=0, atol=1e-4)
+
+
+def test_equal_anchors_move_apart() -> None:
+    """The derivative in an anchor does not jump where it passes another."""
+    x, masses, u = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([2.0, 1.0, 1.0]), np.sin(np.arange(12.0)).reshape(4, 3)
+    at = [np.asarray([1.0, 0.0, 1.0 + apart]) for apart in (0.0, 1e-9, -1e-9)]
+    same, above, below = (softk.vjp(softk.transport, x, y, masses, epsilon=0.5)[1](u)["anchors"] for y in at)
+    np.testing.assert_allclose(same, above, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(same, below, rtol=0, atol=1e-7)
+
+
+def test_torch_batched_gradients() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.asarray([0.2, 1.7, -0.5, 0.9], dtype=torch.float64)
+    for f in (lambda x: softk.sorted_topk(x, 2).values, softk.sort, softk.rank):
+        one, all_at_once = (torch.autograd.functional.jacobian(f, x, vectorize=flag) for flag in (False, True))
+        torch.testing.assert_close(one, all_at_once)
+
+
 def test_an_anchor_that_takes_nothing_is_left_out() -> None:
     """It has no derivative in its marginal, in either direction; the others have that of the problem without it."""
     x, y = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([1.0, 0.0, 2.0])

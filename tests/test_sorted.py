@@ -608,3 +608,20 @@ def test_other_arguments(name: str) -> None:
     if name == "sorted_topk":
         complains(ValueError, "mode", "'low'", "'largest' or 'smallest'", f, GOLD, mode="low")
         complains(TypeError, "where", "float64", "boolean", f, GOLD, where=np.ones(4))
+
+
+def test_sort_of_infinities_on_few_anchors() -> None:
+    """A mean of scores one of which is infinite is infinite, from whichever end one counts."""
+    x = np.asarray([5.0, 4.0, INF, -INF, 1.0, 2.0])
+    np.testing.assert_array_equal(softk.sort(x, num_anchors=3, epsilon=1e-3), [-INF, 3.0, INF])
+    np.testing.assert_array_equal(softk.sort(x, num_anchors=3, epsilon=1e-3, descending=True), [INF, 3.0, -INF])
+
+
+def test_sort_of_the_largest_numbers() -> None:
+    x = np.asarray([1e308, -1e308, 0.0])
+    np.testing.assert_array_equal(softk.sort(x), [-1e308, 0.0, 1e308])
+
+
+def test_k_may_be_any_integer() -> None:
+    x = np.asarray([0.2, 1.7, -0.5, 0.9])
+    np.testing.assert_array_equal(softk.sorted_topk(x, np.int64(2)).values, softk.sorted_topk(x, 2).values)
