@@ -100,10 +100,16 @@ def check_pushforward(lib: Library, function: str, case: Problem, dtype: str, mo
 # --- the mask and the threshold
 
 
+def _spare(lib: Library, name: str, function: str) -> None:
+    if "jax" in lib.name and function == "log_topk" and name != "weighted":
+        pytest.skip("compiling takes too long; run on one problem, and by the other libraries")
+
+
 @DTYPES
 @FUNCTIONS
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_pullback(lib: Library, name: str, function: str, dtype: str) -> None:
+    _spare(lib, name, function)
     check_pullback(lib, function, problem_for(lib, name, dtype), dtype)
 
 
@@ -111,6 +117,7 @@ def test_pullback(lib: Library, name: str, function: str, dtype: str) -> None:
 @FUNCTIONS
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_pushforward(lib: Library, name: str, function: str, dtype: str) -> None:
+    _spare(lib, name, function)
     case = problem_for(lib, name, dtype)
     check_pushforward(lib, function, case, dtype, tuple(case.arguments))
 
