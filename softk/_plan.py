@@ -122,7 +122,7 @@ class System:
         edge = xp.sum(weights * (above * below), axis=-1, keepdims=True)
         edge_, alone_, taken_ = (backend.constant(value) for value in (edge, alone, taken))
         previous = xp.concat([xp.zeros_like(edge_[..., :1, :]), edge_[..., :-1, :]], axis=-2)
-        self.node = (alone_ > 0.5 * taken_) & (taken_ < 0.01 * xp.minimum(edge_, previous))
+        self.node = (alone_ > 0.5 * taken_) & (taken_ < 0.1 * xp.minimum(edge_, previous))
         second = xp.matrix_transpose(xp.where(self.node, -own, below))
         upper = xp.triu(xp.matmul(weights * xp.where(self.node, own, above), second), k=1)
         del second

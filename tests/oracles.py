@@ -356,7 +356,7 @@ def problem(name: str, dtype: str) -> Problem:
 
 def problem_for(lib: Library, name: str, dtype: str) -> Problem:
     """The same, unless a library that compiles would take too long over it: JAX runs few, under an outer jit fewer."""
-    traced = "traced" in lib.tags
-    if ("jax" in lib.name and name not in FEW) or (traced and dtype == "float32"):
+    single = dtype == "float32" and ("traced" in lib.tags or name != "plain")
+    if "jax" in lib.name and (name not in FEW or single):
         pytest.skip("compiling takes too long; run by the other libraries")
     return problem(name, dtype)

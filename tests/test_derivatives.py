@@ -184,8 +184,8 @@ QUANTILES = pytest.mark.parametrize(
 
 @QUANTILES
 def test_quantile_pullback(lib: Library, given: str, dtype: str) -> None:
-    if "traced" in lib.tags:
-        pytest.skip("compiling takes too long; run without the outer jit")
+    if "traced" in lib.tags or ("jax" in lib.name and (given != "weights where" or dtype == "float32")):
+        pytest.skip("compiling takes too long; run on one problem, and by the other libraries")
     case = _quantile_case(dtype)
     names = ["epsilon", "weights"] if "weights" in given else ["epsilon"]
     options = {"where": case["where"]} if "where" in given else {}
@@ -208,8 +208,8 @@ def test_quantile_pullback(lib: Library, given: str, dtype: str) -> None:
 
 @QUANTILES
 def test_quantile_pushforward(lib: Library, given: str, dtype: str) -> None:
-    if "traced" in lib.tags:
-        pytest.skip("compiling takes too long; run without the outer jit")
+    if "traced" in lib.tags or ("jax" in lib.name and (given != "weights where" or dtype == "float32")):
+        pytest.skip("compiling takes too long; run on one problem, and by the other libraries")
     case = _quantile_case(dtype)
     names = ["epsilon", "weights"] if "weights" in given else ["epsilon"]
     options = {"where": case["where"]} if "where" in given else {}
@@ -237,6 +237,8 @@ def _quantile(case: dict[str, np.ndarray], i: int, j: int, given: str) -> Quanti
 
 @pytest.mark.parametrize("given", ["", "weights", "where", "weights where"])
 def test_quantile_values(lib: Library, given: str) -> None:
+    if "jax" in lib.name and given not in ("where", "weights where"):
+        pytest.skip("compiling takes too long; run on two problems, and by the other libraries")
     case = _quantile_case("float64")
     named = {name: case[name] for name in given.split()}
     found = lib.evaluate(softk.quantile, case["x"], case["q"], epsilon=case["epsilon"], **named)

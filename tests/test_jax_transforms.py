@@ -267,6 +267,7 @@ def test_second_derivatives_in_every_pair_of_arguments(function: str, modes: tup
         assert_close(found[i][j], at.get(function, 2, name, other).reshape(found[i][j].shape), 1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "modes",
     [("jacrev", "jacfwd", "jacfwd"), wide(("jacrev", "jacrev", "jacrev")), wide(("jacfwd", "jacfwd", "jacfwd"))],

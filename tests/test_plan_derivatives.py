@@ -247,7 +247,7 @@ def check(lib: Library, case: Case, along: Wanted) -> None:
 
 
 #: What JAX runs, which compiles every call anew.
-COMPILED = {("jax-jit", name, "float64") for name in ("sorted_topk", "rank")}
+COMPILED = {("jax-jit", "sorted_topk", "float64")}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -305,8 +305,8 @@ def test_masses_move_across_a_gap(lib: Library) -> None:
             "mask": softk.jvp(softk.topk, x, k, epsilon=0.1, tangents={"k": one})[1],
         }
 
-    if "traced" in lib.tags:
-        pytest.skip("compiling takes too long; run without the outer jit")
+    if "jax" in lib.name:
+        pytest.skip("compiling takes too long; run by the other libraries")
     given = [x, np.asarray([0.0, 1.0]), two, np.asarray([-1.0, 1.0]), np.asarray(2.0), np.asarray(1.0)]
     found = rates(*(lib.array(values.astype(np.float32)) for values in given))
     plan, mask = lib.numpy(found["plan"]), lib.numpy(found["mask"])

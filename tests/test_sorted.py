@@ -573,7 +573,7 @@ def test_any_problem_against_the_reference(problem: tuple[np.ndarray, int, float
 # --- errors
 
 
-@pytest.mark.parametrize("k", [2.0, True, np.int64(2), np.asarray(2), "2", None])
+@pytest.mark.parametrize("k", [2.0, True, np.asarray(2), "2", None])
 def test_k_is_no_integer(k: Any) -> None:
     complains(TypeError, "k", "got", "must be a Python integer", softk.sorted_topk, GOLD, k)
 
