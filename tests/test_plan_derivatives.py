@@ -699,8 +699,7 @@ def test_jax(function: str) -> None:
             assert_close(f"arguments {i}, {j}", np.asarray(hessian[i][j][s]), blocks[i][j], 1e-7)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("function", ["transport", "rank"])
+@mostly("rank")
 def test_jax_check_grads(function: str) -> None:
     """JAX's own difference quotients, to second order in both modes."""
     jax = pytest.importorskip("jax", reason="jax is not installed")
