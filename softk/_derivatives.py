@@ -63,6 +63,7 @@ def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[
         parts = call.restore(outputs)
         out = call.build(*parts)
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
+    needed = tuple(argument.pull is not None for argument in call.arguments.values())
 
     def pullback(cotangent: Any) -> dict[str, Array]:
         given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
@@ -75,7 +76,7 @@ def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[
                 if pull is not None and (value is not None or len(moving) == 1):
                     _require_like("cotangent", value, parts[i], backend)
                     canonical[i] = pull(value)
-            found = backend.pull(primitive, call.inputs, outputs, tuple(canonical))
+            found = backend.pull(primitive, call.inputs, outputs, tuple(canonical), needed)
             return {
                 name: argument.pull(values)
                 for (name, argument), values in zip(call.arguments.items(), found, strict=True)

@@ -36,7 +36,7 @@ import math
 from typing import Any, NamedTuple
 
 from ._linear import solve_definite
-from ._solver import CORRECTIONS, Ends, Fixed, find_ends, frame, limits, logits, nonzero, search
+from ._solver import CORRECTIONS, Ends, closer, find_ends, frame, limits, logits, middle, nonzero, search
 from .backend import Array, Backend
 
 #: Newton steps at most. In the measured range (the guide's table) 30 always sufficed, 10 nearly always.
@@ -216,17 +216,21 @@ def _approach(
     if not weighted:  # sums of fractions that should be whole are
         nearest = xp.round(mass)
         mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
-    ends = find_ends(backend, task.x, None, mass, task.weights[..., 0, :] if weighted else None, ranks)
+    weights = task.weights[..., 0, :] if weighted else None
+    ends = find_ends(backend, task.x, None, mass, weights, ranks, task.x.shape[-1])
     ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
     reference, gap = frame(xp, ends, task.tau)
     z = log_odds(xp, task, reference)
-    fixed = Fixed(xp.expand_dims(mass, axis=-1), task.tau, task.weights)
-    offset = _together(xp, z, search(backend, z, gap, fixed, ends.total), task.weights)
+    mass = xp.expand_dims(mass, axis=-1)
+    odds, half = closer(backend, z, gap)
+    alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
+    del odds
+    offset = _together(xp, z, alone + middle(gap), task.weights)
     offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, last, careful, done = state
-        size, wanted = _step(backend, z - offset, fixed.k, task.masses, task.weights)
+        size, wanted = _step(backend, z - offset, mass, task.masses, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
         careful = careful | (decrement > last)
         potentials = running(xp, size, reverse=True)

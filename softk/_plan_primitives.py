@@ -120,7 +120,9 @@ def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tang
     return means.push(share, dshare, tangents[0]), dshare, doffset
 
 
-def _sorted_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _sorted_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
     xp = backend.xp
     vbar, ubar, c = cotangents
     rule = _linearise(backend, inputs, outputs)
@@ -169,7 +171,9 @@ def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangen
     return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
 
 
-def _rank_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _rank_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
     xp = backend.xp
     ubar, c = cotangents
     rule = _linearise(backend, inputs, outputs)
@@ -307,7 +311,9 @@ def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, t
     return problem.order.restored_rows(dshare if da is None else dshare + da * rule.share), doffset
 
 
-def _transport_vjp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _transport_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
     xp = backend.xp
     ubar, c = cotangents
     tau, weights = inputs[3], inputs[4]

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._rule import Linearisation, LogLinearisation, sigmoid
+from ._rule import Linearisation, LogLinearisation
 from ._solver import between, limits, logits, selectable, solve
 from .backend import Array, Backend, Inputs, Primitive
 
 Arrays = tuple[Array, ...]
+Needed = tuple[bool, ...]
 
 
-def _linearise(backend: Backend, inputs: Inputs, outputs: Arrays) -> Linearisation:
+def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, tau: bool) -> Linearisation:
+    """The rule; `tau` says whether a derivative in the temperature is asked for."""
     *_, offset, reference = outputs
-    return Linearisation(backend, inputs, reference, offset)
+    return Linearisation(backend, inputs, reference, offset, balanced=tau)
 
 
 # --- the mask: sigmoid((x - t) / tau)
@@ -37,18 +39,19 @@ def _mask_forward(
     ranks: tuple[int, ...] | None,
 ) -> Arrays:
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
-    z = logits(backend.xp, selectable(backend.xp, x, where), reference, tau) - offset
-    return sigmoid(backend.xp, z), offset, reference
+    z = logits(backend.xp, selectable(backend.xp, x, where), reference, tau)
+    return backend.sigmoid(z - offset), offset, reference
 
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    mask, offset, _ = _linearise(backend, inputs, outputs).push(*tangents[:-1])
+    rule = _linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    mask, offset, _ = rule.push(*tangents[:-1])
     return mask, offset
 
 
-def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_linearise(backend, inputs, outputs).pull(u, c, None), None)
+    return (*_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
 
 
 mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
@@ -79,19 +82,20 @@ def _log_forward(
     return xp.where(never, -math.inf, found), offset, reference
 
 
-def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearisation:
+def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, tau: bool) -> LogLinearisation:
     *_, offset, reference = outputs
-    return LogLinearisation(backend, inputs, reference, offset)
+    return LogLinearisation(backend, inputs, reference, offset, balanced=tau)
 
 
 def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    found, offset, _ = _log_linearise(backend, inputs, outputs).push(*tangents[:-1])
+    rule = _log_linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    found, offset, _ = rule.push(*tangents[:-1])
     return found, offset
 
 
-def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_log_linearise(backend, inputs, outputs).pull(u, c, None), None)
+    return (*_log_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
 
 
 log_mask = Primitive("topk_log_mask", _log_forward, _log_jvp, _log_vjp, constants=1)
@@ -126,7 +130,7 @@ def _hard_forward(
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
     # Where a framework differentiates the operations themselves, they are those of the soft mask.
-    soft = sigmoid(xp, logits(xp, x, reference, tau) - offset)
+    soft = backend.sigmoid(logits(xp, x, reference, tau) - offset)
     return chosen + (soft - backend.constant(soft)), offset, reference
 
 
@@ -144,7 +148,7 @@ def _empty_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inpu
     return (backend.xp.zeros_like(inputs[0]),)
 
 
-def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     return (*(None if value is None else backend.xp.zeros_like(value) for value in inputs[:4]), None)
 
 
@@ -169,13 +173,14 @@ def _threshold_forward(
 
 
 def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    _, offset, threshold = _linearise(backend, inputs, outputs).push(*tangents[:-1])
+    rule = _linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    _, offset, threshold = rule.push(*tangents[:-1])
     return threshold, offset
 
 
-def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, c = cotangents
-    return (*_linearise(backend, inputs, outputs).pull(None, c, b), None)
+    return (*_linearise(backend, inputs, outputs, tau=needed[2]).pull(None, c, b, needed), None)
 
 
 threshold = Primitive("topk_threshold", _threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)
@@ -247,19 +252,27 @@ def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: I
     return value, first, second
 
 
-def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs) -> Inputs:
+def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, first_bar, second_bar = cotangents
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
     if b is None:
         b = backend.xp.zeros_like(apart)
-    xbar, nbar, taubar, abar = one.pull(None, first_bar, (1.0 - place.fraction) * b)
-    xbar_two, nbar_two, taubar_two, abar_two = two.pull(None, second_bar, place.fraction * b)
-    if abar is not None:
-        nbar = place.first_rate * nbar + place.second_rate * nbar_two
-        abar = abar + abar_two + (nbar + inputs[1] * apart * b)
+    of_x, of_q, of_tau, of_a, _ = needed
+    asked = (of_x, of_a, of_tau, of_a)
+    pulled = [
+        one.pull(None, first_bar, (1.0 - place.fraction) * b, asked),
+        two.pull(None, second_bar, place.fraction * b, asked),
+    ]
+    (xbar, nbar, taubar, abar), (xbar_two, nbar_two, taubar_two, abar_two) = pulled
+    if abar is not None and abar_two is not None:
+        abar = abar + abar_two + (place.first_rate * nbar + place.second_rate * nbar_two + inputs[1] * apart * b)
         if inputs[4] is not None:
             abar = backend.xp.where(inputs[4], abar, 0.0)
-    return xbar + xbar_two, (place.n - 1.0) * apart * b, taubar + taubar_two, abar, None
+    return _sum(xbar, xbar_two), (place.n - 1.0) * apart * b if of_q else None, _sum(taubar, taubar_two), abar, None
+
+
+def _sum(one: Array | None, two: Array | None) -> Array | None:
+    return None if one is None or two is None else one + two
 
 
 quantile = Primitive("soft_quantile", _quantile_forward, _quantile_jvp, _quantile_vjp, constants=2)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import exponential, least, limits, logits, nonzero, selectable, weigh
+from ._solver import least, limits, logits, nonzero, selectable, weigh
 from .backend import Array, Backend
 
 
@@ -42,39 +42,52 @@ class Linearisation:
         Scores (..., n), mass, temperature, item weights (..., n) and where (..., n).
     reference, offset : array
         The solution, as `softk._solver.solve` returns it.
+    balanced : bool
+        Whether p is corrected by the slip, which only the derivative in the temperature can see.
     """
 
-    def __init__(self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array) -> None:
-        self.xp = xp = backend.xp
+    def __init__(
+        self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array, *, balanced: bool = True
+    ) -> None:
+        self.backend, self.xp = backend, backend.xp
+        xp = self.xp
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
         bound = limits(xp, self.x.dtype)
-        near = self.z()
-        upper = near > 0.0
-        near = -xp.abs(near)
-        far = near <= -bound.farthest  # an infinite score has no part in the derivative
-        apart = far if self.weights is None else far | (self.weights == 0.0)
-        peak = xp.max(xp.where(apart, -math.inf, near), axis=-1, keepdims=True)
-        peak = xp.maximum(peak, -bound.farthest)
-        ceiling = math.log(bound.farthest)
-        self.height = height = xp.exp(peak)
-        # Everything in units of exp(peak); only an item without weight can come closer than the peak.
-        decay = near - peak if self.weights is None else xp.minimum(near - peak, ceiling)
-        del near, apart
-        decay = xp.where(far, 0.0, exponential(xp, decay))
-        del far
-        tail = decay / (1.0 + height * decay)
-        del decay
-        slip = backend.constant(self.slip(peak, upper, tail))
-        # v' = v exp(-peak), which is the tail times the mask or its complement, whichever is large
-        self.scaled = (1.0 - height * tail) * tail
-        del tail
-        self.scaled = xp.where(upper, xp.exp(slip), xp.exp(-slip)) * self.scaled
-        del upper
-        self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(-peak)
-        self.normal = xp.where(self.normal == 0.0, 1.0, self.normal)
-        self.rate = xp.minimum(1.0 / self.normal, bound.farthest)
-        self.inverse = xp.minimum(xp.exp(xp.minimum(-peak, ceiling)) * self.rate, bound.farthest)  # 1 / V
+        distance = self.z()
+        upper = distance > 0.0 if balanced else None
+        distance = xp.abs(distance)
+        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
+        nearest = xp.min(weighty, axis=-1, keepdims=True)
+        del weighty
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        nearest = xp.minimum(nearest, 0.5 * bound.farthest)
+        self.height = height = xp.exp(-nearest)
+        # Everything in units of exp(-nearest); only an item without weight can come closer. What is nothing beside 1 is
+        # exactly 0: processors are slow with subnormal numbers.
+        distance = nearest - distance
+        if self.weights is not None:
+            distance = xp.minimum(distance, math.log(bound.farthest))
+        floor = math.log(least(xp, self.x.dtype))
+        some = distance > floor
+        distance = xp.maximum(distance, floor)
+        decay = xp.exp(distance)
+        del distance
+        decay = decay * xp.astype(some, decay.dtype)
+        del some
+        # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
+        total = 1.0 + height * decay
+        self.scaled = decay / total
+        if upper is None:
+            self.scaled = self.scaled / total
+            del decay, total
+        else:
+            slip = backend.constant(self.slip(-nearest, upper, self.scaled))
+            self.scaled = xp.where(upper, xp.exp(slip), xp.exp(-slip)) * (self.scaled / total)
+            del decay, total, upper
+        self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
+        self.normal = nonzero(xp, self.normal)
+        self.nearest = nearest
 
     def slip(self, peak: Array, upper: Array, tail: Array) -> Array:
         """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
@@ -104,9 +117,18 @@ class Linearisation:
         del decay
         return (1.0 - tail) * tail
 
+    def rate(self) -> Array:
+        """1 / V'."""
+        return self.xp.minimum(1.0 / self.normal, limits(self.xp, self.x.dtype).farthest)
+
+    def inverse(self) -> Array:
+        """1 / V."""
+        xp, farthest = self.xp, limits(self.xp, self.x.dtype).farthest
+        return xp.minimum(xp.exp(xp.minimum(self.nearest, math.log(farthest))) * self.rate(), farthest)
+
     def lift(self) -> Array:
         """v / V, the derivative of the mask in k."""
-        return self.scaled * self.rate
+        return self.scaled * self.rate()
 
     def centred(self, u: Array) -> Array:
         """v u, less a multiple of a v, which is zero at the item that dominates p: J^T a = 0."""
@@ -119,15 +141,8 @@ class Linearisation:
         return (xp.where(gain == 0.0, 0.0, self.weights) / heaviest * -origin + self.kept(u)) * gain
 
     def at_peak(self, values: Array) -> Array:
-        """The value at the item that has the largest share of p; the mean of several, zero where none has any.
-
-        It is linear in the values, as a rule must be.
-        """
-        share = self.weigh(self.scaled)
-        peak = (share >= self.xp.max(share, axis=-1, keepdims=True)) & (share > 0.0)
-        del share
-        count = self.xp.astype(self.xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
-        return self.total(self.xp.where(peak, values, 0.0)) / nonzero(self.xp, count)
+        """The value at an item that has the largest share of p; zero where none has any."""
+        return self.backend.at_largest(self.weigh(self.scaled), values)
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""
@@ -151,7 +166,7 @@ class Linearisation:
         return self.xp.sum(values, axis=-1, keepdims=True)
 
     def mask(self) -> Array:
-        return sigmoid(self.xp, self.z())
+        return self.backend.sigmoid(self.z())
 
     def push(
         self, dx: Array | None, dk: Array | None, dtau: Array | None, da: Array | None
@@ -170,34 +185,55 @@ class Linearisation:
         w = w - origin
         shifted = self.total(self.weigh(self.scaled) * w) / self.normal
         mean = shifted + origin
-        found = self.inverse * dh
+        found = self.inverse() * dh
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        return self.gain() * (w - shifted) + self.lift() * dh, ds, self.tau * (mean - found)
+        moved = self.gain() * (w - shifted)
+        if dk is not None or da is not None:
+            moved = moved + self.lift() * dh
+        return moved, ds, self.tau * (mean - found)
 
-    def pull(self, u: Array | None, c: Array | None, b: Array | None) -> tuple[Array, Array, Array, Array | None]:
-        """Cotangents of (x, k, tau, a), from those of the mask, the offset and the threshold. None is zero."""
+    def pull(
+        self,
+        u: Array | None,
+        c: Array | None,
+        b: Array | None,
+        needed: tuple[bool, ...],
+    ) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+        """Cotangents of (x, k, tau, a), from those of the mask, the offset and the threshold. None is zero.
+
+        None for those that nobody needs.
+        """
         xp = self.xp
+        of_x, of_k, of_tau, of_a, *_ = needed
+        of_a = of_a and self.weights is not None
         g = xp.zeros_like(self.offset)
         if c is not None:
             g = g + c
         if b is not None:
             g = g + self.tau * b
-        hbar = -self.inverse * g
-        if u is None:
-            xbar = self.shares(g / self.tau)
-        else:
-            hbar = hbar + self.total(self.lift() * self.kept(u))
-            xbar = self.centred(u)
-            g = g - self.total(xbar)
-            xbar = (self.shares(g) + xbar) / self.tau
-        del self.scaled  # an array of the scores' size, of which the rest needs some
-        xbar = self.still(xbar)
-        taubar = -self.total(self.z() * xbar)
-        if c is not None:
-            taubar = taubar - c * self.offset / self.tau
-        return xbar, hbar, taubar, None if self.weights is None else -self.mask() * hbar
+        hbar = None
+        if of_k or of_a:
+            hbar = -self.inverse() * g
+            if u is not None:
+                hbar = hbar + self.total(self.lift() * self.kept(u))
+        xbar = taubar = None
+        if of_x or of_tau:
+            if u is None:
+                xbar = self.shares(g / self.tau)
+            else:
+                xbar = self.centred(u)
+                g = g - self.total(xbar)
+                xbar = (self.shares(g) + xbar) / self.tau
+            del self.scaled  # an array of the scores' size, of which the rest needs some
+            # +inf does not move; for the other scores that do not, v' is 0.
+            xbar = xbar * xp.astype(self.x < math.inf, xbar.dtype)
+        if of_tau:
+            taubar = -self.total(self.z() * xbar)
+            if c is not None:
+                taubar = taubar - c * self.offset / self.tau
+        return xbar, hbar, taubar, -self.mask() * hbar if of_a else None
 
 
 class LogLinearisation(Linearisation):
@@ -209,13 +245,13 @@ class LogLinearisation(Linearisation):
     def gain(self) -> Array:
         z = self.z()
         never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
-        return self.xp.where(never, 0.0, sigmoid(self.xp, -z))
+        return self.xp.where(never, 0.0, self.backend.sigmoid(-z))
 
     def lift(self) -> Array:
         """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
         z = self.z()
-        above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate
-        return self.xp.where(z > 0.0, above, self.gain() * self.inverse)
+        above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate()
+        return self.xp.where(z > 0.0, above, self.gain() * self.inverse())
 
     def centred(self, u: Array) -> Array:
         """(1 - m) u, less a multiple of p, which is zero at the item that dominates p."""
@@ -223,15 +259,3 @@ class LogLinearisation(Linearisation):
         direct = self.xp.where(direct == 0.0, 0.0, u) * direct
         share = self.shares(self.xp.ones_like(self.offset))
         return direct - share * (self.at_peak(direct) / nonzero(self.xp, self.at_peak(share)))
-
-
-def sigmoid(xp: Any, z: Array) -> Array:
-    """1 / (1 + exp(-z)), without overflow, and exactly 0 before it would be a subnormal number."""
-    upper = z > 0.0
-    z = xp.abs(z)
-    decay = exponential(xp, -z)
-    decay = xp.where(z > -math.log(least(xp, z.dtype)), 0.0, decay)
-    del z
-    numerator = xp.where(upper, 1.0, decay)
-    decay = 1.0 + decay
-    return numerator / decay

@@ -8,7 +8,7 @@ Entropic optimal transport between n scores and the two anchors 0 and 1 has one 
 **Two parts.** One floating-point number cannot resolve t to a fraction of tau when the scores are large beside
 tau. So t = r + tau s: the reference r is the k-th largest *score*, or for a whole k the middle between it and the next,
 and x_i - r is exact or nearly so for the scores that matter; the offset s, in units of tau, is the unknown. With
-z_i = (x_i - r) / tau, `sweep` looks for the s at which sum_i a_i sigmoid(z_i - s) = k.
+z_i = (x_i - r) / tau, `search` looks for the s at which sum_i a_i sigmoid(z_i - s) = k.
 
 **Tails, not totals.** sum mask - k is formed without cancellation from the number of scores above the threshold,
 which is exact, and the two tails:
@@ -16,14 +16,21 @@ which is exact, and the two tails:
     sum mask - k = L - U - delta,   L = sum_{z <= s} sigmoid(z - s),   U = sum_{z > s} sigmoid(s - z),
     delta = k - #{z > s}.
 
-**The step.** Newton's step on L - U = delta is right close to the root and useless far from it. `two_logistic_step`
-replaces each tail by a single group of equal scores that has the tail's mass and slope; for two groups the
-equation is quadratic in exp(step). It is exact for ties, for isolated scores and for a gap, second order everywhere,
-and in practice one or two such steps are within reach of Newton from the start, the middle of the gap at the k-th
-score. A bracket guards it.
+**One exponential a score.** With E_i = exp(z_i), taken once, and c = exp(s) every tail is min(E_i, c) / (E_i + c): a
+sweep is a dozen cheap operations.
 
-**In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float,
-but their ratio determines t. `sweep` therefore measures the tails in units of exp(-edge), the size of the largest term.
+**The step.** At the root A = L + max(-delta, 0) and B = U + max(delta, 0) are equal. `step_size` is Newton's for
+log A = log B. A falls with s and B rises, each at most as fast as an exponential and the one that is a tail alone at
+least half as fast, so that the step is right by a factor of two or so wherever it starts; near the root it is
+Newton's step for the mass. From the middle of the gap at the k-th score two or three such steps are usual. Nothing
+guards it: in 4e7 adversarial problems MODEL_STEPS of them always sufficed.
+
+**In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float, but
+their ratio determines t. There the tails are pure exponentials, whose ratio does not change when both sides come
+closer by the same amount: `closer` narrows the gap to one in which they are numbers.
+
+**A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
+array, `window` says which these are, and `_approach` checks from the result that what was left out had no say.
 """
 
 from __future__ import annotations
@@ -33,9 +40,9 @@ from typing import Any, NamedTuple
 
 from .backend import Array, Backend
 
-#: Steps of the model before the two corrections. In 4e7 adversarial problems five always sufficed.
-MODEL_STEPS = 6
-#: Newton corrections after them. Two, so that plain automatic differentiation of them is exact to second order.
+#: Steps before the correction.
+STEPS = 8
+#: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
 CORRECTIONS = 2
 
 
@@ -46,12 +53,14 @@ class Limits(NamedTuple):
     largest: float  # finite score; +inf counts as this one
     farthest: float  # |z| beyond which a score has no part in any derivative
     saturated: float  # offset at which a sigmoid is exactly 0 or 1
+    reach: float  # |z| of which exp(z) and exp(-z) are numbers, with room for products
 
 
 def limits(xp: Any, dtype: Any) -> Limits:
     info = xp.finfo(dtype)
     largest = float(info.max)
-    return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, 128.0 if info.bits <= 32 else 1024.0)
+    saturated, reach = (128.0, 80.0) if info.bits <= 32 else (1024.0, 700.0)
+    return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
 
 
 def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
@@ -78,98 +87,50 @@ def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
     return xp.minimum(values, most)
 
 
-def exponential(xp: Any, exponent: Array) -> Array:
-    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers."""
-    exponent = xp.maximum(exponent, math.log(least(xp, exponent.dtype)))
-    return xp.exp(exponent)
-
-
 def least(xp: Any, dtype: Any) -> float:
     """What is nothing beside 1, and far enough from the smallest number that its products are numbers."""
     return math.exp(0.9 * math.log(float(xp.finfo(dtype).smallest_normal)))
 
 
 class Tails(NamedTuple):
-    """One pass over the scores, summed up per slice. The sums are in units of exp(-edge)."""
+    """One pass over the scores, summed up per slice."""
 
     above: Array  # weight of the scores above the threshold
     lower: Array  # L
     upper: Array  # U
-    lower_slope: Array  # sum of sigmoid' over the scores below
-    upper_slope: Array  # and above
+    slope: Array  # sum of sigmoid' over all scores
 
 
-def sweep(xp: Any, z: Array, offset: Array, edge: Array, weights: Array | None) -> Tails:
-    """The one pass over the scores that every step of the solver is made of: one exponential a score."""
-    y = z - offset
-    is_above = y > 0.0
-    exponent = edge - xp.abs(y)
-    del y
-    # Nothing lies within the gap but items without weight, and what rounding puts there. (Not minimum: frameworks halve
-    # its derivative at equality, which is where the nearest scores are.)
-    exponent = xp.where(exponent > 0.0, 0.0, exponent)
-    decay = exponential(xp, exponent)
-    del exponent
-    denominator = 1.0 + xp.exp(-edge) * decay
-    tail = decay / denominator
-    del decay
-    slope = tail / denominator
-    del denominator
-    if weights is None:
-        above = xp.astype(xp.count_nonzero(is_above, axis=-1, keepdims=True), z.dtype)
-    else:
-        tail = weigh(xp, weights, tail)
-        slope = weigh(xp, weights, slope)
-        above = _total(xp, xp.where(is_above, weights, 0.0))
-    # A product splits a sum faster than a choice, where the choice is irregular.
-    side = xp.astype(is_above, z.dtype)
-    del is_above
-    upper, upper_slope = _total(xp, tail * side), _total(xp, slope * side)
-    side = 1.0 - side
-    return Tails(above, _total(xp, tail * side), upper, _total(xp, slope * side), upper_slope)
+def sweep(xp: Any, odds: Array, level: Array, weights: Array | None) -> Tails:
+    """The one pass over the scores that every step of the solver is made of: E = exp(z) beside c = exp(s)."""
+    above = odds > level
+    inverse = 1.0 / (odds + level)
+    tail = xp.where(above, level, odds)
+    tail = tail * inverse
+    del inverse
+    weighted = tail if weights is None else weights * tail
+    curved = _total(xp, weighted * tail)
+    del tail
+    side = xp.astype(above, odds.dtype)  # a product splits a sum faster than a choice, where the choice is irregular
+    del above
+    count = _total(xp, side if weights is None else weights * side)
+    part = weighted * side
+    del side
+    upper, lower = _total(xp, part), _total(xp, weighted - part)
+    del part, weighted
+    return Tails(count, lower, upper, lower + upper - curved)
 
 
-def two_logistic_step(xp: Any, tails: Tails, delta: Array) -> tuple[Array, Array]:
-    r"""The step to the root of a two-group model of the tails, and whether the model has one.
-
-    The group below has n_b equal scores, each with the mask m_b: mass L = n_b m_b and slope n_b m_b (1 - m_b) give
-    m_b = 1 - slope / L. After a step d, with q = exp(d), its mass is L / (m_b + (1 - m_b) q); likewise above, with
-    U q / (m_a q + 1 - m_a). Setting their difference to delta gives
-
-        (1 - m_b) (U + delta m_a) q^2 - (L m_a - U m_b - delta (m_a m_b + (1 - m_a) (1 - m_b))) q
-            - (1 - m_a) (L - delta m_b) = 0,
-
-    with one positive root if both outer coefficients are positive: if neither group is asked for more than it has.
-    """
-    _, lower, upper, lower_slope, upper_slope = tails
-    below = between(xp, 1.0 - lower_slope / nonzero(xp, lower), 0.0, 1.0)
-    above = between(xp, 1.0 - upper_slope / nonzero(xp, upper), 0.0, 1.0)
-    square = (1.0 - below) * (upper + delta * above)
-    linear = upper * below - lower * above + delta * (above * below + (1.0 - above) * (1.0 - below))
-    constant = (1.0 - above) * (lower - delta * below)
-    scale = nonzero(xp, xp.maximum(xp.maximum(xp.abs(square), xp.abs(linear)), xp.abs(constant)))
-    square, linear, constant = square / scale, linear / scale, constant / scale
-    root = xp.sqrt(xp.maximum(linear * linear + 4.0 * square * constant, 0.0))
-    q = xp.where(
-        linear > 0.0,
-        2.0 * constant / nonzero(xp, linear + root),
-        (root - linear) / nonzero(xp, 2.0 * square),
-    )
-    has_root = (square >= 0.0) & (constant >= 0.0) & (q > 0.0)
-    return xp.log(xp.where(has_root, q, 1.0)), has_root
-
-
-def logit_step(xp: Any, tails: Tails, k: Array, total: Array) -> Array:
-    """Newton's step on the logit of the whole mass, for a start so far off that the tails cannot supply delta."""
-    mass = tails.above + tails.lower - tails.upper
-    slope = tails.lower_slope + tails.upper_slope
-    inside = (mass > 0.0) & (mass < total) & (k > 0.0) & (k < total) & (slope > 0.0)
-    mass, k = xp.where(inside, mass, 0.5 * total), xp.where(inside, k, 0.5 * total)
-    rest, target = total - mass, total - k
-    positive = total > 0.0
-    odds = (mass / xp.where(positive, rest, 1.0)) * (target / xp.where(positive, k, 1.0))
-    size = xp.log(xp.where(positive, odds, 1.0)) * mass * rest
-    return xp.where(inside, size / xp.where(inside, total * slope, 1.0), 0.0)
+def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
+    """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
+    _, lower, upper, slope = tails
+    both = lower + upper
+    more = xp.maximum(delta, 0.0)
+    floor = float(xp.finfo(delta.dtype).eps) * both  # beside the other, a tail may be nothing at all
+    rising = xp.maximum(upper + more, floor)
+    falling = xp.maximum(lower + (more - delta), floor)
+    rate = (lower / falling + upper / rising) * slope
+    return xp.log(falling / rising) * both / rate
 
 
 class Solution(NamedTuple):
@@ -214,23 +175,27 @@ def solve(
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
-    fixed = Fixed(backend.constant(k), backend.constant(tau), None if weights is None else backend.constant(weights))
-    ends = find_ends(backend, backend.constant(x), where, fixed.k, fixed.weights, ranks)
-    reference, gap = frame(xp, ends, fixed.tau)
-    z = logits(xp, selectable(xp, x, where), reference, tau)
+    given = {"x": x, "k": k, "tau": tau, "weights": weights, "where": where}
+    names = tuple(name for name, value in given.items() if value is not None)
+    constants = (backend.constant(given[name]) for name in names)
+    if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
+        ranks = None  # symbols of a trace
+    options = {"names": names, "ranks": ranks, "limit": STEPS}
+    reference, offset, high, low, nothing, everything, settled, first = backend.settle(_approach, options, *constants)
 
-    offset = search(backend, backend.constant(z), gap, fixed, ends.total)
-    for _ in range(CORRECTIONS):
-        tails, delta = measure(backend, z, offset, gap, k, weights)
-        slope = tails.lower_slope + tails.upper_slope
-        offset = offset + (tails.lower - tails.upper - delta) / nonzero(xp, slope)
-
-    valid = valid & ends.valid & ~xp.isnan(tails.lower)
-    offset = xp.where(ends.everything, -bound.saturated, offset)
-    offset = xp.where(ends.nothing, bound.saturated, offset)
-    extreme = xp.where(ends.everything, -math.inf, xp.zeros_like(offset))
-    extreme = xp.where(ends.nothing | (ends.high > bound.largest), math.inf, extreme)
-    return Solution(reference, xp.where(valid, offset, math.nan), extreme)
+    if backend.differentiates_operations:
+        gap = Gap(high, low)
+        odds, half = closer(backend, logits(xp, selectable(xp, x, where), reference, tau), gap)
+        wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
+        offset = offset - middle(gap)
+        for _ in range(CORRECTIONS):
+            offset = offset + _correction(backend, odds, offset, half, wider, k, weights)
+        offset = offset + middle(gap)
+    offset = xp.where(everything, -bound.saturated, offset)
+    offset = xp.where(nothing, bound.saturated, offset)
+    extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
+    extreme = xp.where(nothing | first, math.inf, extreme)
+    return Solution(reference, xp.where(valid & settled, offset, math.nan), extreme)
 
 
 class Gap(NamedTuple):
@@ -240,70 +205,182 @@ class Gap(NamedTuple):
     low: Array
 
 
-class Fixed(NamedTuple):
-    """k, tau and the weights, cut off from differentiation."""
-
-    k: Array
-    tau: Array
-    weights: Array | None
-
-
-def measure(
-    backend: Backend, z: Array, offset: Array, gap: Gap, k: Array, weights: Array | None
-) -> tuple[Tails, Array]:
-    """One sweep, and delta in its units; within the gap exactly k lie above, whatever rounding says."""
-    xp = backend.xp
-    bound = limits(xp, z.dtype)
-    edge = backend.constant(xp.maximum(xp.minimum(gap.high - offset, offset - gap.low), 0.0))
-    tails = sweep(xp, z, offset, edge, weights)
-    delta = k - tails.above
-    value = backend.constant(delta)
-    in_gap = (edge > 0.0) & (xp.abs(value) <= 4.0 * bound.eps * backend.constant(k))
-    # delta - value is zero and carries the derivative; in the gap it is the only thing that does.
-    growth = xp.exp(xp.minimum(xp.where(in_gap, edge, 0.0), math.log(bound.farthest)))
-    return tails, xp.where(in_gap, 0.0, value) + growth * (delta - value)
-
-
 def frame(xp: Any, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     """The reference, and where the scores on either side of it are."""
     largest = limits(xp, ends.high.dtype).largest
-    high = between(xp, ends.high, -largest, largest)
-    whole = ends.nothing | ends.everything
-    low = xp.where(whole, high, between(xp, ends.low, -largest, largest))
+    low = xp.where(ends.nothing | ends.everything, ends.high, ends.low)
+    both = between(xp, xp.concat([ends.high, low], axis=-1), -largest, largest)
+    high, low = both[..., :1], both[..., 1:]
     # The middle, of which no part overflows, however a compiler rearranges it.
     together = (high > 0.0) == (low > 0.0)
     reference = xp.where(together, high - 0.5 * (high - low), 0.5 * (high + low))
-    return reference, Gap(logits(xp, high, reference, tau), logits(xp, low, reference, tau))
+    both = logits(xp, both, reference, tau)
+    return reference, Gap(both[..., :1], both[..., 1:])
 
 
-def search(backend: Backend, z: Array, gap: Gap, fixed: Fixed, total: Array) -> Array:
-    """The offset, near enough to the root for the corrections: steps of the model from the middle of the gap."""
+def _approach(
+    backend: Backend, *arrays: Array, names: tuple[str, ...], ranks: tuple[int, ...] | None, limit: int
+) -> tuple[Array, ...]:
+    """Reference, offset, both sides of the gap; whether nothing is selected, everything, there is an answer, and
+    whether the last that is selected is +inf.
+    """
+    given = dict(zip(names, arrays, strict=True))
+    x, k, tau = given["x"], given["k"], given["tau"]
+    weights, where = given.get("weights"), given.get("where")
+    xp = backend.xp
+    if weights is None:
+        x, where = selectable(xp, x, where), None
+    near = None if ranks is None else window(backend, x, tau, ranks)
+    if near is not None:
+        found, sure = _approach_within(backend, near, k, tau, None, None, ranks, limit, x.shape[-1])
+        if backend.known(xp.all(sure)):
+            return found
+    return _approach_within(backend, x, k, tau, weights, where, ranks, limit, x.shape[-1])[0]
+
+
+def _approach_within(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    ranks: tuple[int, ...] | None,
+    limit: int,
+    n: int,
+) -> tuple[tuple[Array, ...], Array]:
+    """What `_approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    xp = backend.xp
+    bound = limits(xp, x.dtype)
+    ends = find_ends(backend, x, where, k, weights, ranks, n)
+    reference, gap = frame(xp, ends, tau)
+    if weights is not None:
+        weights = hold(xp, selectable(xp, x, where), weights)
+    fixed = ends.nothing | ends.everything
+    odds, half = closer(backend, logits(xp, selectable(xp, x, where), reference, tau), gap)
+    offset, tails = search(backend, odds, half, k, weights, fixed, limit)
+    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
+    sure = fixed | (xp.exp(-half - offset - _MARGIN) <= tails.lower + tails.upper)
+    settled = ends.valid & ~xp.isnan(tails.lower)
+    return (
+        reference,
+        offset + middle(gap),
+        *gap,
+        ends.nothing,
+        ends.everything,
+        settled,
+        ends.high > bound.largest,
+    ), sure
+
+
+#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
+_MARGIN = 4.0
+
+
+def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
+    """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
+
+    The scores are cut into blocks. As many blocks as there are ranks have a maximum of at least the score of that rank
+    or it is in no other block: the maximum of that rank among the maxima is a lower bound of the score. Everything that
+    is log(n / eps) and a margin of tau below has, all together, no part in a tail.
+    """
+    xp, n, rank = backend.xp, x.shape[-1], max(ranks)
+    if not isinstance(n, int) or not backend.gathers(x):
+        return None
+    size = n // (8 * rank)
+    if size < 4:
+        return None
+    blocks = n // size
+    maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
+    level = backend.order_statistics(maxima, (rank,))
+    level = level - (math.log(n / limits(xp, x.dtype).eps) + _MARGIN) * tau
+    return backend.gather_above(x, level)
+
+
+def search(
+    backend: Backend, odds: Array, half: Array, k: Array, weights: Array | None, fixed: Array, limit: int = STEPS
+) -> tuple[Array, Tails]:
+    """The offset from the middle of the gap, and the tails at it but for a last correction.
+
+    Parameters
+    ----------
+    backend : Backend
+        The framework of the arrays.
+    odds, half : array
+        exp(z) and half the gap, as `closer` returns them.
+    k, weights : array
+        Mass (..., 1) and item weights (..., n), None for all 1.
+    fixed : array
+        The slices that are left as they are.
+    limit : int
+        Steps at most.
+    """
+    xp = backend.xp
+    tolerance = limits(xp, odds.dtype).eps ** 0.25  # two steps of second order away from eps: the last, and one more
+
+    def measure(offset: Array) -> tuple[Tails, Array]:
+        tails = sweep(xp, odds, xp.exp(offset), weights)
+        return tails, step_size(xp, tails, lacking(xp, tails, offset, half, k, weights))
+
+    def step(state: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        offset, done = state
+        _, size = measure(offset)
+        offset = xp.where(done, offset, offset + size)
+        done = done | ~(xp.abs(size) > tolerance)
+        return (offset, done), done
+
+    offset, _ = backend.repeat(step, (xp.zeros_like(half), fixed | xp.isnan(half)), limit)
+    tails, size = measure(offset)
+    return xp.where(fixed, offset, offset + size), tails
+
+
+def middle(gap: Gap) -> Array:
+    """z of the middle of the gap: zero, unless the scores are too close for their middle to be a number."""
+    return 0.5 * (gap.high + gap.low)
+
+
+def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
+    """exp(z), from the middle of the gap, and half the gap, with a wide gap narrowed.
+
+    Half a gap of log(1 / eps) is left: within eps its tails are exponentials. Neither what is returned nor its inverse
+    overflows.
+    """
     xp = backend.xp
     bound = limits(xp, z.dtype)
-    tolerance = bound.eps**0.125  # three steps of second order away from eps: the last one here, and the corrections
+    half = 0.5 * (gap.high - gap.low)
+    excess = xp.maximum(half - _narrow(bound), 0.0)
+    z = z - middle(gap)
+    # A constant of every score that matters; frameworks halve the derivative at a bound.
+    inner = backend.constant(between(xp, z, -excess, excess))
+    z = z - inner
+    del inner
+    return xp.exp(between(xp, z, -bound.reach, bound.reach)), half - excess
 
-    def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
-        offset, least, most, done = state
-        tails, delta = measure(backend, z, offset, gap, fixed.k, fixed.weights)
-        excess = tails.lower - tails.upper - delta
-        least = xp.where(excess > 0.0, offset, least)
-        most = xp.where(excess < 0.0, offset, most)
-        size, modelled = two_logistic_step(xp, tails, delta)
-        size = xp.where(modelled, size, logit_step(xp, tails, fixed.k, total))
-        proposal = offset + size
-        bracketed = (least > -bound.largest) & (most < bound.largest)
-        middle = 0.5 * xp.where(bracketed, least, 0.0) + 0.5 * xp.where(bracketed, most, 0.0)
-        fallback = xp.where(bracketed, middle, offset + 16.0 * xp.sign(excess))
-        # At the root the bracket is decided by rounding: a small step is taken as it is, and is the last.
-        trusted = ((proposal >= least) & (proposal <= most)) | (xp.abs(size) <= tolerance)
-        proposal = xp.where(done, offset, xp.where(trusted, proposal, fallback))
-        done = done | (xp.abs(proposal - offset) <= tolerance)
-        return (proposal, least, most, done), done
 
-    start = 0.5 * (gap.high + gap.low)  # zero, unless the scores are too close for their middle to be a number
-    state = (start, xp.full_like(start, -math.inf), xp.full_like(start, math.inf), xp.isnan(gap.low))
-    offset, *_ = backend.repeat(step, state, MODEL_STEPS)
-    return backend.constant(offset)
+def _narrow(bound: Limits) -> float:
+    return 2.0 - math.log(bound.eps)
+
+
+def lacking(xp: Any, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
+    """delta: what the scores above the threshold lack of k. Sums of weights are rounded: within the gap it is 0."""
+    delta = k - tails.above
+    if weights is None:
+        return delta
+    rounded = (xp.abs(offset) < half) & (xp.abs(delta) <= 4.0 * limits(xp, k.dtype).eps * k)
+    return xp.where(rounded, 0.0, delta)
+
+
+def _correction(
+    backend: Backend, odds: Array, offset: Array, half: Array, wider: Array, k: Array, weights: Array | None
+) -> Array:
+    """Newton's step for the mass, in operations whose own derivative is that of the solution."""
+    xp = backend.xp
+    tails = sweep(xp, odds, xp.exp(offset), weights)
+    delta = k - tails.above
+    value = backend.constant(lacking(xp, tails, offset, half, k, weights))
+    # delta less its value is zero and carries the derivative, which the narrowing of a gap made too small.
+    change = wider * (delta - backend.constant(delta))
+    return (tails.lower - tails.upper - (value + change)) / nonzero(xp, tails.slope)
 
 
 class Ends(NamedTuple):
@@ -318,16 +395,22 @@ class Ends(NamedTuple):
 
 
 def find_ends(
-    backend: Backend, x: Array, where: Array | None, k: Array, weights: Array | None, ranks: tuple[int, ...] | None
+    backend: Backend,
+    x: Array,
+    where: Array | None,
+    k: Array,
+    weights: Array | None,
+    ranks: tuple[int, ...] | None,
+    n: int,
 ) -> Ends:
-    """Where the thresholds of the masses k (..., b) lie among the scores (..., n) of each slice."""
+    """Where the thresholds of the masses k (..., b) lie among the n scores of a slice, of which x has the largest."""
     xp = backend.xp
     bound = limits(xp, x.dtype)
     if k.ndim == 0:
         k = xp.reshape(k, (1,) * x.ndim)
     nothing = k <= 0.0
     if weights is None:
-        total = xp.full_like(k, x.shape[-1])
+        total = xp.full_like(k, n)
         high, low = _edges(backend, selectable(xp, x, where), k, ranks)
         return Ends(high, low, total, nothing, ~nothing & (low < -bound.largest), k <= total)
     rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
@@ -345,15 +428,21 @@ def find_ends(
 
 
 def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
-    """The scores of rank ceil(k) and floor(k) + 1; between them lies the gap of a whole k."""
-    xp, n, boundaries = backend.xp, x.shape[-1], k.shape[-1]
-    k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
-    first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
-    both = xp.maximum(xp.concat([first, second], axis=-1), 1)
-    both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
-    static = None if ranks is None else tuple(min(max(rank, 1), n) for rank in ranks)
-    found = backend.order_statistics(x, both, static)
-    return found[..., :boundaries], xp.where(second > n, -math.inf, found[..., boundaries:])
+    """The scores of rank ceil(k) and floor(k) + 1, or -inf; between them lies the gap of a whole k."""
+    xp, n = backend.xp, x.shape[-1]
+    if ranks is None:
+        k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
+        first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
+        both = xp.maximum(xp.concat([first, second], axis=-1), 1)
+        both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
+        found = backend.order_statistics(x, both)
+        return found[..., : k.shape[-1]], xp.where(second > n, -math.inf, found[..., k.shape[-1] :])
+    found = backend.order_statistics(x, tuple(min(max(rank, 1), n) for rank in ranks))
+    boundaries = len(ranks) // 2
+    high, low = found[..., :boundaries], found[..., boundaries:]
+    if max(ranks) > n:  # of the last boundary alone
+        low = xp.concat([low[..., :-1], xp.full_like(low[..., -1:], -math.inf)], axis=-1)
+    return high, low
 
 
 def _weighted_edges(
@@ -384,6 +473,11 @@ def _weighted_edges(
 
 def _total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
+
+
+def hold(xp: Any, x: Array, weights: Array) -> Array:
+    """The weights, 0 for the scores that cannot be selected, which may weigh anything."""
+    return xp.where(x == -math.inf, 0.0, weights)
 
 
 def weigh(xp: Any, weights: Array, values: Array) -> Array:

@@ -41,8 +41,9 @@ class Primitive:
         ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the differentiable outputs. A tangent that is
         None is zero.
     vjp : callable
-        ``vjp(backend, inputs, outputs, cotangents) -> cotangents``, one an input (None for an input that is
-        None). A cotangent that is None is zero.
+        ``vjp(backend, inputs, outputs, cotangents, needed) -> cotangents``, one an input. A cotangent that is None is
+        zero. `needed` says, for each input, whether anybody asks for its cotangent; the others may be None, as are
+        those of inputs that are None.
     constants : int
         How many of the outputs, counted from the last, have no derivative.
     results : int
@@ -100,10 +101,15 @@ class Backend:
         return primitive.jvp(self, inputs, outputs, tangents)
 
     def pull(
-        self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], cotangents: Inputs
+        self,
+        primitive: Primitive,
+        inputs: Inputs,
+        outputs: tuple[Array, ...],
+        cotangents: Inputs,
+        needed: tuple[bool, ...],
     ) -> tuple[Array | None, ...]:
         """The primitive's rule in reverse mode, for `softk.vjp`."""
-        return primitive.vjp(self, inputs, outputs, cotangents)
+        return primitive.vjp(self, inputs, outputs, cotangents, needed)
 
     def quiet(self) -> AbstractContextManager[Any]:
         """A context in which overflow and invalid operations, which softk means or mends, are not reported.
@@ -134,6 +140,11 @@ class Backend:
         """Whether two arrays can meet in one operation."""
         return bool(self.device(x) == self.device(other))
 
+    @property
+    def differentiates_operations(self) -> bool:
+        """Whether the framework may, just now, differentiate a primitive's own operations and not ask for its rule."""
+        return False
+
     def constant(self, x: Array) -> Array:
         """The same values, cut off from automatic differentiation."""
         return x
@@ -147,6 +158,45 @@ class Backend:
         literals, one of them `limit`, the number of iterations, on which the shapes of the results do not depend.
         """
         return function(self, *arrays, **options)
+
+    def gathers(self, x: Array) -> bool:
+        """Whether `gather_above` serves this array: where looking at its values neither waits nor breaks a trace."""
+        return False
+
+    def gather_above(self, x: Array, level: Array) -> Array | None:
+        """The scores that are not below a level, in a shorter array.
+
+        Parameters
+        ----------
+        x : array
+            Scores, shape (..., n), of which some may be NaN.
+        level : array
+            Shape (..., 1).
+
+        Returns
+        -------
+        array or None
+            Shape (..., m): of each slice the scores ``~(x < level)``, in any order, and then -inf. None where it would
+            not be much shorter.
+        """
+        return None
+
+    def sigmoid(self, z: Array) -> Array:
+        """1 / (1 + exp(-z)): 0 and 1 at the infinities."""
+        z = self.xp.exp(-z)
+        z = 1.0 + z
+        return 1.0 / z
+
+    def at_largest(self, key: Array, values: Array) -> Array:
+        """The value (..., 1) where a key of at least 0 is largest, the mean of several; 0 where it is 0 everywhere.
+
+        It is linear in the values, as a rule must be.
+        """
+        xp = self.xp
+        peak = (key >= xp.max(key, axis=-1, keepdims=True)) & (key > 0.0)
+        count = xp.astype(xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
+        total = xp.sum(xp.where(peak, values, 0.0), axis=-1, keepdims=True)
+        return total / xp.where(count == 0.0, 1.0, count)
 
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
@@ -162,17 +212,16 @@ class Backend:
             state, _ = step(state)
         return state
 
-    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         """The scores of the given ranks along the last axis: rank 1 is the largest.
 
         Parameters
         ----------
         x : array
             Scores, shape (..., n).
-        ranks : array
-            Integers from 1 to n, shape (..., m), broadcasting against `x` but for the last axis.
-        static : tuple of int or None
-            The same ranks as Python numbers, where they are known without looking into an array.
+        ranks : array or tuple of int
+            Integers from 1 to n: an array of shape (..., m), broadcasting against `x` but for the last axis, or m
+            numbers where they are known without looking into an array.
 
         Returns
         -------
@@ -180,5 +229,12 @@ class Backend:
             The scores, shape (..., m).
         """
         xp = self.xp
+        ordered = xp.sort(x, axis=-1, stable=False)
+        if isinstance(ranks, tuple):
+            return self.pick(ordered, [x.shape[-1] - rank for rank in ranks])
         ranks = xp.broadcast_to(ranks, (*x.shape[:-1], ranks.shape[-1]))
-        return xp.take_along_axis(xp.sort(x, axis=-1, stable=False), x.shape[-1] - ranks, axis=-1)
+        return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
+
+    def pick(self, x: Array, places: list[int]) -> Array:
+        """Some items along the last axis."""
+        return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)

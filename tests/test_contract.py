@@ -101,7 +101,7 @@ PLAIN = [
     Slice("k = n", k=N, mask=1.0, threshold=-INF),
     Slice("all tied", (1.0,) * N, mask=np.full(N, 1 / 3)),
     Slice("ties at the boundary", (2.0, 1.0, 1.0, 1.0, 0.0, 0.0)),
-    Slice("gap", (40.0, 41.0, 42.0, -40.0, -41.0, -42.0), 3.0, threshold=0.0),
+    Slice("gap", (42.0, 43.0, 44.0, -38.0, -39.0, -40.0), 3.0, threshold=2.0),
     Slice("small epsilon", epsilon=2.0**-20, mask=(0, 1, 0, 0, 1, 0), threshold=1.5),
     Slice("small epsilon, fractional k", k=2.5, epsilon=2.0**-20, mask=(0, 1, 0, 0.5, 1, 0), threshold=1.0),
     Slice("small epsilon, ties", (1, 1, 1, 0, 0, 2), 2.0, 2.0**-20, mask=(1 / 3, 1 / 3, 1 / 3, 0, 0, 1)),

@@ -363,17 +363,17 @@ def _parts(rule: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _broken_pulls(pull: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    def drop_a_weight(rule: Any, u: Any, c: Any, b: Any) -> Any:
-        return pull(_unweighted(rule), u, c, b)
+    def drop_a_weight(rule: Any, u: Any, *others: Any) -> Any:
+        return pull(_unweighted(rule), u, *others)
 
-    def swap_the_transpose(rule: Any, u: Any, c: Any, b: Any) -> Any:
+    def swap_the_transpose(rule: Any, u: Any, *others: Any) -> Any:
         v, p = _parts(rule)
-        _, *others = pull(rule, u, c, b)
-        return v * (u - np.sum(p * u, axis=-1, keepdims=True)) / rule.tau, *others
+        _, *found = pull(rule, u, *others)
+        return v * (u - np.sum(p * u, axis=-1, keepdims=True)) / rule.tau, *found
 
-    def zero_dk(rule: Any, u: Any, c: Any, b: Any) -> Any:
-        xbar, kbar, *others = pull(rule, u, c, b)
-        return xbar, 0.0 * kbar, *others
+    def zero_dk(rule: Any, u: Any, *others: Any) -> Any:
+        xbar, kbar, *found = pull(rule, u, *others)
+        return xbar, 0.0 * kbar, *found
 
     return {f.__name__: f for f in (drop_a_weight, swap_the_transpose, zero_dk)}
 

@@ -98,6 +98,8 @@ class AutogradBackend(NumpyBackend):
     def constant(self, x: Array) -> Array:
         return _value(x)
 
+    at_largest = Backend.at_largest  # in operations that the tape knows
+
 
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
@@ -105,10 +107,10 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
 
     def pullback(argnums: Any, outputs: Any, inputs: Any, _: Any) -> Callable[[Any], tuple[Array, ...]]:
         def pull(cotangents: Any) -> tuple[Array, ...]:
+            needed = tuple(i in argnums for i in range(len(inputs)))
+            parts = _parts(primitive, outputs), _differentiable(primitive, cotangents)
             with backend.quiet():
-                found = primitive.vjp(
-                    backend, inputs, _parts(primitive, outputs), _differentiable(primitive, cotangents)
-                )
+                found = primitive.vjp(backend, inputs, *parts, needed)
             return tuple(found[i] for i in argnums)
 
         return pull

@@ -18,12 +18,11 @@ class CupyBackend(Backend):
     def devices(self) -> list[Any]:
         return [cp.cuda.Device(i) for i in range(cp.cuda.runtime.getDeviceCount())]
 
-    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
-        if static is None or x.size == 0:
-            return super().order_statistics(x, ranks, static)
-        index = [x.shape[-1] - rank for rank in static]
-        ordered = cp.partition(x, sorted(set(index)), axis=-1)
-        return cp.concatenate([ordered[..., i : i + 1] for i in index], axis=-1)
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+        if not isinstance(ranks, tuple) or x.size == 0:
+            return super().order_statistics(x, ranks)
+        places = [x.shape[-1] - rank for rank in ranks]
+        return self.pick(cp.partition(x, sorted(set(places)), axis=-1), places)
 
 
 backend = CupyBackend(xp, "cupy")

@@ -28,8 +28,20 @@ class DaskBackend(Backend):
     def push(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs) -> Any:
         return _blockwise(lambda inner, given: inner.push(primitive, *given), inputs, outputs, tangents)
 
-    def pull(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], cotangents: Inputs) -> Any:
-        return _blockwise(lambda inner, given: inner.pull(primitive, *given), inputs, outputs, cotangents)
+    def pull(
+        self,
+        primitive: Primitive,
+        inputs: Inputs,
+        outputs: tuple[Array, ...],
+        cotangents: Inputs,
+        needed: tuple[bool, ...],
+    ) -> Any:
+        return _blockwise(
+            lambda inner, given: inner.pull(primitive, given[0], given[1], given[2], needed),
+            inputs,
+            outputs,
+            cotangents,
+        )
 
     def device(self, x: Array) -> Any:
         return None  # Dask has none of its own
@@ -61,16 +73,20 @@ def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -
     found = _shapes(apply, [value._meta for value in arrays], cores, x.shape[-1])
     present = [value for value in found if value is not None]
     known = {size for core in cores for size in core}
-    results = iter(
-        da.apply_gufunc(
-            lambda *blocks: tuple(value for value in apply(*blocks) if value is not None),
-            ",".join(map(_signature, cores)) + "->" + ",".join(_signature(core) for core, _ in present),
-            *arrays,
-            output_dtypes=[dtype for _, dtype in present],
-            output_sizes={f"d{size}": size for core, _ in present for size in core if size not in known},
-        )
+
+    def results(*blocks: Array) -> Any:
+        values = [value for value in apply(*blocks) if value is not None]
+        return tuple(values) if len(values) > 1 else values[0]
+
+    outputs = da.apply_gufunc(
+        results,
+        ",".join(map(_signature, cores)) + "->" + ",".join(_signature(core) for core, _ in present),
+        *arrays,
+        output_dtypes=[dtype for _, dtype in present],
+        output_sizes={f"d{size}": size for core, _ in present for size in core if size not in known},
     )
-    return tuple(None if value is None else next(results) for value in found)
+    outputs = iter(outputs if len(present) > 1 else (outputs,))
+    return tuple(None if value is None else next(outputs) for value in found)
 
 
 def _signature(core: tuple[int, ...]) -> str:

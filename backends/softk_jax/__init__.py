@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -43,6 +44,9 @@ class JaxBackend(Backend):
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings
 
+    def sigmoid(self, z: Array) -> Array:
+        return jax.nn.sigmoid(z)
+
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
@@ -62,20 +66,35 @@ class JaxBackend(Backend):
 
         return jax.lax.while_loop(unfinished, body, (*step(state), jnp.asarray(1)))[0]
 
-    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
-        if static is None or not isinstance(n, int):
-            return super().order_statistics(x, ranks, static)
-        most, least = max(static), min(static)
-        # XLA's top_k is O(n log k), far below its sort while k is a small part of n. The barrier keeps XLA from
-        # seeing that only two of the k are used, upon which it would sort after all.
+        if not isinstance(ranks, tuple) or not isinstance(n, int):
+            return super().order_statistics(x, ranks)
+        most, least = max(ranks), min(ranks)
+        # XLA's top_k is O(n log k), far below its sort while k is a small part of n.
         if 8 * most <= n:
-            found, index = _barrier(jax.lax.top_k(x, most)[0]), [rank - 1 for rank in static]
-        elif 8 * (n - least + 1) <= n:
-            found, index = -_barrier(jax.lax.top_k(-x, n - least + 1)[0]), [n - rank for rank in static]
-        else:
-            return super().order_statistics(x, ranks, static)
-        return jnp.concatenate([found[..., i : i + 1] for i in index], axis=-1)
+            return self.pick(_largest(x, most), [rank - 1 for rank in ranks])
+        if 8 * (n - least + 1) <= n:
+            return -self.pick(_largest(-x, n - least + 1), [n - rank for rank in ranks])
+        return super().order_statistics(x, ranks)
+
+
+def _largest(x: Array, k: int) -> Array:
+    """The k largest scores in order, by two selections from about sqrt(k n) each.
+
+    Where the axis is cut into blocks, the k blocks of the largest maxima hold the k largest scores.
+    """
+    n = x.shape[-1]
+    blocks = 1 << max(round(math.log2(k * n) / 2.0), 0)
+    size = -(-n // blocks)
+    if 2 * k <= blocks and size > 1:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * blocks - n)], constant_values=-jnp.inf)
+        x = x.reshape(*x.shape[:-1], size, blocks)
+        _, chosen = jax.lax.top_k(jnp.max(x, axis=-2), k)
+        x = jnp.take_along_axis(x, chosen[..., None, :], axis=-1)
+        x = x.reshape(*x.shape[:-2], size * k)
+    # The barrier keeps XLA from seeing that only two of the k are used, upon which it would sort after all.
+    return _barrier(jax.lax.top_k(x, k)[0])
 
 
 _barrier = jax.lax.optimization_barrier

@@ -19,7 +19,9 @@ class _Namespace:
     __name__ = compat.__name__
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(compat, name)
+        found = getattr(compat, name)
+        setattr(self, name, found)  # looked up once
+        return found
 
     @staticmethod
     def where(condition: Array, values: Any, other: Any) -> Array:
@@ -78,15 +80,42 @@ class NumpyBackend(Backend):
                 break
         return state
 
-    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
+    def gathers(self, x: Array) -> bool:
+        return True
+
+    def gather_above(self, x: Array, level: Array) -> Array | None:
+        flat = x.reshape(-1, x.shape[-1])
+        found = np.flatnonzero(~(flat < level.reshape(-1, 1)))
+        if found.size > flat.size // 2:
+            return None
+        ends = np.searchsorted(found, np.arange(1, len(flat) + 1) * flat.shape[-1])
+        counts = np.diff(ends, prepend=0)[:, None]
+        width = int(counts.max(initial=1))
+        if width > flat.shape[-1] // 2:
+            return None
+        gathered = np.full((len(flat), width), -np.inf, x.dtype)
+        gathered[np.arange(width) < counts] = flat.reshape(-1).take(found)
+        return gathered.reshape(*x.shape[:-1], width)
+
+    def at_largest(self, key: Array, values: Array) -> Array:
+        index = np.argmax(key, axis=-1, keepdims=True)
+        found = np.take_along_axis(values, index, axis=-1)
+        return np.where(np.take_along_axis(key, index, axis=-1) > 0.0, found, 0.0)
+
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+        n = x.shape[-1]
+        if isinstance(ranks, tuple):
+            if x.size == 0:
+                return np.empty((*x.shape[:-1], len(ranks)), x.dtype)
+            places = [n - rank for rank in ranks]
+            if len(places) == 2 and places[0] == places[1] + 1:
+                # One partition is vectorised, of two ranks at once it is not; the next is the largest of the rest.
+                ordered = np.partition(x, places[0], axis=-1)
+                after = ordered[..., : places[0]].max(axis=-1, keepdims=True)
+                return np.concatenate([ordered[..., places[0] : places[0] + 1], after], axis=-1)
+            return self.pick(np.partition(x, np.unique(places), axis=-1), places)
         if x.size == 0:
             return np.empty((*x.shape[:-1], ranks.shape[-1]), x.dtype)
-        n = x.shape[-1]
-        if static is not None and len(static) == 2 and static[1] == static[0] + 1:
-            # One partition is vectorised, of two ranks at once it is not; the next rank is the largest of the rest.
-            ordered = np.partition(x, n - static[0], axis=-1)
-            after = ordered[..., : n - static[0]].max(axis=-1, keepdims=True)
-            return np.concatenate([ordered[..., n - static[0] : n - static[0] + 1], after], axis=-1)
         index = n - ranks
         ordered = np.partition(x, np.unique(index), axis=-1)
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)

@@ -58,6 +58,29 @@ class TorchBackend(Backend):
             return tuple(_settled(name, repr(options), list(arrays)))
         return function(self, *arrays, **options)
 
+    @property
+    def differentiates_operations(self) -> bool:
+        """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
+        return bool(torch.compiler.is_compiling())
+
+    def sigmoid(self, z: Array) -> Array:
+        return torch.sigmoid(z)
+
+    def gathers(self, x: Array) -> bool:
+        return _is_plain(x)
+
+    def gather_above(self, x: Array, level: Array) -> Array | None:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = flat >= level.reshape(-1, 1)
+        chosen |= flat != flat
+        counts = torch.count_nonzero(chosen, dim=-1)[:, None]
+        width = max(int(counts.max()), 1)
+        if 2 * width > flat.shape[-1]:
+            return None
+        gathered = flat.new_full((len(flat), width), -torch.inf)
+        gathered[torch.arange(width) < counts] = flat[chosen]
+        return gathered.reshape(*x.shape[:-1], width)
+
     def known(self, flag: Array) -> bool | None:
         return _look(flag)
 
@@ -68,22 +91,25 @@ class TorchBackend(Backend):
                 break
         return state
 
-    def order_statistics(self, x: Array, ranks: Array, static: tuple[int, ...] | None) -> Array:
-        if static is None:
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+        if not isinstance(ranks, tuple):
             ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])
             return torch.gather(torch.sort(x, dim=-1).values, -1, x.shape[-1] - ranks)
         # topk selects in O(n) and sorts what it selects; the shorter end is selected.
-        n, most, least = x.shape[-1], max(static), min(static)
+        n, most, least = x.shape[-1], max(ranks), min(ranks)
         if most <= n - least + 1:
-            found, index = torch.topk(x, most, dim=-1).values, [rank - 1 for rank in static]
-        else:
-            found, index = torch.topk(x, n - least + 1, dim=-1, largest=False).values, [n - rank for rank in static]
-        return torch.cat([found[..., i : i + 1] for i in index], dim=-1)
+            return self.pick(torch.topk(x, most, dim=-1).values, [rank - 1 for rank in ranks])
+        found = torch.topk(x, n - least + 1, dim=-1, largest=False).values
+        return self.pick(found, [n - rank for rank in ranks])
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _look(flag: torch.Tensor) -> bool | None:
     """The value of a boolean, where it is there: a plain tensor in the memory of the CPU, outside any trace."""
-    if type(flag) is not torch.Tensor or flag.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _is_plain(flag):
         return None
     try:
         return bool(flag)
@@ -94,14 +120,19 @@ def _look(flag: torch.Tensor) -> bool | None:
 @torch.library.custom_op("softk::settle", mutates_args=())
 def _settled(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
     """An iteration as one operation of a graph, in which it stops when it is done."""
-    module, function = name.split(":")
-    return list(getattr(sys.modules[module], function)(backend, *arrays, **literal_eval(options)))
+    return _run(name, literal_eval(options), arrays)
 
 
 @_settled.register_fake
 def _(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    return _run(name, {**literal_eval(options), "limit": 0}, arrays)
+
+
+def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The function of that name. A graph must know how its results lie in memory, and that none is a view."""
     module, function = name.split(":")
-    return list(getattr(sys.modules[module], function)(backend, *arrays, **{**literal_eval(options), "limit": 0}))
+    found = getattr(sys.modules[module], function)(backend, *arrays, **options)
+    return [value.clone(memory_format=torch.contiguous_format) for value in found]
 
 
 @torch.compiler.allow_in_graph
@@ -137,8 +168,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        found = ctx.primitive.vjp(backend, *_saved(ctx), cotangents[: ctx.differentiable])
         needed = ctx.needs_input_grad[2:]
+        found = ctx.primitive.vjp(backend, *_saved(ctx), cotangents[: ctx.differentiable], needed)
         return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
 
     @staticmethod
@@ -182,8 +213,23 @@ def _concat(arrays: list[torch.Tensor], /, *, axis: int = 0) -> torch.Tensor:
     return torch.cat(arrays, dim=axis)
 
 
-#: torch as the standard has it, with a concatenation that batched gradients know.
+def _maximum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+
+def _minimum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
+    return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
+
+
+def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> torch.Tensor:
+    found = torch.count_nonzero(x, dim=axis)
+    return found.unsqueeze(axis) if keepdims else found
+
+
+#: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
+#: tensor made of them, and a count in fewer operations.
 xp = ModuleType(compat.__name__)
-vars(xp).update({**vars(compat), "concat": _concat})
+_own = {"concat": _concat, "maximum": _maximum, "minimum": _minimum, "count_nonzero": _count_nonzero}
+vars(xp).update({**vars(compat), **_own})
 
 backend = TorchBackend(xp, "torch")
