@@ -619,7 +619,7 @@ def test_sharded_over_devices(rng: Any) -> None:
     setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"
     source = f"""
     import os
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     import warnings
     warnings.simplefilter("error")
     import jax, jax.numpy as jnp, numpy as np, softk
