@@ -12,7 +12,7 @@ demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
 
 test: $(VENV)/ready lint docs
-	$(RUN) pytest -n 2 -m "not full"
+	$(RUN) pytest -n 2 --dist worksteal -m "not full"
 
 test-full: $(VENV)/ready
 	$(RUN) pytest -n 2

@@ -572,13 +572,13 @@ def test_export_with_symbolic_shapes(order: int, rng: Any) -> None:
         if order == 0:
             continue
         u = random(rng, *shape)
-        gradient = jax.grad(weighted(exported.call, u), (0, 1))
+        gradient = jax.jit(jax.grad(weighted(exported.call, u), (0, 1)))
         expected = closed_form.pullback("topk", u, values)
         assert_close(gradient(x, k)[0], expected["x"])
         assert_close(gradient(x, k)[1], expected["k"])
         if order == 2:
             w = random(rng, *shape)
-            twice = jax.grad(lambda x, k=k, w=w, g=gradient: (g(x, k)[0] * w).sum())(x)
+            twice = jax.jit(jax.grad(lambda x, k=k, w=w, g=gradient: (g(x, k)[0] * w).sum()))(x)
             for i in range(shape[0]):
                 at = closed_form.Slice(values["x"][i], values["k"][i], 0.7)
                 assert_close(twice[i], w[i] @ np.tensordot(u[i], at.get("topk", 2, "x", "x"), 1).astype(float), 1e-9)
@@ -619,7 +619,7 @@ def test_sharded_over_devices(rng: Any) -> None:
     setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"
     source = f"""
     import os
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     import warnings
     warnings.simplefilter("error")
     import jax, jax.numpy as jnp, numpy as np, softk

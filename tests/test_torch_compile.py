@@ -135,7 +135,7 @@ def test_hard_where_smallest_along_another_axis(rng: Any) -> None:
     assert_close(leaf.grad, -expected.T)
 
 
-@pytest.mark.parametrize("k", ["number", "tensor"])
+@pytest.mark.parametrize("k", [pytest.param("number", marks=pytest.mark.full), "tensor"])
 def test_dynamic_shapes_need_one_graph(k: str, rng: Any) -> None:
     counter = counting()
 
@@ -174,7 +174,7 @@ def test_other_values_need_no_other_graph(rng: Any) -> None:
 def test_numbers_as_arguments_of_the_compiled_function(rng: Any) -> None:
     """Numbers that change from call to call, which the compiler makes symbols of."""
     compiled = torch.compile(positional("topk"), fullgraph=True, backend="aot_eager")
-    for k, epsilon in [(2, 0.7), (3, 0.7), (4, 0.9), (2.5, 1.1), (3.25, 0.4)]:
+    for k, epsilon in [(2, 0.7), (3, 0.9), (2.5, 1.1), (3.25, 0.4)]:
         values = {"x": rng.standard_normal((2, 7)), "k": np.asarray(float(k)), "epsilon": np.asarray(epsilon)}
         x = torch.tensor(values["x"], requires_grad=True)
         u = random(rng, 2, 7)
@@ -212,7 +212,7 @@ def test_gradient_taken_inside_the_compiled_function(rng: Any) -> None:
         assert_close(gradient, expected[name])
 
 
-@pytest.mark.parametrize("case", closed_form.CASES)
+@pytest.mark.parametrize("case", [pytest.param("soft", marks=pytest.mark.full), "near-hard"])
 def test_hessian_taken_inside_the_compiled_function(case: str, rng: Any) -> None:
     values = closed_form.problem(rng, case, n=5)
     u, epsilon = random(rng, 5), values["epsilon"].item()
