@@ -141,8 +141,15 @@ class Linearisation:
         return (xp.where(gain == 0.0, 0.0, self.weights) / heaviest * -origin + self.kept(u)) * gain
 
     def at_peak(self, values: Array) -> Array:
-        """The value at an item that has the largest share of p; zero where none has any."""
-        return self.backend.at_largest(self.weigh(self.scaled), values)
+        """The value at the item that has the largest share of p; the mean of several, zero where none has any.
+
+        It is linear in the values, as a rule must be.
+        """
+        share = self.weigh(self.scaled)
+        peak = (share >= self.xp.max(share, axis=-1, keepdims=True)) & (share > 0.0)
+        del share
+        count = self.xp.astype(self.xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
+        return self.total(self.xp.where(peak, values, 0.0)) / nonzero(self.xp, count)
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""

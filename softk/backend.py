@@ -187,17 +187,6 @@ class Backend:
         z = 1.0 + z
         return 1.0 / z
 
-    def at_largest(self, key: Array, values: Array) -> Array:
-        """The value (..., 1) where a key of at least 0 is largest, the mean of several; 0 where it is 0 everywhere.
-
-        It is linear in the values, as a rule must be.
-        """
-        xp = self.xp
-        peak = (key >= xp.max(key, axis=-1, keepdims=True)) & (key > 0.0)
-        count = xp.astype(xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
-        total = xp.sum(xp.where(peak, values, 0.0), axis=-1, keepdims=True)
-        return total / xp.where(count == 0.0, 1.0, count)
-
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
         return None

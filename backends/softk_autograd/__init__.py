@@ -98,8 +98,6 @@ class AutogradBackend(NumpyBackend):
     def constant(self, x: Array) -> Array:
         return _value(x)
 
-    at_largest = Backend.at_largest  # in operations that the tape knows
-
 
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:

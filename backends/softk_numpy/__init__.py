@@ -97,11 +97,6 @@ class NumpyBackend(Backend):
         gathered[np.arange(width) < counts] = flat.reshape(-1).take(found)
         return gathered.reshape(*x.shape[:-1], width)
 
-    def at_largest(self, key: Array, values: Array) -> Array:
-        index = np.argmax(key, axis=-1, keepdims=True)
-        found = np.take_along_axis(values, index, axis=-1)
-        return np.where(np.take_along_axis(key, index, axis=-1) > 0.0, found, 0.0)
-
     def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if isinstance(ranks, tuple):
