@@ -40,7 +40,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ._rule import Linearisation, LogLinearisation, sigmoid
-from ._solver import limits, logits, nonzero, solve
+from ._solver import exponential, limits, logits, nonzero, solve
 from .backend import Array, Backend, Inputs, Primitive, rows_of
 
 Arrays = tuple[Array, ...]
@@ -125,11 +125,13 @@ class Block:
     ) -> None:
         self.backend, self.xp, self.keys, self.k, self.tau = backend, backend.xp, keys, k, tau
         self.queries = keys.centre(queries)
-        self.scores = keys.scores(self.queries)
-        self.where = self._allowed(where, exclude)
+        scores = keys.scores(self.queries)
+        allowed = self._allowed(where, exclude, scores.shape)
+        # Whatever is not a choice is infinitely far away: said once here, and not by each of the rules again.
+        self.scores = scores if allowed is None else self.xp.where(allowed, scores, -math.inf)
 
-    def _allowed(self, where: Array | None, exclude: Array | None) -> Array | None:
-        xp, shape = self.xp, self.scores.shape
+    def _allowed(self, where: Array | None, exclude: Array | None, shape: tuple[int, ...]) -> Array | None:
+        xp = self.xp
         if where is not None:
             where = xp.broadcast_to(where, shape)
         if exclude is None:
@@ -139,19 +141,18 @@ class Block:
         return others if where is None else others & where
 
     def solve(self, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
-        reference, offset, _ = solve(self.backend, self.scores, self.k, self.tau, None, self.where, ranks)
+        reference, offset, _ = solve(self.backend, self.scores, self.k, self.tau, None, None, ranks)
         return offset, reference
 
     def z(self, offset: Array, reference: Array) -> Array:
-        x = self.scores if self.where is None else self.xp.where(self.where, self.scores, -math.inf)
-        return logits(self.xp, x, reference, self.tau) - offset
+        return logits(self.xp, self.scores, reference, self.tau) - offset
 
     def mask(self, offset: Array, reference: Array) -> Array:
         return sigmoid(self.xp, self.z(offset, reference))
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        return self.scores, self.k, self.tau, None, self.where
+        return self.scores, self.k, self.tau, None, None
 
     def rule(self, offset: Array, reference: Array) -> Linearisation:
         return Linearisation(self.backend, self.inputs, reference, offset)
@@ -176,19 +177,17 @@ class Shares:
             votes = ~(agreement == 0.0)
         z = block.z(offset, reference)
         votes = votes & ~((block.scores == -math.inf) | (block.k <= 0.0))
-        if block.where is not None:
-            votes = votes & block.where
-        self.log_mask = xp.where(z < 0.0, z, 0.0) - xp.log1p(xp.exp(-xp.abs(z)))
+        self.log_mask = xp.where(z < 0.0, z, 0.0) - xp.log1p(exponential(xp, -xp.abs(z)))
         found = self.log_mask
         if not self.integers:
             found = found + xp.log(xp.where(votes, agreement, 1.0))
-        bottom = floor * block.k
+        bottom = xp.log(floor) + xp.log(block.k)
         peak = xp.max(xp.where(votes, found, -math.inf), axis=-1, keepdims=True)
-        peak = xp.maximum(peak, xp.log(bottom))
+        peak = xp.maximum(peak, bottom)
         self.peak = block.backend.constant(xp.where(peak == -math.inf, 0.0, peak))
-        self.parts = xp.where(votes, xp.exp(xp.where(votes, found - self.peak, 0.0)), 0.0)
+        self.parts = xp.where(votes, exponential(xp, xp.where(votes, found - self.peak, 0.0)), 0.0)
         # NaN stays NaN: a query that is none has no votes to say so.
-        total = xp.sum(self.parts, axis=-1, keepdims=True) + bottom * xp.exp(-self.peak) + 0.0 * offset
+        total = xp.sum(self.parts, axis=-1, keepdims=True) + xp.exp(bottom - self.peak) + 0.0 * offset
         self.total = nonzero(xp, total)
         self.likelihood = xp.where(total == 0.0, -math.inf, self.peak + xp.log(self.total)) - xp.log(block.k)
 
@@ -363,7 +362,7 @@ def _votes_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: In
     def found() -> Iterator[tuple[Any, ...]]:
         for *given, offset, reference, u, c in _blocks(queries, keys, *others, *outputs[-2:], *cotangents):
             here = Block(backend, cache, *given)
-            share = 0.0 * (here.scores @ values) if u is None else u / here.k
+            share = xp.zeros_like(here.scores) @ values if u is None else u / here.k
             xbar, kbar, taubar, _ = here.rule(offset, reference).pull(share @ columns, c, None)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             mask = here.mask(offset, reference)
