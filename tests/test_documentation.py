@@ -20,6 +20,7 @@ MODULES = [
     "softk._transport",
     "softk._derivatives",
     "softk.neighbors",
+    "softk_sklearn._embedding",
     "softk_torch._module",
 ]
 
