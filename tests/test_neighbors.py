@@ -151,8 +151,8 @@ def test_a_batch_is_many_problems(rng: Any) -> None:
 
 
 def test_integers_are_their_one_hot_labels(lib: Library, rng: Any) -> None:
-    if lib.name == "jax":
-        pytest.skip("compiling takes too long; jax-jit runs, and is what jax does with a primitive")
+    if "jax" in lib.name:
+        pytest.skip("compiling takes too long; integers run with vmap")
     (points, _, options), labels = problem(rng, FEW), rng.integers(0, CLASSES, N)
     own, k = rng.integers(0, CLASSES, Q), options.pop("k")
     one_hot = [(values[:, None] == np.arange(CLASSES)).astype(float) for values in (own, labels)]
