@@ -1,15 +1,19 @@
-# Two commands that need nothing but Python and make: `make demo` and `make test`.
+# Commands that need nothing but Python and make: `make demo`, `make test` and `make knn`.
 
 PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
 BENCH := .venv-bench
+EXPERIMENTS := .venv-experiments
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test test-full lint docs bench bench-history clean
+.PHONY: demo knn test test-full lint docs bench bench-history clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
+
+knn: $(EXPERIMENTS)/ready
+	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/knn.py --again
 
 test: $(VENV)/ready lint docs
 	$(RUN) pytest -n 2 --dist worksteal -m "not full"
@@ -43,6 +47,12 @@ $(DEMO)/ready: pyproject.toml
 	$(DEMO)/bin/python -m pip install --quiet -e ".[demo]"
 	touch $@
 
+$(EXPERIMENTS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(EXPERIMENTS)
+	$(EXPERIMENTS)/bin/python -m pip install --quiet --upgrade pip
+	$(EXPERIMENTS)/bin/python -m pip install --quiet --progress-bar off -e ".[experiments]"
+	touch $@
+
 # torchsort has no wheels and is built here, its C++ part only: an nvcc on the path would make it want all of CUDA. Where
 # that fails, the tables say so.
 $(BENCH)/ready: pyproject.toml
@@ -54,4 +64,4 @@ $(BENCH)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) docs/_build
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(EXPERIMENTS) docs/_build

@@ -1,5 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
+from . import neighbors
 from ._derivatives import jvp, vjp
 from ._operators import log_topk, quantile, threshold, topk
 from ._ordering import TopK, rank, sort, sorted_topk
@@ -13,6 +14,7 @@ __all__ = [
     "TopK",
     "jvp",
     "log_topk",
+    "neighbors",
     "quantile",
     "rank",
     "sort",

@@ -101,8 +101,8 @@ class Call:
 class Slices:
     """The scores and how they are sliced: what the other arguments are made canonical against."""
 
-    def __init__(self, x: Any, axis: Any, *, smallest: bool = False, **others: Any) -> None:
-        require_array("x", x)
+    def __init__(self, x: Any, axis: Any, *, called: str = "x", smallest: bool = False, **others: Any) -> None:
+        require_array(called, x)
         arrays = {}
         for name, value in others.items():
             per_item = name in ("where", "weights")
@@ -110,15 +110,15 @@ class Slices:
                 continue
             require_array(name, value, or_number=not per_item)
             arrays[name] = value
-        self.backend = backend = _common_backend(x, arrays)
+        self.backend = backend = _common_backend(called, x, arrays)
         self.xp = xp = backend.xp
         if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
             raise TypeError(
-                f"x must have a real floating-point dtype of at most 64 bits, got {x.dtype}; "
+                f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}; "
                 "convert it, for example with astype, to float32"
             )
         if x.ndim == 0:
-            raise ValueError("x must have at least one axis, got an array of shape ()")
+            raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
         self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
         self.axis = check_axis(axis, x.ndim)
         self.n = self.shape[self.axis]
@@ -142,7 +142,7 @@ class Slices:
         """Broadcast an array of one value an item to the scores."""
         if tuple(values.shape) == self.shape:
             return values
-        if not _fits(tuple(values.shape), self.shape):
+        if not fits(tuple(values.shape), self.shape):
             raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
         return self.xp.broadcast_to(values, self.shape)
 
@@ -167,7 +167,7 @@ class Slices:
         shape, target = tuple(value.shape), (*self.batch, 1)
         aligned = (1,) * (self.ndim - len(shape)) + shape
         slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
-        if not _fits(shape, slices):
+        if not fits(shape, slices):
             raise ValueError(
                 f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
                 f"got shape {shape}"
@@ -183,7 +183,7 @@ class Slices:
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._back(xp.broadcast_to(cotangent, target))
-            return self._cast(scale * _shrink(xp, cotangent, shape), value.dtype)
+            return self._cast(scale * shrink(xp, cotangent, shape), value.dtype)
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
@@ -200,7 +200,7 @@ class Slices:
             return self._last(self._stretch(name, self._cast(values, self.working)))
 
         def pull(cotangent: Array) -> Array:
-            return self._cast(_shrink(xp, self._back(cotangent), shape), value.dtype)
+            return self._cast(shrink(xp, self._back(cotangent), shape), value.dtype)
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
@@ -226,7 +226,7 @@ class Slices:
             return xp.broadcast_to(xp.reshape(self._cast(values, self.working), apart), full)
 
         def pull(cotangent: Array) -> Array:
-            return self._cast(xp.reshape(_shrink(xp, cotangent, apart), shape), q.dtype)
+            return self._cast(xp.reshape(shrink(xp, cotangent, apart), shape), q.dtype)
 
         return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
 
@@ -238,7 +238,7 @@ class Slices:
         if not shape or shape[-1] < 2 or (anchors is not None and shape[-1] != anchors):
             wanted = "at least 2 values" if anchors is None else f"{anchors} values, one an anchor,"
             raise ValueError(f"{name} must have {wanted} along its last axis, got shape {shape}")
-        if not _fits(shape[:-1], self.batch):
+        if not fits(shape[:-1], self.batch):
             raise ValueError(
                 f"{name} must have the shape {shape[-1:]}, or one that broadcasts to {(*self.batch, shape[-1])}, "
                 f"got {shape}"
@@ -248,7 +248,7 @@ class Slices:
             return xp.broadcast_to(self._cast(values, self.working), (*self.batch, shape[-1]))
 
         def pull(cotangent: Array) -> Array:
-            return self._cast(_shrink(xp, cotangent, shape), value.dtype)
+            return self._cast(shrink(xp, cotangent, shape), value.dtype)
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
@@ -334,7 +334,7 @@ class Probabilities:
     leading: tuple[int, ...]
 
 
-def _common_backend(x: Array, others: dict[str, Array]) -> Backend:
+def _common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
     """The one library, and device, of all array arguments."""
     backend = backend_of(x)
     for value in others.values():
@@ -344,12 +344,13 @@ def _common_backend(x: Array, others: dict[str, Array]) -> Backend:
     for name, value in others.items():
         if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
             raise TypeError(
-                f"{name} must be an array of the same library as x: got {kind_of(value)} beside {kind_of(x)}; "
+                f"{name} must be an array of the same library as {first}: got {kind_of(value)} beside {kind_of(x)}; "
                 "convert one"
             )
         if not backend.share_device(x, value):
             raise TypeError(
-                f"{name} must be on the device of x: got {backend.device(value)} beside {backend.device(x)}; move one"
+                f"{name} must be on the device of {first}: got {backend.device(value)} beside {backend.device(x)}; "
+                "move one"
             )
     return backend
 
@@ -376,13 +377,13 @@ def move_axis(xp: Any, values: Array, source: Any, destination: Any) -> Array:
     return xp.permute_dims(values, tuple(moved[i] if i in moved else next(rest) for i in range(ndim)))
 
 
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of the shape broadcasts to the target without enlarging it."""
     pairs = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(size in (1, full) for size, full in pairs)
 
 
-def _shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
+def shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
     """The transpose of broadcasting: sum over what broadcasting repeated."""
     lead = values.ndim - len(shape)
     repeated = tuple(i for i in range(values.ndim) if i < lead or (shape[i - lead] == 1 and values.shape[i] != 1))

@@ -46,7 +46,7 @@ def check_mode(mode: Any) -> bool:
     return bool(mode == "smallest")
 
 
-def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool) -> None:
+def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> None:
     """k as a number: 0 <= k <= n, or any that there is where weights decide how much is selected."""
     if not is_number(k):
         return
@@ -56,7 +56,7 @@ def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool) -> None:
             f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"
         )
     if not weighted and not 0 <= k <= n:
-        raise ValueError(f"k must be from 0 to {n}, the size of x along axis, got {k!r}")
+        raise ValueError(f"k must be from 0 to {n}, {of}, got {k!r}")
 
 
 def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:

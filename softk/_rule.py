@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import least, limits, logits, nonzero, selectable, weigh
+from ._solver import exponential, least, limits, logits, nonzero, selectable, weigh
 from .backend import Array, Backend
 
 
@@ -64,14 +64,12 @@ class Linearisation:
         nearest = xp.minimum(nearest, 0.5 * bound.farthest)
         self.height = height = xp.exp(-nearest)
         # Everything in units of exp(-nearest); only an item without weight can come closer. What is nothing beside 1 is
-        # exactly 0: processors are slow with subnormal numbers.
+        # exactly 0.
         distance = nearest - distance
         if self.weights is not None:
             distance = xp.minimum(distance, math.log(bound.farthest))
-        floor = math.log(least(xp, self.x.dtype))
-        some = distance > floor
-        distance = xp.maximum(distance, floor)
-        decay = xp.exp(distance)
+        some = distance > math.log(least(xp, self.x.dtype))
+        decay = exponential(xp, distance)
         del distance
         decay = decay * xp.astype(some, decay.dtype)
         del some

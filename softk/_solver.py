@@ -87,6 +87,12 @@ def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
     return xp.minimum(values, most)
 
 
+def exponential(xp: Any, exponent: Array) -> Array:
+    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers."""
+    exponent = xp.maximum(exponent, math.log(least(xp, exponent.dtype)))
+    return xp.exp(exponent)
+
+
 def least(xp: Any, dtype: Any) -> float:
     """What is nothing beside 1, and far enough from the smallest number that its products are numbers."""
     return math.exp(0.9 * math.log(float(xp.finfo(dtype).smallest_normal)))

@@ -48,6 +48,8 @@ class Primitive:
         How many of the outputs, counted from the last, have no derivative.
     results : int
         How many of the outputs, counted from the first, the rules do not read, so that a framework need not keep them.
+    axes : int
+        How many axes of the first input, counted from the last, belong to one problem; those before them are a batch.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Primitive:
     vjp: Callable[..., tuple[Array | None, ...]]
     constants: int = 0
     results: int = 1
+    axes: int = 1
 
     def __post_init__(self) -> None:
         PRIMITIVES[self.name] = self
@@ -201,6 +204,20 @@ class Backend:
             state, _ = step(state)
         return state
 
+    def by_rows(
+        self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
+    ) -> tuple[Array, ...]:
+        """``function(first, *others)`` on `rows` rows at a time: what it forms on the way is never there for all.
+
+        The rows are the second axis from the last, of the first array and of those that have as many; the others, and
+        None, are passed as they are. Each row of the results depends on the same row of the arrays alone.
+        """
+        count = first.shape[-2]
+        if rows == count:
+            return function(first, *others)
+        parts = [function(*rows_of(count, start, start + rows, first, *others)) for start in range(0, count, rows)]
+        return tuple(self.xp.concat(list(column), axis=-2) for column in zip(*parts, strict=True))
+
     def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         """The scores of the given ranks along the last axis: rank 1 is the largest.
 
@@ -227,3 +244,13 @@ class Backend:
     def pick(self, x: Array, places: list[int]) -> Array:
         """Some items along the last axis."""
         return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+
+def rows_of(count: int, start: int, stop: int, *arrays: Array | None) -> tuple[Any, ...]:
+    """Some rows of the arrays that have `count` of them; the others hold for every row, and stay as they are."""
+    return tuple(
+        value
+        if value is None or value.ndim < 2 or value.shape[-2] != count
+        else value[..., start : min(stop, count), :]
+        for value in arrays
+    )

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 FRAMEWORKS = ("torch", "jax", "jaxlib", "cupy", "dask", "autograd", "array_api_strict", "scipy", "sklearn")
-ADAPTERS = ("softk_autograd", "softk_cupy", "softk_dask", "softk_jax", "softk_numpy", "softk_torch")
+ADAPTERS = ("softk_autograd", "softk_cupy", "softk_dask", "softk_jax", "softk_numpy", "softk_sklearn", "softk_torch")
 
 
 def loaded(code: str) -> set[str]:

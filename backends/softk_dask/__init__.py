@@ -16,17 +16,17 @@ __all__ = ["DaskBackend", "backend"]
 
 
 class DaskBackend(Backend):
-    """Chunked arrays. The selected axis is gathered into one chunk; the other axes stay as they are chunked."""
+    """Chunked arrays. The axes of one problem are gathered into one chunk; the others stay as they are chunked."""
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         def bound(*inputs: Array | None) -> tuple[Array, ...]:
-            found = _blockwise(lambda inner, given: inner.bind(primitive, **options)(*given[0]), inputs)
+            found = _blockwise(primitive, lambda inner, given: inner.bind(primitive, **options)(*given[0]), inputs)
             return tuple(found)
 
         return bound
 
     def push(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs) -> Any:
-        return _blockwise(lambda inner, given: inner.push(primitive, *given), inputs, outputs, tangents)
+        return _blockwise(primitive, lambda inner, given: inner.push(primitive, *given), inputs, outputs, tangents)
 
     def pull(
         self,
@@ -37,6 +37,7 @@ class DaskBackend(Backend):
         needed: tuple[bool, ...],
     ) -> Any:
         return _blockwise(
+            primitive,
             lambda inner, given: inner.pull(primitive, given[0], given[1], given[2], needed),
             inputs,
             outputs,
@@ -50,14 +51,16 @@ class DaskBackend(Backend):
         return True
 
 
-def _blockwise(function: Callable[[Backend, list[Any]], Any], *groups: Inputs) -> tuple[Array | None, ...]:
+def _blockwise(
+    primitive: Primitive, function: Callable[[Backend, list[Any]], Any], *groups: Inputs
+) -> tuple[Array | None, ...]:
     """Apply ``function(backend of the blocks, groups of blocks)``, whose result is a tuple of arrays or None."""
     x: Array = groups[0][0]
     if x.shape[-1] == 0:
         return tuple(function(Backend(xp), list(groups)))  # nothing to cut into blocks
     arrays = [value for group in groups for value in group if value is not None]
     # All arrays have the axes of the slices, which can be cut, and behind them their own; or they are numbers.
-    chunks = x.chunks[:-1]
+    chunks = x.chunks[: x.ndim - primitive.axes]
     own = [max(value.ndim - len(chunks), 0) for value in arrays]
     arrays = [
         value.rechunk((*chunks, *(-1,) * axes)) if axes else value for value, axes in zip(arrays, own, strict=True)

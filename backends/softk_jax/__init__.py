@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -66,6 +65,34 @@ class JaxBackend(Backend):
 
         return jax.lax.while_loop(unfinished, body, (*step(state), jnp.asarray(1)))[0]
 
+    def by_rows(
+        self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
+    ) -> tuple[Array, ...]:
+        """A loop, of which the compiler sees one turn, and of which the backward pass computes each turn anew."""
+        count = first.shape[-2]
+        if rows == count:
+            return function(first, *others)
+        arrays = (first, *others)
+        whole = count - count % rows
+        is_split = [value is not None and value.ndim > 1 and value.shape[-2] == count for value in arrays]
+
+        def turn(blocks: list[Array]) -> tuple[Array, ...]:
+            given = iter(blocks)
+            return function(*(next(given) if is_cut else value for value, is_cut in zip(arrays, is_split, strict=True)))
+
+        def blocks_of(value: Array) -> Array:
+            value = value[..., :whole, :]
+            return jnp.moveaxis(value.reshape(*value.shape[:-2], whole // rows, rows, value.shape[-1]), -3, 0)
+
+        rowed: list[Array] = [value for value, is_cut in zip(arrays, is_split, strict=True) if is_cut]
+        found = jax.lax.map(jax.checkpoint(turn), [blocks_of(value) for value in rowed])
+        joined = [jnp.moveaxis(value, 0, -3) for value in found]
+        joined = [value.reshape(*value.shape[:-3], whole, value.shape[-1]) for value in joined]
+        if whole == count:
+            return tuple(joined)
+        rest = turn([value[..., whole:, :] for value in rowed])
+        return tuple(jnp.concatenate(pair, axis=-2) for pair in zip(joined, rest, strict=True))
+
     def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if not isinstance(ranks, tuple) or not isinstance(n, int):
@@ -85,7 +112,7 @@ def _largest(x: Array, k: int) -> Array:
     Where the axis is cut into blocks, the k blocks of the largest maxima hold the k largest scores.
     """
     n = x.shape[-1]
-    blocks = 1 << max(round(math.log2(k * n) / 2.0), 0)
+    blocks = 1 << ((k * n).bit_length() // 2)  # a power of two near the root
     size = -(-n // blocks)
     if 2 * k <= blocks and size > 1:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * blocks - n)], constant_values=-jnp.inf)

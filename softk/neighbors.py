@@ -1,0 +1,426 @@
+"""Soft nearest neighbours: who they are, how they vote, and a loss to learn an embedding through.
+
+The neighbours of a query are the soft top-k of minus its squared Euclidean distances to the keys, so they have useful
+gradients in the points, in k and in epsilon. The distances are formed for some queries at a time, about a million of
+them, forward and backward: only `weights` ever holds one number for each query and key, because it returns them.
+
+A quantity of one number a query, k or epsilon, is a number or an array that broadcasts to (..., q, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from . import _neighbor_primitives as primitives
+from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
+from ._checks import check_mass, check_temperature, is_number, require_array
+from ._operators import operator_from
+from .backend import Array
+
+__all__ = ["class_probabilities", "loss", "weights"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class _Pairs(Slices):
+    """Queries beside keys: every query is a slice, and the scores, which are never formed here, are (..., q, n)."""
+
+    def __init__(self, queries: Any, keys: Any, k: Any, epsilon: Any, where: Any, exclude: Any, **labels: Any) -> None:
+        for name, value in {"keys": keys, **labels, **({} if exclude is None else {"exclude": exclude})}.items():
+            require_array(name, value)
+        arrays = {"keys": keys, **labels, "k": k, "epsilon": epsilon, "where": where}
+        super().__init__(queries, -1, called="queries", **arrays, **({} if exclude is None else {"exclude": exclude}))
+        shape, other = tuple(queries.shape), tuple(keys.shape)
+        if len(shape) < 2 or len(other) < 2:
+            raise ValueError(
+                f"queries and keys must have at least two axes, points and coordinates, got shapes {shape} and {other}"
+            )
+        if keys.dtype != queries.dtype:
+            raise TypeError(f"keys must have the dtype of queries, {queries.dtype}, got {keys.dtype}")
+        if shape[-1] != other[-1] or shape[-1] == 0:
+            raise ValueError(
+                "queries and keys must have the same coordinates, at least one, "
+                f"got {shape[-1]} and {other[-1]}, in shapes {shape} and {other}"
+            )
+        if shape[-2] == 0 or other[-2] == 0:
+            raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
+        self.queries, self.keys = queries, keys
+        self.before = _broadcast(shape[:-2], other[:-2])
+        self.count, self.n = shape[-2], other[-2]
+        self.batch, self.shape = (*self.before, self.count), (*self.before, self.count, self.n)
+        self.ndim, self.axis = len(self.shape), len(self.shape) - 1
+        check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
+        check_temperature(self.xp, epsilon, self.working)
+
+    def points(self, values: Array, rows: int) -> Argument:
+        """Rows of real numbers (..., rows, w), repeated for every problem of the batch."""
+        shape, target = tuple(values.shape), (*self.before, rows, values.shape[-1])
+
+        def push(values: Array) -> Array:
+            values = self._cast(values, self.working)
+            return values if tuple(values.shape) == target else self.xp.broadcast_to(values, target)
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(shrink(self.xp, cotangent, shape), values.dtype)
+
+        return Argument(push(values), values, push, pull)
+
+    def integers(self, name: str, values: Array, rows: int) -> Argument:
+        """One integer a row, as a column."""
+        shape = tuple(values.shape)
+        if shape[-1:] != (rows,) or not fits(shape[:-1], self.before):
+            raise ValueError(f"{name} must have one integer a point, shape {(*self.before, rows)}, got {shape}")
+        column = self.xp.expand_dims(values, axis=-1)
+        return Argument(self.xp.broadcast_to(column, (*self.before, rows, 1)), values)
+
+    def common(self, k: Any, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
+        """What all functions end their arguments with."""
+        xp, others = self.xp, Argument(None)
+        if exclude is not None:
+            if not xp.isdtype(exclude.dtype, "integral"):
+                raise TypeError(f"exclude must be an array of integers, got dtype {exclude.dtype}")
+            others = self.integers("exclude", exclude, self.count)
+        kept = Argument(None)
+        if where is not None:
+            if not xp.isdtype(where.dtype, "bool"):
+                raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
+            shape = tuple(where.shape)
+            if not fits(shape, self.shape):
+                raise ValueError(f"where must broadcast to one value a query and key, {self.shape}, got shape {shape}")
+            full = (1,) * (self.ndim - len(shape)) + shape
+            # Its own last two axes: what holds for all queries, or all keys, is not repeated.
+            kept = Argument(xp.broadcast_to(xp.reshape(where, full), (*self.before, *full[-2:])), where)
+        return {
+            "k": self.per_slice("k", k),
+            "epsilon": self.per_slice("epsilon", epsilon, scale=0.5),
+            "where": kept,
+            "exclude": others,
+        }
+
+    def options(self, k: Any) -> dict[str, Any]:
+        return {"ranks": static_ranks(k, self.xp.finfo(self.working).bits)}
+
+    def result(self) -> Argument:
+        """A result as the primitive returns it, but for the dtype."""
+        return Argument(
+            None, None, lambda values: self._cast(values, self.dtype), lambda values: self._cast(values, self.working)
+        )
+
+
+@operator_from
+def weights(
+    queries: Array,
+    keys: Array,
+    k: Any,
+    /,
+    *,
+    epsilon: Any = 0.1,
+    where: Array | None = None,
+    exclude: Array | None = None,
+) -> Call:
+    """Soft indicator of the k nearest keys of every query.
+
+    It is ``softk.topk(distances, k, mode="smallest")`` of the squared Euclidean distances.
+
+    Parameters
+    ----------
+    queries : array
+        Points whose neighbours are wanted, shape (..., q, d), real floating-point. A query with a NaN or an infinity
+        has NaN neighbours.
+    keys : array
+        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. A key with an
+        infinity is never chosen; one with a NaN makes every query NaN that may choose it.
+    k : number or array
+        How many neighbours, from 0 to n, not necessarily whole. An array holds one value a query: it broadcasts to
+        (..., q, 1).
+    epsilon : number or array, optional
+        Strength of the entropy, in the units of the squared distances: keys whose squared distances differ by much
+        more are told apart, others share. Positive. An array holds one value a query, as for `k`.
+    where : array of bool, optional
+        Which keys each query may choose, broadcasting to (..., q, n).
+    exclude : array of int, optional
+        The index of one key that a query may not choose, shape (..., q); an index that is none, such as -1, leaves out
+        nobody. ``exclude=arange(n)`` is leave-one-out where the queries are the keys themselves, and takes no memory.
+
+    Returns
+    -------
+    array
+        The weights (..., q, n), in [0, 1], of the dtype and device of `queries`. They sum to `k` for every query, or to
+        the number of keys that it may choose if these are fewer.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array (or number) of the right kind, or is of another library, device or dtype.
+    ValueError
+        If a number or a shape is out of its range. Arrays never raise for their values: a bad value makes its query
+        NaN.
+
+    Notes
+    -----
+    Derivatives flow to the points, `k` and `epsilon`. In up to 8 dimensions distances are sums of squared
+    differences; in more they are a matrix product around the mean of the keys, with an error of a few roundings of
+    the squared distances from that mean. The gradients of the points are matrix products around it in all dimensions.
+    On a device whose matrix products are of less than single precision by default, ask the framework for the full
+    one.
+
+    References
+    ----------
+    Xie, Dai, Chen, Dai, Zhao, Zha, Wei, Pfister, "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section
+    4: k-nearest neighbours through the soft top-k.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> keys = np.asarray([[0.0], [1.0], [2.0], [4.0]])
+    >>> softk.neighbors.weights(np.asarray([[0.9]]), keys, 2, epsilon=0.5).round(3).tolist()
+    [[0.699, 0.983, 0.319, 0.0]]
+    >>> softk.neighbors.weights(keys, keys, 1, epsilon=0.1, exclude=np.arange(4)).round(2).tolist()
+    [[0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    """
+    pairs = _Pairs(queries, keys, k, epsilon, where, exclude)
+    with pairs.backend.quiet():
+        arguments = {
+            "queries": pairs.points(queries, pairs.count),
+            "keys": pairs.points(keys, pairs.n),
+            **pairs.common(k, epsilon, where, exclude),
+        }
+    return Call(pairs.backend, primitives.weights, pairs.options(k), arguments, (pairs.result(),))
+
+
+@operator_from
+def class_probabilities(
+    queries: Array,
+    keys: Array,
+    labels: Array,
+    k: Any,
+    /,
+    *,
+    num_classes: int | None = None,
+    epsilon: Any = 0.1,
+    where: Array | None = None,
+    exclude: Array | None = None,
+) -> Call:
+    """Share of every class among the k soft nearest neighbours of each query.
+
+    It is their weights times one-hot labels, over k.
+
+    Parameters
+    ----------
+    queries, keys, epsilon, where, exclude
+        As for `weights`.
+    labels : array
+        The classes of the keys. Either integers (..., n), from 0 to ``num_classes - 1``; a key with any other number
+        has no class, and takes part without voting. Or real numbers (..., n, c), of the dtype of `queries`: one-hot
+        labels, or any values to be averaged, which have derivatives too and must be finite.
+    k : number or array
+        As for `weights`, but above 0.
+    num_classes : int, optional
+        How many classes there are. Needed with integers, on whose values no shape may depend; not allowed otherwise.
+
+    Returns
+    -------
+    array
+        The probabilities (..., q, c), of the dtype and device of `queries`. They sum to 1 for every query all of whose
+        neighbours have a class, unless it has fewer than `k` keys to choose from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `weights`; also if `labels` or `num_classes` are not as above.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> keys = np.asarray([[0.0], [1.0], [2.0], [4.0]])
+    >>> labels = np.asarray([0, 0, 1, 1])
+    >>> softk.neighbors.class_probabilities(
+    ...     np.asarray([[0.9], [3.0]]), keys, labels, 2, num_classes=2, epsilon=0.5
+    ... ).round(3).tolist()
+    [[0.841, 0.159], [0.002, 0.998]]
+    """
+    pairs = _Pairs(queries, keys, k, epsilon, where, exclude, labels=labels)
+    _check_positive(k)
+    xp = pairs.xp
+    with pairs.backend.quiet():
+        if xp.isdtype(labels.dtype, "integral"):
+            if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+                raise ValueError(f"num_classes must be a whole number above 0 for integer labels, got {num_classes!r}")
+            column = pairs.integers("labels", labels, pairs.n).value
+            classes = xp.arange(num_classes, dtype=labels.dtype, device=pairs.backend.device(labels))
+            classes = xp.reshape(classes, (*(1,) * (column.ndim - 1), num_classes))  # type: ignore[union-attr]
+            values = Argument(xp.astype(column == classes, pairs.working))
+        else:
+            if num_classes is not None:
+                raise ValueError(f"num_classes must be left out where labels are not integers, got {num_classes!r}")
+            values = _rows(pairs, "labels", labels, pairs.n)
+        arguments = {
+            "queries": pairs.points(queries, pairs.count),
+            "keys": pairs.points(keys, pairs.n),
+            "labels": values,
+            **pairs.common(k, epsilon, where, exclude),
+        }
+    return Call(pairs.backend, primitives.votes, pairs.options(k), arguments, (pairs.result(),))
+
+
+@operator_from
+def loss(
+    queries: Array,
+    keys: Array,
+    query_labels: Array,
+    key_labels: Array,
+    k: Any,
+    /,
+    *,
+    epsilon: Any = 0.1,
+    where: Array | None = None,
+    exclude: Array | None = None,
+    floor: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Call:
+    """Negative log likelihood of the queries' labels when their k soft nearest neighbours vote.
+
+    For a query of class y it is ``-log(p[y] + floor)``, with the probabilities of `class_probabilities`.
+
+    Parameters
+    ----------
+    queries, keys, epsilon, where, exclude
+        As for `weights`.
+    query_labels, key_labels : array
+        Both integers, (..., q) and (..., n), which agree where they are equal: any numbers will do, and a query whose
+        number no key has, has probability 0. Or both real numbers (..., q, c) and (..., n, c), at least 0 and of the
+        dtype of `queries`: one-hot labels, or the probabilities of the classes, whose inner products say how far two
+        points agree.
+    k : number or array
+        As for `weights`, but above 0.
+    floor : number, optional
+        Added to every probability. It bounds the loss by ``-log(floor)``, so that single queries among strangers, whose
+        likelihood may be as small as ``exp(-distance / epsilon)``, do not outweigh all others. At least 0, finite.
+    reduction : {"mean", "sum", "none"}, optional
+        Over all queries, or one number a query, (..., q).
+
+    Returns
+    -------
+    array
+        The loss, of the dtype and device of `queries`, of shape () unless `reduction` is "none". It is +inf, and has
+        the gradient 0, for a query that none of its keys agrees with, unless there is a floor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `weights`; also if the labels, `floor` or `reduction` are not as above.
+
+    Notes
+    -----
+    The likelihood is formed from the logarithm of the weights and does not underflow: the gradient of a query far
+    from all of its own class is that of minus its log weights, not 0.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4, with the likelihood in the place
+    of their absolute error; Goldberger, Roweis, Hinton, Salakhutdinov, "Neighbourhood Components Analysis", NIPS 2004,
+    for the use.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> points = np.asarray([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    >>> labels, every = np.asarray([0, 0, 1, 1]), np.arange(4)
+    >>> value, pullback = softk.vjp(
+    ...     softk.neighbors.loss, points, points, labels, labels, 1, epsilon=1.0, exclude=every
+    ... )
+    >>> float(value.round(3))
+    0.798
+    >>> found = pullback(np.asarray(1.0))
+    >>> (found["queries"] + found["keys"]).round(2).tolist()
+    [[0.63, -0.47], [0.63, 0.47], [-0.63, -0.47], [-0.63, 0.47]]
+    """
+    pairs = _Pairs(queries, keys, k, epsilon, where, exclude, query_labels=query_labels, key_labels=key_labels)
+    _check_positive(k)
+    if not is_number(floor) or not 0.0 <= floor < math.inf:
+        raise ValueError(f"floor must be a finite number of at least 0, got {floor!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    xp = pairs.xp
+    whole = [xp.isdtype(values.dtype, "integral") for values in (query_labels, key_labels)]
+    if whole[0] != whole[1]:
+        raise TypeError(
+            "query_labels and key_labels must both be integers or both real numbers, "
+            f"got dtypes {query_labels.dtype} and {key_labels.dtype}"
+        )
+    if whole[0] and query_labels.dtype != key_labels.dtype:
+        raise TypeError(f"key_labels must have the dtype of query_labels, {query_labels.dtype}, got {key_labels.dtype}")
+    if not whole[0] and query_labels.shape[-1] != key_labels.shape[-1]:
+        raise ValueError(
+            "query_labels and key_labels must have the same number of classes along their last axis, "
+            f"got shapes {tuple(query_labels.shape)} and {tuple(key_labels.shape)}"
+        )
+    with pairs.backend.quiet():
+        own: dict[str, Argument] = {}
+        for name, values, count in (
+            ("query_labels", query_labels, pairs.count),
+            ("key_labels", key_labels, pairs.n),
+        ):
+            own[name] = pairs.integers(name, values, count) if whole[0] else _rows(pairs, name, values, count)
+        bottom = xp.full((), float(floor), dtype=pairs.working, device=pairs.backend.device(queries))
+        arguments = {
+            "queries": pairs.points(queries, pairs.count),
+            "keys": pairs.points(keys, pairs.n),
+            **own,
+            "floor": Argument(bottom, floor),
+            **pairs.common(k, epsilon, where, exclude),
+        }
+    restore = _reduced(pairs, reduction)
+    return Call(pairs.backend, primitives.likelihood, pairs.options(k), arguments, (restore,))
+
+
+def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
+    """Minus the log likelihoods (..., q, 1), put together."""
+    xp, shape = pairs.xp, (*pairs.batch, 1)
+    scale = -1.0 / math.prod(pairs.batch) if reduction == "mean" else -1.0
+
+    def push(values: Array) -> Array:
+        values = xp.squeeze(values, axis=-1) if reduction == "none" else xp.sum(values)
+        return pairs._cast(scale * values, pairs.dtype)
+
+    def pull(cotangent: Any) -> Array:
+        if is_number(cotangent):
+            return xp.full(shape, scale * cotangent, dtype=pairs.working, device=pairs.backend.device(pairs.given))
+        cotangent = scale * pairs._cast(cotangent, pairs.working)
+        return xp.expand_dims(cotangent, axis=-1) if reduction == "none" else xp.broadcast_to(cotangent, shape)
+
+    return Argument(None, None, push, pull)
+
+
+def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
+    """Real labels: a row of them for each point."""
+    if values.dtype != pairs.dtype:
+        raise TypeError(f"{name} must be integers or have the dtype of queries, {pairs.dtype}, got {values.dtype}")
+    shape = tuple(values.shape)
+    if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
+        wanted = (*pairs.before, count)
+        raise ValueError(f"{name} must have a row of classes for each point, shape {(*wanted, 'c')}, got {shape}")
+    return pairs.points(values, count)
+
+
+def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of two batches together."""
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    ahead = len(longer) - len(shorter)
+    pairs = list(zip(longer[ahead:], shorter, strict=True))
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        raise ValueError(f"queries and keys must broadcast over their leading axes, got {one} and {other}")
+    return (*longer[:ahead], *(b if a == 1 else a for a, b in pairs))
+
+
+def _check_positive(k: Any) -> None:
+    if is_number(k) and not k > 0:
+        raise ValueError(f"k must be above 0, for there is no vote without a neighbour, got {k!r}")
