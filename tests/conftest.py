@@ -34,7 +34,7 @@ if importlib.util.find_spec("array_api_strict") is not None:
 
 #: Nine tenths of JAX's time here are XLA compiling each small program once. So it takes a third of the time or less.
 QUICK_XLA = (
-    "--xla_backend_optimization_level=0",
+    "--xla_backend_optimization_level=1",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )

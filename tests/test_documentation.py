@@ -21,6 +21,7 @@ MODULES = [
     "softk._derivatives",
     "softk.neighbors",
     "softk_sklearn._embedding",
+    "softk.attention",
     "softk_torch._module",
 ]
 

@@ -1,4 +1,4 @@
-"""The operator as a layer."""
+"""The operator, and the attention made of it, as layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 import softk
+import softk.attention
 
-__all__ = ["TopK"]
+__all__ = ["TopK", "TopKAttention"]
 
 
 class TopK(torch.nn.Module):
@@ -84,10 +85,104 @@ class TopK(torch.nn.Module):
         return mask
 
     def extra_repr(self) -> str:
-        def show(value: float | torch.Tensor) -> str:
-            if not isinstance(value, torch.Tensor):
-                return repr(value)
-            return f"{value.item():.4g} (learned)" if value.numel() == 1 else f"learned, shape {tuple(value.shape)}"
-
-        parts = f"k={show(self.k)}, dim={self.dim}, mode={self.mode!r}, epsilon={show(self.epsilon)}"
+        parts = f"k={_show(self.k)}, dim={self.dim}, mode={self.mode!r}, epsilon={_show(self.epsilon)}"
         return parts + (", hard=True" if self.hard else "")
+
+
+class TopKAttention(torch.nn.Module):
+    """`softk.attention.topk_attention` as a module, whose k and epsilon may be learned, with dropout.
+
+    It takes the place of `torch.nn.functional.scaled_dot_product_attention` and has no projections of its own.
+
+    Parameters
+    ----------
+    k : float or torch.nn.Parameter
+        How many keys a query takes. A parameter (of one value, or one a row of the weights) is learned with the model's
+        others, and held at 0 or above in the forward pass.
+    epsilon : float or torch.nn.Parameter, optional
+        Strength of the entropy, in the units of the scaled scores; a parameter must stay positive.
+    dropout : float, optional
+        The probability of each weight to be dropped, in training alone; the others are scaled up.
+    scale : float, optional
+        What the dot products are multiplied by; one over the root of the number of features by default.
+    enable_gqa : bool, optional
+        Several heads of the queries share one of the keys and values.
+
+    Shape
+    -----
+    `query` (..., L, E), `key` (..., S, E), `value` (..., S, V); the result (..., L, V).
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, for the mask; Vaswani et al., "Attention Is
+    All You Need", NeurIPS 2017, for what it masks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from softk_torch import TopKAttention
+    >>> attend = TopKAttention(torch.nn.Parameter(torch.tensor(2.0)), epsilon=0.5)
+    >>> x = torch.linspace(-1, 1, 30).sin().reshape(2, 5, 3)
+    >>> out = attend(x, x, x, is_causal=True)
+    >>> out.shape
+    torch.Size([2, 5, 3])
+    >>> out[:, -1].sum().backward()
+    >>> attend.k.grad is not None
+    True
+    """
+
+    def __init__(
+        self,
+        k: float | torch.nn.Parameter,
+        *,
+        epsilon: float | torch.nn.Parameter = 0.1,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout!r}")
+        self.k = k
+        self.epsilon = epsilon
+        self.dropout = dropout
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """The values, mixed for each query; `attn_mask` and `is_causal` as for torch's own attention."""
+        found: torch.Tensor = softk.attention.topk_attention(
+            query,
+            key,
+            value,
+            self.k.clamp(min=0) if isinstance(self.k, torch.Tensor) else self.k,
+            epsilon=self.epsilon,
+            mask=attn_mask,
+            is_causal=is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+            dropout=None if self.dropout == 0.0 else self._drop,
+        )
+        return found
+
+    def _drop(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(weights, self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        parts = f"k={_show(self.k)}, epsilon={_show(self.epsilon)}, dropout={self.dropout}"
+        parts += "" if self.scale is None else f", scale={self.scale}"
+        return parts + (", enable_gqa=True" if self.enable_gqa else "")
+
+
+def _show(value: float | torch.Tensor) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{value.item():.4g} (learned)" if value.numel() == 1 else f"learned, shape {tuple(value.shape)}"

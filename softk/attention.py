@@ -1,0 +1,265 @@
+"""Attention through a soft top-k: of each row of scores, k keys share the weight.
+
+Both functions are compositions of array operations and `softk.log_topk`, so that a framework with autodiff
+differentiates them natively, in the arrays, k and epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ._checks import is_number, kind_of, require_array
+from ._operators import log_topk
+from ._registry import backend_of
+from .backend import Array, Backend
+
+__all__ = ["attention_weights", "topk_attention"]
+
+
+def topk_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    k: Any,
+    /,
+    *,
+    epsilon: Any = 0.1,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Scaled dot-product attention of which each query takes about k keys.
+
+    The weights are the softmax of the scores times their soft top-k mask, normalised to a sum of 1. Where a query may
+    attend to at most k keys, it is ordinary attention.
+
+    Parameters
+    ----------
+    query : array
+        Shape (..., L, E), real floating-point.
+    key : array
+        Shape (..., S, E). Leading axes broadcast against those of `query`.
+    value : array
+        Shape (..., S, V), its leading axes likewise.
+    k : number or array
+        How many keys a query takes, not necessarily whole. What is above the number of keys that it may attend to
+        counts as that number; for 0 the result is 0. An array broadcasts against (..., L, 1).
+    epsilon : number or array, optional
+        Strength of the entropy, in the units of the scaled scores. An array broadcasts against (..., L, 1).
+    mask : array, optional
+        Broadcasts to (..., L, S). Of bool: True takes part. Of floats: added to the scaled scores, so that ``-inf``
+        takes no part.
+    is_causal : bool, optional
+        Query i attends to the keys 0 to i alone. Without `mask`.
+    scale : float, optional
+        What the dot products are multiplied by; ``1 / sqrt(E)`` by default.
+    enable_gqa : bool, optional
+        Grouped queries: the axis before the last two is that of the heads, of which `query` has a multiple of those of
+        `key` and `value`; neighbouring heads of `query` share one of theirs.
+    dropout : callable, optional
+        What is done to the weights before they meet the values: a function of an array, such as a framework's dropout.
+
+    Returns
+    -------
+    array
+        Shape (..., L, V), of the dtype of `query`. A query that may attend to nothing gets 0, with a derivative of 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array (or number) of the right kind, or is of another library, device or dtype than
+        `query`.
+    ValueError
+        If a shape does not fit or a number is out of its range; if `mask` comes with `is_causal`. A bad value in an
+        array of `k` or `epsilon` makes its row NaN.
+
+    Notes
+    -----
+    The (L, S) weights are held in memory. float16 and bfloat16 weights are computed in float32.
+
+    References
+    ----------
+    Vaswani et al., "Attention Is All You Need", NeurIPS 2017, equation (1), with the mask of Xie et al.,
+    "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from softk.attention import topk_attention
+    >>> query, key = np.asarray([[1.0, 0.0]]), np.asarray([[3.0, 0.0], [2.0, 1.0], [-1.0, 0.0]])
+    >>> topk_attention(query, key, np.eye(3), 1, epsilon=0.2).round(3).tolist()
+    [[0.986, 0.014, 0.0]]
+    >>> topk_attention(query, key, np.eye(3), 3).round(3).tolist()
+    [[0.644, 0.318, 0.038]]
+    """
+    weights = attention_weights(
+        query, key, k, epsilon=epsilon, mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    backend = _common(query, "value", value, key)
+    _require_dtype("value", value, query)
+    if value.ndim < 2 or value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
+    value = _grouped(backend.xp, "value", value, query) if enable_gqa else value
+    _require_broadcast("value", value, weights)
+    return backend.xp.matmul(weights if dropout is None else dropout(weights), value)
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    k: Any,
+    /,
+    *,
+    epsilon: Any = 0.1,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    """The weights of `topk_attention`, for those who do more with them than multiply them with the values.
+
+    Parameters
+    ----------
+    query, key, k, epsilon, mask, is_causal, scale, enable_gqa
+        As for `topk_attention`.
+
+    Returns
+    -------
+    array
+        Shape (..., L, S), at least 0, of the dtype of `query`. The rows sum to 1, or to 0 where nothing takes part.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `topk_attention`.
+
+    References
+    ----------
+    Those of `topk_attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from softk.attention import attention_weights
+    >>> x = np.asarray([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> attention_weights(x, x, 2, epsilon=0.2, is_causal=True).round(3).tolist()
+    [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
+    """
+    require_array("query", query)
+    backend = _common(query, "key", key)
+    xp = backend.xp
+    if not xp.isdtype(query.dtype, "real floating"):
+        raise TypeError(f"query must be real floating-point, got dtype {query.dtype}")
+    if query.ndim < 2:
+        raise ValueError(f"query must have shape (..., L, E), got {tuple(query.shape)}")
+    _require_dtype("key", key, query)
+    if key.ndim < 2 or key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have shape (..., S, {query.shape[-1]}), as query's E, got {tuple(key.shape)}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
+    elif not is_number(scale) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if is_causal and mask is not None:
+        raise ValueError("is_causal=True must come without mask, got mask; leave out one of the two")
+    key = _grouped(xp, "key", key, query) if enable_gqa else key
+    _require_broadcast("key", key, query)
+
+    scores = xp.matmul(query, xp.matrix_transpose(key)) * scale
+    if xp.finfo(scores.dtype).bits < 32:
+        scores = xp.astype(scores, xp.float32)
+    rows, n = scores.shape[-2:]
+    where = None
+    if mask is not None:
+        backend = _common(query, "mask", mask, key)
+        where, scores = _masked(xp, mask, scores)
+    elif is_causal:
+        device = backend.device(query)
+        places = [xp.arange(size, dtype=backend.index, device=device) for size in (rows, n)]
+        where = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
+    if n == 0:
+        return xp.astype(scores, query.dtype)
+    if is_number(k):
+        k = min(k, n)
+    else:
+        require_array("k", k, or_number=True)
+        k = xp.where(k > n, n, k)
+    return xp.astype(_renormalised(backend, scores, k, epsilon, where), query.dtype)
+
+
+def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:
+    """softmax(scores) * mask / sum = softmax(scores + log mask): the logarithm keeps what a small k puts below the
+    smallest number, where the product would be 0 / 0 and the square of its sum, in a derivative, 0 long before."""
+    xp = backend.xp
+    log_mask = log_topk(scores, k, epsilon=epsilon, where=where)
+    none = log_mask == -math.inf
+    logits = xp.where(none, -math.inf, scores + xp.where(none, 0.0, log_mask))
+    # The peak is differentiated too. It has no part in the result, and its cotangent is minus the sum of the others',
+    # which in exact numbers is 0: it takes back what the peak's own cotangent, a difference of nearly equal numbers
+    # where one weight is nearly 1, was rounded by.
+    peak = xp.max(logits, axis=-1, keepdims=True)
+    empty = peak == -math.inf
+    share = xp.exp(logits - xp.where(empty, 0.0, peak))
+    total = xp.sum(share, axis=-1, keepdims=True)
+    return share / xp.where(empty, 1.0, total)
+
+
+def _masked(xp: Any, mask: Array, scores: Array) -> tuple[Array | None, Array]:
+    """What a mask leaves to choose from, and the scores with what it adds."""
+    full = tuple(scores.shape)
+    pairs = zip(reversed(mask.shape), reversed(full), strict=False)
+    if mask.ndim > len(full) or any(size not in (1, other) for size, other in pairs):
+        raise ValueError(f"mask must broadcast to {full}, the shape of the weights, got {tuple(mask.shape)}")
+    if xp.isdtype(mask.dtype, "bool"):
+        return mask, scores
+    if not xp.isdtype(mask.dtype, "real floating"):
+        raise TypeError(f"mask must be of bool or real floating-point, got dtype {mask.dtype}")
+    return None, scores + xp.broadcast_to(xp.astype(mask, scores.dtype), full)
+
+
+def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
+    """Each head of the keys or values as often as there are heads of the queries that share it."""
+    if query.ndim < 3 or values.ndim < 3 or values.shape[-3] == 0 or query.shape[-3] % values.shape[-3]:
+        raise ValueError(
+            f"{name} must have heads, of which query has a multiple, on the axis before its last two with "
+            f"enable_gqa=True, got shapes {tuple(values.shape)} and {tuple(query.shape)}"
+        )
+    return xp.repeat(values, query.shape[-3] // values.shape[-3], axis=-3)
+
+
+def _common(query: Array, name: str, value: Any, *others: Array) -> Backend:
+    """The one library, and device, of the query, another array and those that were checked before."""
+    require_array(name, value)
+    backend = backend_of(query)
+    for other in map(backend_of, (*others, value)):
+        if other.wraps == backend.name:
+            backend = other
+    if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
+        raise TypeError(
+            f"{name} must be an array of the same library as query: got {kind_of(value)} beside {kind_of(query)}; "
+            "convert one"
+        )
+    if not backend.share_device(query, value):
+        raise TypeError(
+            f"{name} must be on the device of query: got {backend.device(value)} beside {backend.device(query)}; "
+            "move one"
+        )
+    return backend
+
+
+def _require_dtype(name: str, value: Array, query: Array) -> None:
+    if value.dtype != query.dtype:
+        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {value.dtype}; convert one")
+
+
+def _require_broadcast(name: str, value: Array, other: Array) -> None:
+    """Leading axes that fit those of another array."""
+    pairs = zip(reversed(value.shape[:-2]), reversed(other.shape[:-2]), strict=False)
+    if any(1 not in (size, full) and size != full for size, full in pairs):
+        raise ValueError(
+            f"{name} must have leading axes that broadcast against {tuple(other.shape[:-2])}, "
+            f"got shape {tuple(value.shape)}"
+        )
