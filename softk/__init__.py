@@ -1,5 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
+from . import beam
 from ._derivatives import jvp, vjp
 from ._operators import log_topk, quantile, threshold, topk
 from ._ordering import TopK, rank, sort, sorted_topk
@@ -11,6 +12,7 @@ __all__ = [
     "ConvergenceWarning",
     "Plan",
     "TopK",
+    "beam",
     "jvp",
     "log_topk",
     "quantile",
