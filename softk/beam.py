@@ -145,6 +145,8 @@ def step(
     """
     parents, vocabulary = _last_two("scores", scores)
     beams = parents if beams is None else _count("beams", beams)
+    if beams > parents * vocabulary:
+        raise ValueError(f"beams must be from 1 to {parents * vocabulary}, the number of continuations, got {beams!r}")
     xp = backend_of(scores).xp
     batch = tuple(scores.shape[:-2])
     flat = xp.reshape(scores, (*batch, parents * vocabulary))
@@ -250,7 +252,7 @@ def search(
                 raise ValueError(f"end must be from 0 to {vocabulary - 1}, a token, got {end!r}")
             zeros = xp.zeros((*batch, beams), dtype=logs.dtype, device=device)
             scores, ended, lengths = xp.where(first, zeros, -math.inf), zeros, zeros
-            is_end = xp.arange(vocabulary, device=device) == end
+            is_end = xp.reshape(xp.arange(vocabulary, device=device) == end, (1,) * (logs.ndim - 1) + (vocabulary,))
         logs = _after_the_end(xp, logs, ended[..., None], is_end)
         found = step(scores[..., None] + logs, table=table, states=states, epsilon=epsilon, hard=hard)
         kept.append(found)
@@ -259,8 +261,9 @@ def search(
         ended = _ended(xp, found, end)
     ranked, order = scores, None
     if length_penalty != 0.0:
-        # An empty beam has length 0: its score is -inf over a positive number.
-        ranked = scores / ((5.0 + lengths) / 6.0) ** float(length_penalty)
+        there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
+        ranked = xp.where(there, scores, xp.zeros_like(scores)) / ((5.0 + lengths) / 6.0) ** float(length_penalty)
+        ranked = xp.where(there, ranked, -math.inf)
         ranked, order = _hard_topk(ranked, beams) if hard else sorted_topk(ranked, beams, epsilon=epsilon)
         scores, lengths, states = _take_scores(xp, order, scores), _take(order, lengths), _mixed(order, states)
     tokens = _histories(kept, order)
@@ -322,10 +325,9 @@ def _hard_topk(x: Array, k: int) -> tuple[Array, Array]:
     backend = backend_of(x)
     xp = backend.xp
     n = x.shape[-1]
-    if k > n:
-        raise ValueError(f"k must be from 0 to {n}, the size of x along axis, got {k!r}")
     places = xp.argsort(-x, axis=-1, stable=True)[..., :k, None]
-    chosen = places == xp.astype(xp.arange(n, device=backend.device(x)), places.dtype)
+    order = xp.arange(n, dtype=places.dtype, device=backend.device(x))
+    chosen = places == xp.reshape(order, (1,) * x.ndim + (n,))
     x = x[..., None, :]
     there = chosen & (x > -math.inf)
     values = xp.sum(xp.where(there, x, xp.zeros_like(x)), axis=-1)
