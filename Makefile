@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 DEMO := .venv-demo
 BENCH := .venv-bench
+BEAM := .venv-beam
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test test-full lint docs bench bench-history clean
+.PHONY: demo test test-full lint docs bench bench-history beam clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
@@ -31,6 +32,9 @@ bench: $(BENCH)/ready
 bench-history: $(BENCH)/ready
 	$(BENCH)/bin/python -m pytest benchmarks/test_speed.py --benchmark-autosave --benchmark-compare
 
+beam: $(BEAM)/ready
+	$(BEAM)/bin/python docs/experiments/beam.py
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
@@ -41,6 +45,12 @@ $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python -m pip install --quiet --upgrade pip
 	$(DEMO)/bin/python -m pip install --quiet -e ".[demo]"
+	touch $@
+
+$(BEAM)/ready: pyproject.toml
+	$(PYTHON) -m venv $(BEAM)
+	$(BEAM)/bin/python -m pip install --quiet --upgrade pip
+	$(BEAM)/bin/python -m pip install --quiet --progress-bar off -e ".[beam]"
 	touch $@
 
 # torchsort has no wheels and is built here, its C++ part only: an nvcc on the path would make it want all of CUDA. Where
@@ -54,4 +64,4 @@ $(BENCH)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) docs/_build
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(BEAM) docs/_build

@@ -14,7 +14,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:^```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE)
-MODULES = ["softk._operators", "softk._ordering", "softk._transport", "softk._derivatives", "softk_torch._module"]
+MODULES = [
+    "softk._operators",
+    "softk._ordering",
+    "softk._transport",
+    "softk._derivatives",
+    "softk.beam",
+    "softk_torch._module",
+]
 
 EXAMPLES = [
     pytest.param(match["code"], match["output"], id=f"{page.name}-{i}")
