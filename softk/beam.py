@@ -37,9 +37,9 @@ class Step(NamedTuple):
     parents : array, (..., beams, parents)
         How much of each old beam a new one continues: rows of sum 1.
     inputs : array, (..., beams, features)
-        ``tokens @ table``, or `tokens` where there is no table.
-    states : tree of arrays, (..., beams, *)
-        The states of the old beams, mixed by `parents`.
+        ``tokens @ table``, or the tokens where there is no table.
+    states : tree of arrays, (..., beams, rest)
+        The states of the old beams, mixed by the parents.
     """
 
     scores: Array
@@ -65,10 +65,10 @@ class Beams(NamedTuple):
     parents : array, (..., length, beams, beams)
         The back-pointers of each step, as weights; before the last ranking.
     sequences : integer array, (..., beams, length)
-        The heaviest of the `tokens`. It has no derivative.
+        The heaviest of the tokens. It has no derivative.
     back_pointers : integer array, (..., length, beams)
-        The heaviest of the `parents`. It has no derivative.
-    states : tree of arrays, (..., beams, *)
+        The heaviest of the parents. It has no derivative.
+    states : tree of arrays, (..., beams, rest)
         The last states, mixed like everything else.
     """
 
@@ -96,14 +96,14 @@ def step(
 
     Parameters
     ----------
-    scores : array, (..., parents, vocabulary)
+    scores : array, (..., old, vocabulary)
         The score of each old beam continued by each token. ``-inf`` marks what must not be: the continuations of a beam
         that is not there, a token that is forbidden.
     beams : int, optional
         How many to keep; as many as there are parents unless given.
     table : array, (vocabulary, features), optional
         The embeddings of the tokens.
-    states : tree of arrays, (..., parents, *), optional
+    states : tree of arrays, (..., old, rest), optional
         What the model carries for each beam: floating arrays in any nest of dictionaries, lists, tuples, named tuples
         and None. The leading axes are those of `scores`.
     epsilon : number or array, optional
@@ -116,7 +116,7 @@ def step(
     Returns
     -------
     Step
-        `scores`, `tokens`, `parents`, `inputs` and `states` of the new beams. A beam for which no continuation is left
+        The new beams. A beam for which no continuation is left
         is ``-inf``, and everything else of it zero.
 
     Raises
@@ -183,7 +183,7 @@ def search(
         the new states. ``-inf`` forbids a token.
     inputs : array, (..., beams, features)
         What the step function is fed first; its shape says how many beams there are.
-    states : tree of arrays, (..., beams, *), optional
+    states : tree of arrays, (..., beams, rest), optional
         The first states, as for `step`.
     length : int
         How many steps: the longest sequence. A Python number, as the steps are unrolled.
@@ -343,7 +343,7 @@ def _embed(tokens: Array, table: Array) -> Array:
 
 
 def _mixed(weights: Array, tree: Tree) -> Tree:
-    """The tree of states with each leaf, (..., parents, *), mixed into (..., beams, *)."""
+    """The tree of states with each leaf, (..., parents, rest), mixed into (..., beams, rest)."""
     if tree is None:
         return None
     if isinstance(tree, dict):
@@ -372,7 +372,7 @@ def _last_two(name: str, x: Array) -> tuple[int, int]:
     if not is_array(x):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if x.ndim < 2:
-        raise ValueError(f"{name} must have at least two axes, (..., beams, *), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have at least two axes, (..., beams, rest), got shape {tuple(x.shape)}")
     return int(x.shape[-2]), int(x.shape[-1])
 
 
