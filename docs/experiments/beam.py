@@ -3,8 +3,8 @@
 Run it with `make beam`, or `python docs/experiments/beam.py --help`. For each seed:
 
 1. a small GRU encoder-decoder with attention is trained on the CMU Pronouncing Dictionary by teacher forcing;
-2. from there it goes on in three ways: through `softk.beam.search` (`objective`), by as many updates of teacher
-   forcing, and by as many of those as fit in about the same time;
+2. from there it goes on in four ways: through `softk.beam.search` (`objective`), by as many updates of teacher
+   forcing, at its own learning rate and at that of the first, and by as many as fit in about the same time;
 3. ordinary beam search transcribes words that it has never seen.
 
 Learning rates and epsilon are chosen on the validation words of a seed that is not reported, with as many trials for
@@ -47,6 +47,7 @@ END = 0
 ARMS = {
     "base": "before",
     "forced": "teacher forcing, as many updates",
+    "slower": "teacher forcing, at the rate of the soft search",
     "longer": "teacher forcing, about as long",
     "soft": "through the soft beam search",
 }
@@ -350,6 +351,7 @@ def run(settings: Settings, checkpoints: Path) -> dict[str, Any]:
             best[kind] = (rates[0], phase)
     rate = best["forced"][1].rate
     best["longer"] = best["forced"][0], Phase("longer", seed, settings.longer, settings.batch, rate)
+    best["slower"] = best["forced"][0], dataclasses.replace(best["forced"][1], rate=best["soft"][1].rate)
     report["chosen"] = {kind: (phase.rate, phase.epsilon) for kind, (_, phase) in best.items()}
     for seed in settings.seeds:
         sides = split(words, settings, seed)
@@ -388,14 +390,20 @@ def table(report: dict[str, Any], settings: Settings) -> str:
         "| from the same start | updates | seconds | phoneme errors, % | word errors, % |",
         "|---|---|---|---|---|",
     ]
-    updates = {"base": "", "forced": settings.updates, "longer": settings.longer, "soft": settings.updates}
+    updates = {
+        "base": "",
+        "forced": settings.updates,
+        "slower": settings.updates,
+        "longer": settings.longer,
+        "soft": settings.updates,
+    }
     for arm, title in ARMS.items():
         seconds = spread([one[arm]["record"]["seconds"] for one in seeds], percent=False)
         rates = (spread([one[arm]["rates"][i] for one in seeds]) for i in range(2))
         lines.append(f"| {title} | {updates[arm]} | {seconds} | {' | '.join(rates)} |")
     lines += ["", "Seed by seed, through the soft beam search minus the others:", ""]
     lines += ["| minus | phoneme errors, points | word errors, points |", "|---|---|---|"]
-    for arm in ("base", "forced", "longer"):
+    for arm in ("base", "forced", "slower", "longer"):
         rates = (spread([one["soft"]["rates"][i] - one[arm]["rates"][i] for one in seeds]) for i in range(2))
         lines.append(f"| {ARMS[arm]} | {' | '.join(rates)} |")
     lines += ["", "All seeds, phoneme / word errors in %:", ""]
@@ -440,8 +448,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (before, by_update, by_time) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    colours = {"base": "#3a3a3a", "forced": "#4269d0", "longer": "#efb118", "soft": "#ff725c"}
-    panels = ((before, 0, ("base",)), (by_update, 0, ("forced", "soft")), (by_time, 1, ("forced", "longer", "soft")))
+    colours = {"base": "#3a3a3a", "forced": "#4269d0", "slower": "#2a9d8f", "longer": "#efb118", "soft": "#ff725c"}
+    panels = (
+        (before, 0, ("base",)),
+        (by_update, 0, ("forced", "slower", "soft")),
+        (by_time, 1, ("forced", "longer", "soft")),
+    )
     for axes, abscissa, arms in panels:
         for arm in arms:
             looks = np.asarray([one[arm]["record"]["looks"] for one in report["seeds"]])  # seeds x looks x 4
@@ -457,8 +469,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     before.set_title("before: teacher forcing")
     by_update.set_title("going on, by updates")
     by_time.set_title("going on, by time")
-    by_update.legend(frameon=False)
-    by_time.legend(frameon=False)
+    by_update.legend(frameon=False, fontsize="small")
+    by_time.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
