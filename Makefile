@@ -1,4 +1,4 @@
-# Commands that need nothing but Python and make: `make demo`, `make test` and `make knn`.
+# Commands that need nothing but Python and make: `make demo`, `make test`, `make knn`, `make beam` and `make bench`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BENCH := .venv-bench
 EXPERIMENTS := .venv-experiments
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo knn test test-full lint docs bench bench-history clean
+.PHONY: demo knn beam test test-full lint docs bench bench-history clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
@@ -34,6 +34,9 @@ bench: $(BENCH)/ready
 
 bench-history: $(BENCH)/ready
 	$(BENCH)/bin/python -m pytest benchmarks/test_speed.py --benchmark-autosave --benchmark-compare
+
+beam: $(EXPERIMENTS)/ready
+	$(EXPERIMENTS)/bin/python docs/experiments/beam.py
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import neighbors
+from . import attention, beam, neighbors
 from ._derivatives import jvp, vjp
 from ._operators import log_topk, quantile, threshold, topk
 from ._ordering import TopK, rank, sort, sorted_topk
@@ -12,6 +12,8 @@ __all__ = [
     "ConvergenceWarning",
     "Plan",
     "TopK",
+    "attention",
+    "beam",
     "jvp",
     "log_topk",
     "neighbors",

