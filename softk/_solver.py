@@ -187,7 +187,8 @@ def solve(
     if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
         ranks = None  # symbols of a trace
     options = {"names": names, "ranks": ranks, "limit": STEPS}
-    reference, offset, high, low, nothing, everything, settled, first = backend.settle(_approach, options, *constants)
+    found = backend.settle(_approach, options, *constants)
+    reference, offset, high, low, nothing, everything, settled, infinite = found
 
     if backend.differentiates_operations:
         gap = Gap(high, low)
@@ -200,7 +201,7 @@ def solve(
     offset = xp.where(everything, -bound.saturated, offset)
     offset = xp.where(nothing, bound.saturated, offset)
     extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
-    extreme = xp.where(nothing | first, math.inf, extreme)
+    extreme = xp.where(nothing | infinite, math.inf, extreme)
     return Solution(reference, xp.where(valid & settled, offset, math.nan), extreme)
 
 
@@ -286,9 +287,9 @@ _MARGIN = 4.0
 def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
     """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
 
-    The scores are cut into blocks. As many blocks as there are ranks have a maximum of at least the score of that rank
-    or it is in no other block: the maximum of that rank among the maxima is a lower bound of the score. Everything that
-    is log(n / eps) and a margin of tau below has, all together, no part in a tail.
+    Of the maxima of blocks, the one of a rank is a lower bound of the score of that rank: that many scores are at least
+    as large. Everything that is log(n / eps) and a margin, in units of tau, below the bound has, all together, no part
+    in a tail.
     """
     xp, n, rank = backend.xp, x.shape[-1], max(ranks)
     if not isinstance(n, int) or not backend.gathers(x):
