@@ -156,13 +156,6 @@ def excess(xp: Any, above: Array, below: Array, mass: Array, weights: Array) -> 
 # --- the boundaries of a plan
 
 
-def hold(xp: Any, x: Array, weights: Array | None) -> Array:
-    """The weights of the scores, 0 for those that cannot be selected."""
-    if weights is None:
-        return xp.astype(~(x == -math.inf), x.dtype)
-    return xp.where(x == -math.inf, 0.0, weights)
-
-
 def prepare(xp: Any, x: Array, masses: Array, tau: Array, held: Array) -> Task:
     """The problem in canonical form.
 

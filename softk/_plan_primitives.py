@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ._plan import Task, hold, log_odds, newton, plan, prepare, running, sinkhorn
+from ._plan import Task, log_odds, newton, plan, prepare, running, sinkhorn
 from ._plan_rule import PlanLinearisation
-from ._solver import between, limits, nonzero, selectable
+from ._solver import between, hold, limits, nonzero, selectable
 from .backend import Array, Backend, Inputs, Primitive
 
 Arrays = tuple[Array, ...]

@@ -13,13 +13,13 @@ and, for cotangents u of m, c of s and b of t, with g = c + tau b,
     wbar = v u + p (g - <v, u>),   xbar = wbar / tau,   taubar = -<z, xbar> - c s / tau,
     hbar = <v, u> / V - g / V,     kbar = hbar,         abar = -m hbar.
 
-v underflows far from the threshold, but v / V and p do not: with the peak d = max (-|z|) over the items that have
-weight, v = exp(d) v' and V = exp(d) V', and both are quotients of primed quantities. 1 / V = exp(-d) / V' is the one
+v underflows far from the threshold, but v / V and p do not: with the distance d = min |z| of the items that have
+weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
 quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
 
-z - s is held to eps |z| only, and so is p, which is not enough in a wide gap, where <p, z> is the difference of two
-large numbers. But the mass is known to be k, so the tails of the rounded z say how much s is off: (L - U - delta) / V,
-in units of exp(d). p is corrected by it, with the sign of z, which balances its two sides.
+z - s is held to eps |z| only, and so is p, which is not enough in a wide gap for the derivative in tau, where <p, z> is
+the difference of two large numbers. But the mass is known to be k, so the tails of the rounded z say how much s is off:
+(L - U - delta) / V, in units of exp(-d). p is corrected by it, with the sign of z, which balances its two sides.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class Linearisation:
             self.scaled = self.scaled / total
             del decay, total
         else:
-            slip = backend.constant(self.slip(-nearest, upper, self.scaled))
+            slip = backend.constant(self.slip(nearest, upper, self.scaled))
             self.scaled = xp.where(upper, xp.exp(slip), xp.exp(-slip)) * (self.scaled / total)
             del decay, total, upper
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
         self.normal = nonzero(xp, self.normal)
         self.nearest = nearest
 
-    def slip(self, peak: Array, upper: Array, tail: Array) -> Array:
+    def slip(self, nearest: Array, upper: Array, tail: Array) -> Array:
         """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
         xp = self.xp
         if self.weights is None:
@@ -96,7 +96,7 @@ class Linearisation:
             above = self.total(xp.where(upper, self.weights, 0.0))
             tail = self.weigh(tail)
         delta = self.k - above
-        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * self.k, 0.0, delta * xp.exp(-peak))
+        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * self.k, 0.0, delta * xp.exp(nearest))
         lower = self.total(xp.where(upper, 0.0, tail))
         upper = self.total(xp.where(upper, tail, 0.0))
         slip = (lower - upper - delta) / nonzero(xp, lower + upper)

@@ -44,6 +44,8 @@ from .backend import Array, Backend
 STEPS = 9
 #: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
 CORRECTIONS = 2
+#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
+MARGIN = 4.0
 
 
 class Limits(NamedTuple):
@@ -192,11 +194,13 @@ def solve(
 
     if backend.differentiates_operations:
         gap = Gap(high, low)
-        odds, half = closer(backend, logits(xp, selectable(xp, x, where), reference, tau), gap)
+        x = selectable(xp, x, where)
+        held = None if weights is None else hold(xp, x, weights)
+        odds, half = closer(backend, logits(xp, x, reference, tau), gap)
         wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
         offset = offset - middle(gap)
         for _ in range(CORRECTIONS):
-            offset = offset + _correction(backend, odds, offset, half, wider, k, weights)
+            offset = offset + _correction(backend, odds, offset, half, wider, k, held)
         offset = offset + middle(gap)
     offset = xp.where(everything, -bound.saturated, offset)
     offset = xp.where(nothing, bound.saturated, offset)
@@ -266,9 +270,9 @@ def _approach_within(
     fixed = ends.nothing | ends.everything
     odds, half = closer(backend, logits(xp, selectable(xp, x, where), reference, tau), gap)
     offset, tails = search(backend, odds, half, k, weights, fixed, limit)
-    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
-    sure = fixed | (xp.exp(-half - offset - _MARGIN) <= tails.lower + tails.upper)
     settled = ends.valid & ~xp.isnan(tails.lower)
+    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
+    sure = fixed | ~settled | (xp.exp(-half - offset - MARGIN) <= tails.lower + tails.upper)
     return (
         reference,
         offset + middle(gap),
@@ -278,10 +282,6 @@ def _approach_within(
         settled,
         ends.high > bound.largest,
     ), sure
-
-
-#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
-_MARGIN = 4.0
 
 
 def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
@@ -300,7 +300,8 @@ def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Ar
     blocks = n // size
     maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
     level = backend.order_statistics(maxima, (rank,))
-    level = level - (math.log(n / limits(xp, x.dtype).eps) + _MARGIN) * tau
+    bound = limits(xp, x.dtype)
+    level = xp.minimum(level, bound.largest) - (math.log(n / bound.eps) + MARGIN) * tau  # of finite scores beside +inf
     return backend.gather_above(x, level)
 
 
@@ -323,7 +324,9 @@ def search(
         Steps at most.
     """
     xp = backend.xp
-    tolerance = limits(xp, odds.dtype).eps ** 0.25  # two steps of second order away from eps: the last, and one more
+    bound = limits(xp, odds.dtype)
+    tolerance = bound.eps**0.25  # two steps of second order away from eps: the last, and one more
+    ceiling = math.log(bound.largest) - 1.0  # of which exp is a number; beyond it, k is nothing beside 1
 
     def measure(offset: Array) -> tuple[Tails, Array]:
         tails = sweep(xp, odds, xp.exp(offset), weights)
@@ -332,13 +335,13 @@ def search(
     def step(state: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         offset, done = state
         _, size = measure(offset)
-        offset = xp.where(done, offset, offset + size)
+        offset = xp.where(done, offset, xp.minimum(offset + size, ceiling))
         done = done | ~(xp.abs(size) > tolerance)
         return (offset, done), done
 
     offset, _ = backend.repeat(step, (xp.zeros_like(half), fixed | xp.isnan(half)), limit)
     tails, size = measure(offset)
-    return xp.where(fixed, offset, offset + size), tails
+    return xp.where(fixed, offset, xp.minimum(offset + size, ceiling)), tails
 
 
 def middle(gap: Gap) -> Array:
@@ -395,7 +398,6 @@ class Ends(NamedTuple):
 
     high: Array  # the last score that is selected as epsilon vanishes
     low: Array  # the next one; the same if k is not whole, -inf if there is none
-    total: Array  # the largest k
     nothing: Array  # whether k = 0
     everything: Array  # whether all that can be selected is
     valid: Array  # whether k and the weights are in their ranges; NaN is in none
@@ -417,9 +419,8 @@ def find_ends(
         k = xp.reshape(k, (1,) * x.ndim)
     nothing = k <= 0.0
     if weights is None:
-        total = xp.full_like(k, n)
         high, low = _edges(backend, selectable(xp, x, where), k, ranks)
-        return Ends(high, low, total, nothing, ~nothing & (low < -bound.largest), k <= total)
+        return Ends(high, low, nothing, ~nothing & (low < -bound.largest), k <= n)
     rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
     high, low = _weighted_edges(xp, x, where, k * (1.0 - rounding), k, weights)
     x = selectable(xp, x, where)
@@ -431,7 +432,7 @@ def find_ends(
     lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
     high = xp.where(everything & (high >= -bound.largest), lowest, high)
     high = xp.where(nothing, xp.max(x, axis=-1, keepdims=True), high)
-    return Ends(high, low, total, nothing, everything, valid & (k <= total * (1.0 + 4.0 * rounding)))
+    return Ends(high, low, nothing, everything, valid & (k <= total * (1.0 + 4.0 * rounding)))
 
 
 def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
@@ -482,8 +483,10 @@ def _total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
 
 
-def hold(xp: Any, x: Array, weights: Array) -> Array:
-    """The weights, 0 for the scores that cannot be selected, which may weigh anything."""
+def hold(xp: Any, x: Array, weights: Array | None) -> Array:
+    """The weights, all 1 unless given, but 0 for the scores that cannot be selected, which may weigh anything."""
+    if weights is None:
+        return xp.astype(~(x == -math.inf), x.dtype)
     return xp.where(x == -math.inf, 0.0, weights)
 
 

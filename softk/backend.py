@@ -185,10 +185,10 @@ class Backend:
         return None
 
     def sigmoid(self, z: Array) -> Array:
-        """1 / (1 + exp(-z)): 0 and 1 at the infinities."""
-        z = self.xp.exp(-z)
-        z = 1.0 + z
-        return 1.0 / z
+        """1 / (1 + exp(-z)): 0 and 1 at the infinities, and differentiable there operation by operation."""
+        upper = z > 0.0
+        decay = self.xp.exp(-self.xp.abs(z))
+        return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
 
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""

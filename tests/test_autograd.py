@@ -189,3 +189,9 @@ def test_within_a_larger_function(rng: Any) -> None:
     in_x, in_s = autograd.grad(f, 0)(values["x"], 0.9), autograd.grad(f, 1)(values["x"], 0.9)
     assert_close(in_x, expected["x"] * np.cos(values["x"]))
     assert_close(in_s, expected["k"] + expected["epsilon"])
+
+
+def test_second_derivatives_are_numbers_across_a_deep_gap() -> None:
+    x = np.asarray([3.0, 0.0, -1.0])
+    found = autograd.hessian(lambda x: np.sum(np.asarray([0.3, -1.0, 2.0]) * softk.log_topk(x, 1, epsilon=1e-3)))(x)
+    assert np.all(np.isfinite(found))

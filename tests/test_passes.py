@@ -1,8 +1,8 @@
 """A third party's backend: found through its entry point, and here it counts the passes over the data.
 
 `Loop` is an array type that softk has never heard of: NumPy's arrays in a class of another top-level module. It counts
-the reciprocals of arrays of full size, of which every sweep of the solver has one and the mask one more; and its
-namespace counts the exponentials.
+the reciprocals of arrays of full size, of which every sweep of the solver has one; and its namespace counts the
+exponentials.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def count(x: np.ndarray, k: Any, **options: Any) -> Count:
     k = Loop(k) if isinstance(k, np.ndarray) else k
     NAMESPACE.clear()
     mask, pullback = softk.vjp(softk.topk, Loop(x), k, **options)
-    sweeps, forward = full(NAMESPACE.reciprocals) - 1, full(NAMESPACE.exponentials)
+    sweeps, forward = full(NAMESPACE.reciprocals), full(NAMESPACE.exponentials)
     NAMESPACE.clear()
     pullback(mask)
     return Count(sweeps, forward, full(NAMESPACE.exponentials))

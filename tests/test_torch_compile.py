@@ -316,6 +316,16 @@ def test_exported_module_is_differentiated_right(strict: bool, rng: Any) -> None
     assert_close(found_twice, expected_twice, 1e-9)
 
 
+def test_what_a_removed_item_weighs_is_nobodys_when_compiled() -> None:
+    where = torch.tensor([True, True, False, True])
+    x, weights = torch.tensor([0.3, 0.1, 0.2, -0.5]), torch.tensor([1.0, 2.0, torch.nan, 0.5])
+
+    def f(x: Any, weights: Any) -> Any:
+        return softk.topk(x, 1.5, weights=weights, where=where)
+
+    assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x, weights), f(x, weights), 1e-6)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_hard_mask_has_the_soft_derivative(strict: bool, rng: Any) -> None:
     class Hard(torch.nn.Module):

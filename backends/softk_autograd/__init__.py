@@ -98,6 +98,9 @@ class AutogradBackend(NumpyBackend):
     def constant(self, x: Array) -> Array:
         return _value(x)
 
+    def sigmoid(self, z: Array) -> Array:
+        return Backend.sigmoid(self, z)  # in operations that the tape knows
+
 
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:

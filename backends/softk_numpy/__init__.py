@@ -80,6 +80,11 @@ class NumpyBackend(Backend):
                 break
         return state
 
+    def sigmoid(self, z: Array) -> Array:
+        z = np.exp(-z)  # which may overflow: nobody differentiates it
+        z += 1.0
+        return np.reciprocal(z, out=z)
+
     def gathers(self, x: Array) -> bool:
         return True
 

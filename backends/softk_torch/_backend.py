@@ -67,18 +67,17 @@ class TorchBackend(Backend):
         return torch.sigmoid(z)
 
     def gathers(self, x: Array) -> bool:
-        return _is_plain(x)
+        return _is_plain(x) and x.numel() > 0
 
     def gather_above(self, x: Array, level: Array) -> Array | None:
         flat = x.reshape(-1, x.shape[-1])
-        chosen = flat >= level.reshape(-1, 1)
-        chosen |= flat != flat
+        chosen = ~(flat < level.reshape(-1, 1))
         counts = torch.count_nonzero(chosen, dim=-1)[:, None]
         width = max(int(counts.max()), 1)
         if 2 * width > flat.shape[-1]:
             return None
         gathered = flat.new_full((len(flat), width), -torch.inf)
-        gathered[torch.arange(width) < counts] = flat[chosen]
+        gathered[torch.arange(width, device=x.device) < counts] = flat[chosen]
         return gathered.reshape(*x.shape[:-1], width)
 
     def known(self, flag: Array) -> bool | None:
@@ -87,7 +86,7 @@ class TorchBackend(Backend):
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         for _ in range(limit):
             state, done = step(state)
-            if _look(done.all()):
+            if _is_plain(done) and _look(done.all()):
                 break
         return state
 
