@@ -15,6 +15,9 @@ demo: $(DEMO)/ready
 knn: $(EXPERIMENTS)/ready
 	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/knn.py --again
 
+beam: $(EXPERIMENTS)/ready
+	$(EXPERIMENTS)/bin/python docs/experiments/beam.py
+
 test: $(VENV)/ready lint docs
 	$(RUN) pytest -n 2 --dist worksteal -m "not full"
 
@@ -34,9 +37,6 @@ bench: $(BENCH)/ready
 
 bench-history: $(BENCH)/ready
 	$(BENCH)/bin/python -m pytest benchmarks/test_speed.py --benchmark-autosave --benchmark-compare
-
-beam: $(EXPERIMENTS)/ready
-	$(EXPERIMENTS)/bin/python docs/experiments/beam.py
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
