@@ -110,7 +110,7 @@ class Slices:
                 continue
             require_array(name, value, or_number=not per_item)
             arrays[name] = value
-        self.backend = backend = _common_backend(called, x, arrays)
+        self.backend = backend = common_backend(called, x, arrays)
         self.xp = xp = backend.xp
         if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
             raise TypeError(
@@ -334,7 +334,7 @@ class Probabilities:
     leading: tuple[int, ...]
 
 
-def _common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
+def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
     """The one library, and device, of all array arguments."""
     backend = backend_of(x)
     for value in others.values():

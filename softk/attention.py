@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._checks import is_number, kind_of, require_array
+from ._arguments import common_backend, fits
+from ._checks import is_number, require_array
 from ._operators import log_topk
-from ._registry import backend_of
 from .backend import Array, Backend
 
 __all__ = ["attention_weights", "topk_attention"]
@@ -99,7 +99,8 @@ def topk_attention(
     weights = attention_weights(
         query, key, k, epsilon=epsilon, mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    backend = _common(query, "value", value, key)
+    require_array("value", value)
+    backend = common_backend("query", query, {"key": key, "value": value})
     _require_dtype("value", value, query)
     if value.ndim < 2 or value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
@@ -150,7 +151,8 @@ def attention_weights(
     [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
     """
     require_array("query", query)
-    backend = _common(query, "key", key)
+    require_array("key", key)
+    backend = common_backend("query", query, {"key": key})
     xp = backend.xp
     if not xp.isdtype(query.dtype, "real floating"):
         raise TypeError(f"query must be real floating-point, got dtype {query.dtype}")
@@ -174,7 +176,8 @@ def attention_weights(
     rows, n = scores.shape[-2:]
     where = None
     if mask is not None:
-        backend = _common(query, "mask", mask, key)
+        require_array("mask", mask)
+        backend = common_backend("query", query, {"key": key, "mask": mask})
         where, scores = _masked(xp, mask, scores)
     elif is_causal:
         device = backend.device(query)
@@ -210,8 +213,7 @@ def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: 
 def _masked(xp: Any, mask: Array, scores: Array) -> tuple[Array | None, Array]:
     """What a mask leaves to choose from, and the scores with what it adds."""
     full = tuple(scores.shape)
-    pairs = zip(reversed(mask.shape), reversed(full), strict=False)
-    if mask.ndim > len(full) or any(size not in (1, other) for size, other in pairs):
+    if not fits(tuple(mask.shape), full):
         raise ValueError(f"mask must broadcast to {full}, the shape of the weights, got {tuple(mask.shape)}")
     if xp.isdtype(mask.dtype, "bool"):
         return mask, scores
@@ -228,26 +230,6 @@ def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
             f"enable_gqa=True, got shapes {tuple(values.shape)} and {tuple(query.shape)}"
         )
     return xp.repeat(values, query.shape[-3] // values.shape[-3], axis=-3)
-
-
-def _common(query: Array, name: str, value: Any, *others: Array) -> Backend:
-    """The one library, and device, of the query, another array and those that were checked before."""
-    require_array(name, value)
-    backend = backend_of(query)
-    for other in map(backend_of, (*others, value)):
-        if other.wraps == backend.name:
-            backend = other
-    if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
-        raise TypeError(
-            f"{name} must be an array of the same library as query: got {kind_of(value)} beside {kind_of(query)}; "
-            "convert one"
-        )
-    if not backend.share_device(query, value):
-        raise TypeError(
-            f"{name} must be on the device of query: got {backend.device(value)} beside {backend.device(query)}; "
-            "move one"
-        )
-    return backend
 
 
 def _require_dtype(name: str, value: Array, query: Array) -> None:
