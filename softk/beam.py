@@ -15,6 +15,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ._checks import require_array
 from ._ordering import sorted_topk
 from ._registry import backend_of, is_array
 from .backend import Array
@@ -33,9 +34,9 @@ class Step(NamedTuple):
     scores : array, (..., beams)
         The scores of the new beams, the best first; ``-inf`` for those that no continuation is left for.
     tokens : array, (..., beams, vocabulary)
-        How much of each token a new beam appends: rows of sum 1.
+        How much of each token a new beam appends: rows of sum 1, or 0 for a beam of score ``-inf``.
     parents : array, (..., beams, parents)
-        How much of each old beam a new one continues: rows of sum 1.
+        How much of each old beam a new one continues: rows of sum 1 or 0 likewise.
     inputs : array, (..., beams, features)
         ``tokens @ table``, or the tokens where there is no table.
     states : tree of arrays, (..., beams, rest)
@@ -369,8 +370,7 @@ def _mixed_leaf(weights: Array, leaf: Array) -> Array:
 
 
 def _last_two(name: str, x: Array) -> tuple[int, int]:
-    if not is_array(x):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    require_array(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least two axes, (..., beams, rest), got shape {tuple(x.shape)}")
     return int(x.shape[-2]), int(x.shape[-1])

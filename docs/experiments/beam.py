@@ -80,7 +80,7 @@ class Settings:
     looked_at: int = 400
 
     def key(self) -> str:
-        """What checkpoints are filed under: other settings, or another vocabulary, never find them."""
+        """What checkpoints are filed under: other settings never find them."""
         own = dataclasses.asdict(self)
         del own["seeds"], own["save_every"]
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
