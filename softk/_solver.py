@@ -23,7 +23,8 @@ sweep is a dozen cheap operations.
 log A = log B. A falls with s and B rises, each at most as fast as an exponential and the one that is a tail alone at
 least half as fast, so that the step is right by a factor of two or so wherever it starts; near the root it is
 Newton's step for the mass. From the middle of the gap at the k-th score three such steps are usual. Nothing guards it:
-in millions of adversarial problems eight always sufficed, and one in ten thousand needed more than five.
+of 3e7 adversarial problems one in three thousand needed more than five, and two more than nine: with a k that lies a
+rounding error of the weights beside a gap.
 
 **In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float, but
 their ratio determines t. There the tails are pure exponentials, whose ratio does not change when both sides come
