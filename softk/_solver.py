@@ -22,9 +22,8 @@ sweep is a dozen cheap operations.
 **The step.** At the root A = L + max(-delta, 0) and B = U + max(delta, 0) are equal. `step_size` is Newton's for
 log A = log B. A falls with s and B rises, each at most as fast as an exponential and the one that is a tail alone at
 least half as fast, so that the step is right by a factor of two or so wherever it starts; near the root it is
-Newton's step for the mass. From the middle of the gap at the k-th score three such steps are usual. Nothing guards it:
-of 3e7 adversarial problems one in three thousand needed more than five, and two more than nine: with a k that lies a
-rounding error of the weights beside a gap.
+Newton's step for the mass. From the middle of the gap at the k-th score three such steps are usual. A bracket guards
+it: a tail whose slope grows from a half to a whole may be overshot, past a score and back again.
 
 **In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float, but
 their ratio determines t. There the tails are pure exponentials, whose ratio does not change when both sides come
@@ -333,14 +332,21 @@ def search(
         tails = sweep(xp, odds, xp.exp(offset), weights)
         return tails, step_size(xp, tails, lacking(xp, tails, offset, half, k, weights))
 
-    def step(state: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        offset, done = state
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
+        offset, least, most, done = state
         _, size = measure(offset)
-        offset = xp.where(done, offset, xp.minimum(offset + size, ceiling))
-        done = done | ~(xp.abs(size) > tolerance)
-        return (offset, done), done
+        least, most = xp.where(size > 0.0, offset, least), xp.where(size < 0.0, offset, most)
+        proposal = offset + size
+        small = ~(xp.abs(size) > tolerance)  # at the root the bracket is decided by rounding
+        inside = small | ((proposal > least) & (proposal < most))
+        proposal = xp.where(inside, proposal, 0.5 * least + 0.5 * most)
+        offset = xp.where(done, offset, xp.minimum(proposal, ceiling))
+        done = done | small
+        return (offset, least, most, done), done
 
-    offset, _ = backend.repeat(step, (xp.zeros_like(half), fixed | xp.isnan(half)), limit)
+    start = xp.zeros_like(half)
+    state = (start, start - math.inf, start + math.inf, fixed | xp.isnan(half))
+    offset, *_ = backend.repeat(step, state, limit)
     tails, size = measure(offset)
     return xp.where(fixed, offset, xp.minimum(offset + size, ceiling)), tails
 

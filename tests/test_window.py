@@ -111,6 +111,15 @@ def test_no_slices_at_all(lib: Library) -> None:
     assert lib.evaluate(softk.topk, np.zeros((0, 1000)), 10).shape == (0, 1000)
 
 
+def test_a_step_past_a_score_and_back_is_caught(lib: Library) -> None:
+    """k is a little more than what the two largest weigh: from the third score the step overshoots the second."""
+    x, weights = np.asarray([0.2393, 4.2116, 6.321], "float32"), np.asarray([1.0751, 1.5296, 0.7536], "float32")
+    for excess in (1e-4, 2e-5, 6e-6, 3e-6):
+        k = np.asarray(weights[1] + weights[2] + np.float32(excess))
+        mask = lib.evaluate(softk.topk, x, k, epsilon=0.36472582, weights=weights)
+        assert abs(np.sum(weights.astype(float) * mask) - float(k)) <= 16.0 * np.finfo("float32").eps * float(k)
+
+
 @pytest.mark.parametrize(("dtype", "k"), [("float32", 1e-37), ("float32", 1e-30), ("float64", 1e-306)])
 @pytest.mark.parametrize("n", [1, 1000])
 def test_next_to_no_budget(dtype: str, k: float, n: int, lib: Library) -> None:
