@@ -20,6 +20,8 @@ from .timing import Call
 Array = Any
 SINKHORN = "200 Sinkhorn iterations"
 SINKHORN_ITERATIONS = 200
+SETTLED = "Sinkhorn until it settles"
+MOST_ITERATIONS = 1000
 MEMORY_SHARE = 0.3
 """A candidate that would need more than this share of the machine's memory is not run."""
 
@@ -65,6 +67,16 @@ class Candidate:
         if needed > MEMORY_SHARE * total_memory():
             return f"needs {needed / 2**30:,.0f} GiB for n x n numbers a slice"
         return None
+
+
+def few(entries: float) -> Callable[[Case], str | None]:
+    """Refuses where the number of plan entries makes one call take minutes."""
+
+    def obstacle(case: Case) -> str | None:
+        needed = case.rows * case.n * (case.k + 1)
+        return f"a plan of {needed:.1e} numbers" if needed > entries else None
+
+    return obstacle
 
 
 def finished(call: Callable[[], Array], wait: Callable[[Array], Any]) -> Call:

@@ -12,7 +12,7 @@ import numpy as np
 
 import softk
 
-from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, few, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, Any], Any]
@@ -48,6 +48,10 @@ def _prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepa
 
 def _softk(case: Case, x: Any) -> Any:
     return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
+def _sorted(case: Case, x: Any) -> Any:
+    return softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
 
 
 def _softmax(case: Case, x: Any) -> Any:
@@ -112,21 +116,12 @@ def _softjax(case: Case, x: Any) -> Any:
     return shares.sum(axis=-2)
 
 
-def _few(anchors_times_n: float) -> Callable[[Case], str | None]:
-    """Refuses where the number of plan entries makes one call take minutes."""
-
-    def obstacle(case: Case) -> str | None:
-        entries = case.rows * case.n * (case.k + 1)
-        return f"a plan of {entries:.1e} numbers" if entries > anchors_times_n else None
-
-    return obstacle
-
-
 def candidates(device: str) -> list[Candidate]:
     """softk and the framework, and those peers that are installed."""
     here = installed("JAX")
     found = [
         Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),
+        Candidate("softk.sorted_topk", "JAX jit", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
         Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "JAX jit", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", _prepare(_hard, device, gradient=False)),
@@ -134,11 +129,9 @@ def candidates(device: str) -> list[Candidate]:
     ]
     if "ott-jax" in here:
         found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))
-        sort = Candidate(
-            "OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=_few(1.5e6)
-        )
+        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=few(1.5e6))
         found.append(sort)
     if "softjax" in here:
         shares = _prepare(_softjax, device)
-        found.append(Candidate("softjax top_k, ot", "JAX jit", "other", shares, True, obstacle=_few(1.5e6)))
+        found.append(Candidate("softjax top_k, ot", "JAX jit", "other", shares, True, obstacle=few(1.5e6)))
     return found

@@ -9,7 +9,18 @@ from scipy import special
 
 import softk
 
-from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepared, implicit, sinkhorn
+from .candidates import (
+    MOST_ITERATIONS,
+    SETTLED,
+    SINKHORN,
+    SINKHORN_ITERATIONS,
+    Candidate,
+    Prepare,
+    Prepared,
+    few,
+    implicit,
+    sinkhorn,
+)
 from .cases import Case
 
 
@@ -20,6 +31,17 @@ def _softk(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
     def both() -> tuple[np.ndarray, np.ndarray]:
         mask, pullback = softk.vjp(softk.topk, x, case.k, epsilon=case.epsilon)
         return mask, pullback(u)["x"]
+
+    return Prepared(forward, both, np.asarray)
+
+
+def _sorted(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    def forward() -> np.ndarray:
+        return softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
+
+    def both() -> tuple[np.ndarray, np.ndarray]:
+        found, pullback = softk.vjp(softk.sorted_topk, x, case.k, epsilon=case.epsilon)
+        return found.values, pullback((u[..., : case.k], None))["x"]
 
     return Prepared(forward, both, np.asarray)
 
@@ -55,24 +77,40 @@ def _loop(step: Any, state: Any) -> Any:
     return state
 
 
-def _sinkhorn(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
-    def forward() -> np.ndarray:
-        mask: np.ndarray = sinkhorn(np, x, case.k, case.epsilon, _loop)
-        return mask
+def _settle(step: Any, state: Any) -> Any:
+    """Until no marginal's scale changes by more than roundings: the accuracy of the solution, where it gets there."""
+    for _ in range(MOST_ITERATIONS):
+        before, state = state, step(state)
+        if all(
+            np.all(np.abs(a - b) <= 4 * np.finfo(a.dtype).eps * np.abs(a)) for a, b in zip(state, before, strict=True)
+        ):
+            break
+    return state
 
-    def both() -> tuple[np.ndarray, np.ndarray]:
-        mask = forward()
-        return mask, implicit(mask, u, case.epsilon)
 
-    return Prepared(forward, both, np.asarray)
+def _sinkhorn(loop: Any) -> Prepare:
+    def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+        def forward() -> np.ndarray:
+            mask: np.ndarray = sinkhorn(np, x, case.k, case.epsilon, loop)
+            return mask
+
+        def both() -> tuple[np.ndarray, np.ndarray]:
+            mask = forward()
+            return mask, implicit(mask, u, case.epsilon)
+
+        return Prepared(forward, both, np.asarray)
+
+    return prepare
 
 
 def candidates(device: str) -> list[Candidate]:
     """All of them; NumPy has one device."""
     return [
         Candidate("softk.topk", "NumPy", "soft", _softk),
+        Candidate("softk.sorted_topk", "NumPy", "other", _sorted, obstacle=few(1.5e6)),
         Candidate("softmax (SciPy)", "NumPy", "other", _softmax),
         Candidate("sigmoid (SciPy)", "NumPy", "other", _sigmoid),
         Candidate("hard top-k (argpartition)", "NumPy", "hard", _hard),
-        Candidate(SINKHORN, "NumPy", "soft", _sinkhorn, peer=True),
+        Candidate(SINKHORN, "NumPy", "soft", _sinkhorn(_loop), peer=True),
+        Candidate(SETTLED, "NumPy", "soft", _sinkhorn(_settle), peer=True),
     ]

@@ -12,7 +12,7 @@ import torch._dynamo
 
 import softk
 
-from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, implicit, installed, sinkhorn
+from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, few, implicit, installed, sinkhorn
 from .cases import Case
 
 Operator = Callable[[Case, torch.Tensor], torch.Tensor]
@@ -59,6 +59,11 @@ def _wait(device: str) -> None:
 
 def _softk(case: Case, x: torch.Tensor) -> torch.Tensor:
     return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
+def _sorted(case: Case, x: torch.Tensor) -> torch.Tensor:
+    values: torch.Tensor = softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
+    return values
 
 
 def _softmax(case: Case, x: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,7 @@ def candidates(device: str) -> list[Candidate]:
     here = installed("PyTorch")
     found = [
         Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
+        Candidate("softk.sorted_topk", "PyTorch", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
