@@ -145,7 +145,7 @@ class Block:
         return offset, reference
 
     def z(self, offset: Array, reference: Array) -> Array:
-        return logits(self.xp, self.scores, reference, self.tau) - offset
+        return logits(self.backend, self.scores, reference, self.tau, offset)
 
     def mask(self, offset: Array, reference: Array) -> Array:
         return self.backend.sigmoid(self.z(offset, reference))

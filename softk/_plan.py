@@ -36,7 +36,21 @@ import math
 from typing import Any, NamedTuple
 
 from ._linear import solve_definite
-from ._solver import CORRECTIONS, Ends, closer, find_ends, frame, limits, logits, middle, nonzero, search
+from ._solver import (
+    CORRECTIONS,
+    MARGIN,
+    Ends,
+    closer,
+    find_ends,
+    frame,
+    hold,
+    limits,
+    logits,
+    middle,
+    nonzero,
+    search,
+    window,
+)
 from .backend import Array, Backend
 
 #: Newton steps at most. In the measured range (the guide's table) 30 always sufficed, 10 nearly always.
@@ -64,9 +78,9 @@ class Boundaries(NamedTuple):
 # --- the plan of given boundaries
 
 
-def log_odds(xp: Any, task: Task, reference: Array) -> Array:
+def log_odds(backend: Backend, task: Task, reference: Array) -> Array:
     """(x - r) / tau (..., m - 1, n)."""
-    return logits(xp, xp.expand_dims(task.x, axis=-2), reference, task.tau)
+    return logits(backend, backend.xp.expand_dims(task.x, axis=-2), reference, task.tau)
 
 
 def plan(xp: Any, z: Array) -> Array:
@@ -193,27 +207,42 @@ def newton(
     constants = (backend.constant(value) for value in task)
     options = {"weighted": weighted, "ranks": ranks, "limit": limit}
     reference, offset, count, valid = backend.settle(_approach, options, *constants)
-    z = log_odds(xp, task, reference)
-    for _ in range(CORRECTIONS):
-        offset = offset + _step(backend, z - offset, task.mass, task.masses, task.weights)[0]
+    if backend.differentiates_operations:
+        z = log_odds(backend, task, reference)
+        for _ in range(CORRECTIONS):
+            offset = offset + _step(backend, z - offset, task.mass, task.masses, task.weights)[0]
     return Boundaries(reference, xp.where(valid, offset, math.nan), count)
 
 
 def _approach(
     backend: Backend, *arrays: Array, weighted: bool, ranks: tuple[int, ...] | None, limit: int
 ) -> tuple[Array, ...]:
-    """The reference; the offset, within reach of the corrections; the number of steps; and whether there is a plan."""
+    """The reference; the offset; the number of steps; and whether there is a plan."""
     xp, task = backend.xp, Task(*arrays)
+    near = None if weighted or ranks is None else window(backend, task.x, xp.max(task.tau, axis=-2), ranks)
+    if near is not None:
+        within = task._replace(x=near, weights=xp.expand_dims(hold(xp, near, None), axis=-2))
+        found, sure = _approach_within(backend, within, weighted, ranks, limit, task.x.shape[-1])
+        if backend.known(xp.all(sure)):
+            return found
+    return _approach_within(backend, task, weighted, ranks, limit, task.x.shape[-1])[0]
+
+
+def _approach_within(
+    backend: Backend, task: Task, weighted: bool, ranks: tuple[int, ...] | None, limit: int, n: int
+) -> tuple[tuple[Array, ...], Array]:
+    """What `_approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    xp = backend.xp
     bound = limits(xp, task.x.dtype)
     mass = task.mass[..., 0]
     if not weighted:  # sums of fractions that should be whole are
         nearest = xp.round(mass)
         mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
     weights = task.weights[..., 0, :] if weighted else None
-    ends = find_ends(backend, task.x, None, mass, weights, ranks, task.x.shape[-1])
+    ends = find_ends(backend, task.x, None, mass, weights, ranks, n)
     ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
-    reference, gap = frame(xp, ends, task.tau)
-    z = log_odds(xp, task, reference)
+    reference, gap = frame(backend, ends, task.tau)
+    z = log_odds(backend, task, reference)
     mass = xp.expand_dims(mass, axis=-1)
     odds, half = closer(backend, z, gap)
     alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
@@ -238,8 +267,15 @@ def _approach(
     none = xp.zeros_like(offset[..., :1, :])
     state = (offset, none, none + math.inf, none > 0.0, none > 0.0)
     offset, count, *_ = backend.repeat(step, state, limit)
+    for _ in range(CORRECTIONS):
+        offset = offset + _step(backend, z - offset, mass, task.masses, task.weights)[0]
     valid = xp.all(ends.valid, axis=-2, keepdims=True) & (task.tau > 0.0) & (task.tau <= bound.largest)
-    return reference, offset, count, valid
+    # A window leaves out what is log(n / eps) and the margin below the lower side of every gap. That is nothing beside
+    # the score there, where it is below the boundary; else it must be beside all that is shared at the boundary.
+    above, below = sides(xp, plan(xp, z - offset))
+    shared = xp.sum(task.weights * (above * below), axis=-1, keepdims=True)
+    sure = ends.nothing | ends.everything | (offset >= gap.low) | (xp.exp(gap.low - offset - MARGIN) <= shared)
+    return (reference, offset, count, valid), sure | ~valid
 
 
 def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array) -> tuple[Array, Array]:
@@ -305,7 +341,7 @@ def _iterate(backend: Backend, *arrays: Array, tolerance: float, limit: int) -> 
     """The offset, and the number of iterations."""
     *given, masses, reference = arrays
     xp, task = backend.xp, Task(*given)
-    z = log_odds(xp, task, reference)
+    z = log_odds(backend, task, reference)
     taken, least = masses > 0.0, float(xp.finfo(z.dtype).smallest_normal)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Any, Array]:

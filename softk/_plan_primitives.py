@@ -107,7 +107,7 @@ class _Means:
 def _sorted_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
-    share = (plan(xp, log_odds(xp, task, reference) - offset) * task.weights)[..., :-1, :]
+    share = (plan(xp, log_odds(backend, task, reference) - offset) * task.weights)[..., :-1, :]
     return _Means(backend, task, reference, inputs[2]).of(share), share, offset, reference
 
 
@@ -154,7 +154,7 @@ def _positions(backend: Backend, x: Array, rows: int) -> Array:
 def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
-    share = plan(xp, log_odds(xp, task, reference) - offset)[..., :-1, :]
+    share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
     place = _positions(backend, task.x, rows)
     found = xp.sum(share * place, axis=-2)
     # -inf is never selected: those are behind all others, and tie.
@@ -262,7 +262,7 @@ def _transport_forward(backend: Backend, *inputs: Any, method: str, tolerance: f
         reference, offset, count = newton(backend, task, weighted=weights is not None, limit=limit)
     else:
         reference, offset, count = sinkhorn(backend, task, masses, anchors, tolerance, limit)
-    share = task.weights * plan(xp, log_odds(xp, task, reference) - offset)
+    share = task.weights * plan(xp, log_odds(backend, task, reference) - offset)
     error = xp.max(xp.abs(xp.sum(share, axis=-1) - masses), axis=-1, keepdims=True)
     # (2 x y - y^2 + g) / epsilon differs between neighbours by z. The zero of g, which is free, is at the lowest anchor
     # that takes anything.

@@ -41,7 +41,7 @@ class PlanLinearisation:
     def __init__(self, backend: Backend, task: Task, reference: Array, offset: Array) -> None:
         self.xp, self.task = backend.xp, task
         xp = backend.xp
-        self.apart = log_odds(xp, task, reference)
+        self.apart = log_odds(backend, task, reference)
         self.share = plan(xp, self.apart - offset)
         self.above, self.below = sides(xp, self.share)
         self.system = System(backend, self.share, self.above, self.below, task.weights)

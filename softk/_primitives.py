@@ -39,8 +39,8 @@ def _mask_forward(
     ranks: tuple[int, ...] | None,
 ) -> Arrays:
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
-    z = logits(backend.xp, selectable(backend.xp, x, where), reference, tau)
-    return backend.sigmoid(z - offset), offset, reference
+    z = logits(backend, selectable(backend.xp, x, where), reference, tau, offset)
+    return backend.sigmoid(z), offset, reference
 
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -73,7 +73,7 @@ def _log_forward(
     xp = backend.xp
     x = selectable(xp, x, where)
     reference, offset, extreme = solve(backend, x, k, tau, weights, None, ranks)
-    z = logits(xp, x, reference, tau) - offset
+    z = logits(backend, x, reference, tau, offset)
     # As far below as it is, and not only as far as a derivative sees.
     lower = xp.where(z < 0.0, (xp.minimum(x, limits(xp, x.dtype).largest) - reference) / tau - offset, 0.0)
     found = lower - xp.log1p(xp.exp(-xp.abs(z)))
@@ -130,7 +130,7 @@ def _hard_forward(
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
     # Where a framework differentiates the operations themselves, they are those of the soft mask.
-    soft = backend.sigmoid(logits(xp, x, reference, tau) - offset)
+    soft = backend.sigmoid(logits(backend, x, reference, tau, offset))
     return chosen + (soft - backend.constant(soft)), offset, reference
 
 

@@ -49,14 +49,14 @@ class Linearisation:
     def __init__(
         self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array, *, balanced: bool = True
     ) -> None:
-        self.backend, self.xp = backend, backend.xp
-        xp = self.xp
+        self.backend, self.xp, self.over = backend, backend.xp, backend.overwriting
+        xp, over = self.xp, self.over
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
         bound = limits(xp, self.x.dtype)
         distance = self.z()
         upper = distance > 0.0 if balanced else None
-        distance = xp.abs(distance)
+        distance = over.abs(distance)
         weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
         nearest = xp.min(weighty, axis=-1, keepdims=True)
         del weighty
@@ -65,24 +65,24 @@ class Linearisation:
         self.height = height = xp.exp(-nearest)
         # Everything in units of exp(-nearest); only an item without weight can come closer. What is nothing beside 1 is
         # exactly 0.
-        distance = nearest - distance
+        distance = over.subtract(distance, nearest)
         if self.weights is not None:
-            distance = xp.minimum(distance, math.log(bound.farthest))
-        some = distance > math.log(least(xp, self.x.dtype))
-        decay = exponential(xp, distance)
-        del distance
-        decay = decay * xp.astype(some, decay.dtype)
-        del some
+            distance = over.maximum(distance, -math.log(bound.farthest))
+        distance = over.negative(distance)
+        some = backend.indicator(distance, math.log(least(xp, self.x.dtype)))
+        decay = over.multiply(exponential(xp, distance, over), some)
+        del distance, some
         # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
-        total = 1.0 + height * decay
-        self.scaled = decay / total
-        if upper is None:
-            self.scaled = self.scaled / total
-            del decay, total
-        else:
+        total = over.add(height * decay, 1.0)
+        self.scaled = over.divide(decay, total)
+        del decay
+        if upper is not None:
             slip = backend.constant(self.slip(nearest, upper, self.scaled))
-            self.scaled = xp.where(upper, xp.exp(slip), xp.exp(-slip)) * (self.scaled / total)
-            del decay, total, upper
+            balance = xp.where(upper, xp.exp(slip), xp.exp(-slip))
+            self.scaled = over.multiply(self.scaled, balance)
+            del upper, balance
+        self.scaled = over.divide(self.scaled, total)
+        del total
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
         self.normal = nonzero(xp, self.normal)
         self.nearest = nearest
@@ -104,16 +104,16 @@ class Linearisation:
 
     def z(self) -> Array:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
-        return logits(self.xp, selectable(self.xp, self.x, self.where), self.reference, self.tau) - self.offset
+        return logits(self.backend, selectable(self.xp, self.x, self.where), self.reference, self.tau, self.offset)
 
     def gain(self) -> Array:
         """v, the derivative of the mask in z. Without weights v' is never held back, and v is in proportion to it."""
         if self.weights is None:
             return self.height * self.scaled
-        decay = self.xp.exp(-self.xp.abs(self.z()))
-        tail = decay / (1.0 + decay)
-        del decay
-        return (1.0 - tail) * tail
+        over = self.over
+        tail = over.exp(over.negative(over.abs(self.z())))
+        tail = over.divide(tail, 1.0 + tail)
+        return over.multiply(1.0 - tail, tail)
 
     def rate(self) -> Array:
         """1 / V'."""
@@ -128,26 +128,27 @@ class Linearisation:
         """v / V, the derivative of the mask in k."""
         return self.scaled * self.rate()
 
-    def centred(self, u: Array) -> Array:
-        """v u, less a multiple of a v, which is zero at the item that dominates p: J^T a = 0."""
-        origin = self.at_peak(u)
-        if self.weights is None:
-            u = self.kept(u) - origin
-            return u * self.gain()
-        xp, heaviest = self.xp, nonzero(self.xp, self.at_peak(self.weights))
-        gain = self.gain()
-        return (xp.where(gain == 0.0, 0.0, self.weights) / heaviest * -origin + self.kept(u)) * gain
+    def spread(self, u: Array, g: Array) -> Array:
+        """v u + p (g - <v, u>), where J^T a = 0.
 
-    def at_peak(self, values: Array) -> Array:
-        """The value at the item that has the largest share of p; the mean of several, zero where none has any.
-
-        It is linear in the values, as a rule must be.
+        Twice, from u less its mean: where one item dominates p, the first difference there is exact, and all that is
+        left for the second to cancel is its rounding.
         """
-        share = self.weigh(self.scaled)
-        peak = (share >= self.xp.max(share, axis=-1, keepdims=True)) & (share > 0.0)
+        xp, over, dot = self.xp, self.over, self.backend.dot
+        if self.weights is None:
+            u = self.kept(u)
+            u = u - dot(self.scaled, u) / self.normal
+            g = g - self.height * dot(self.scaled, u)
+            return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
+        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
+        share = over.divide(share, nonzero(xp, xp.max(share, axis=-1, keepdims=True)))  # weights may be of any size
+        u = self.kept(u)
+        mean = dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share))
+        share = share * mean
+        u = u - share
         del share
-        count = self.xp.astype(self.xp.count_nonzero(peak, axis=-1, keepdims=True), values.dtype)
-        return self.total(self.xp.where(peak, values, 0.0)) / nonzero(self.xp, count)
+        found = over.multiply(u, self.gain())
+        return over.add(found, self.shares(g - self.total(found)))
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""
@@ -165,7 +166,7 @@ class Linearisation:
         """p times a number a slice. The inverse of the sum of tiny weights is not a number that exists."""
         if self.weights is None:
             return self.scaled * (factor / self.normal)
-        return self.weigh(self.scaled) / self.normal * factor
+        return self.over.divide(self.weigh(self.scaled), self.normal) * factor
 
     def total(self, values: Array) -> Array:
         return self.xp.sum(values, axis=-1, keepdims=True)
@@ -185,10 +186,12 @@ class Linearisation:
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * self.kept(da))
-        # J 1 = 0: measured from the item that dominates p, w - <p, w> does not cancel where p is nearly 1.
-        origin = self.at_peak(w)
+        # J 1 = 0: what is left of w beside its mean is exact where p is nearly 1, and has a mean once more.
+        share = self.weigh(self.scaled)
+        origin = self.backend.dot(share, w) / self.normal
         w = w - origin
-        shifted = self.total(self.weigh(self.scaled) * w) / self.normal
+        shifted = self.backend.dot(share, w) / self.normal
+        del share
         mean = shifted + origin
         found = self.inverse() * dh
         ds = mean - found
@@ -225,15 +228,10 @@ class Linearisation:
                 hbar = hbar + self.total(self.lift() * self.kept(u))
         xbar = taubar = None
         if of_x or of_tau:
-            if u is None:
-                xbar = self.shares(g / self.tau)
-            else:
-                xbar = self.centred(u)
-                g = g - self.total(xbar)
-                xbar = (self.shares(g) + xbar) / self.tau
+            xbar = self.shares(g / self.tau) if u is None else self.over.divide(self.spread(u, g), self.tau)
             del self.scaled  # an array of the scores' size, of which the rest needs some
             # +inf does not move; for the other scores that do not, v' is 0.
-            xbar = xbar * xp.astype(self.x < math.inf, xbar.dtype)
+            xbar = self.over.multiply(xbar, self.backend.indicator(-self.x, -math.inf))
         if of_tau:
             taubar = -self.total(self.z() * xbar)
             if c is not None:
@@ -258,9 +256,9 @@ class LogLinearisation(Linearisation):
         above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate()
         return self.xp.where(z > 0.0, above, self.gain() * self.inverse())
 
-    def centred(self, u: Array) -> Array:
-        """(1 - m) u, less a multiple of p, which is zero at the item that dominates p."""
+    def spread(self, u: Array, g: Array) -> Array:
+        """(1 - m) u + p (g - <1 - m, u>), twice likewise."""
         direct = self.gain()
         direct = self.xp.where(direct == 0.0, 0.0, u) * direct
-        share = self.shares(self.xp.ones_like(self.offset))
-        return direct - share * (self.at_peak(direct) / nonzero(self.xp, self.at_peak(share)))
+        found = direct - self.shares(self.total(direct))
+        return self.shares(g - self.total(found)) + found

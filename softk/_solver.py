@@ -66,17 +66,19 @@ def limits(xp: Any, dtype: Any) -> Limits:
     return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
 
 
-def logits(xp: Any, x: Array, reference: Array, tau: Array) -> Array:
-    """(x - reference) / tau, clipped to the farthest distance that a derivative still sees.
+def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Array | None = None) -> Array:
+    """(x - reference) / tau, clipped to the farthest distance that a derivative still sees, less the offset.
 
     +inf counts as the largest score: many of them tie, and share k when they are more than k. The difference of two
     scores may overflow, and is clipped then too.
     """
+    xp, over = backend.xp, backend.overwriting
     bound = limits(xp, x.dtype)
     reach = xp.minimum(bound.farthest * tau, bound.largest)
     x = xp.minimum(x, bound.largest)
     x = x - reference
-    return between(xp, x, -reach, reach) / tau
+    z = over.divide(between(over, x, -reach, reach), tau)
+    return z if offset is None else over.subtract(z, offset)
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
@@ -90,10 +92,13 @@ def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
     return xp.minimum(values, most)
 
 
-def exponential(xp: Any, exponent: Array) -> Array:
-    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers."""
-    exponent = xp.maximum(exponent, math.log(least(xp, exponent.dtype)))
-    return xp.exp(exponent)
+def exponential(xp: Any, exponent: Array, over: Any = None) -> Array:
+    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers.
+
+    `over` is the namespace that overwrites, for an exponent that nobody reads again.
+    """
+    over = over or xp
+    return over.exp(over.maximum(exponent, math.log(least(xp, exponent.dtype))))
 
 
 def least(xp: Any, dtype: Any) -> float:
@@ -110,35 +115,35 @@ class Tails(NamedTuple):
     slope: Array  # sum of sigmoid' over all scores
 
 
-def sweep(xp: Any, odds: Array, level: Array, weights: Array | None) -> Tails:
-    """The one pass over the scores that every step of the solver is made of: E = exp(z) beside c = exp(s)."""
-    above = odds > level
-    inverse = 1.0 / (odds + level)
-    tail = xp.where(above, level, odds)
-    tail = tail * inverse
-    del inverse
+def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, smaller: Array | None = None) -> Tails:
+    """The one pass over the scores that every step of the solver is made of: E = exp(z) beside c = exp(s).
+
+    `smaller` is min(E, c), where its derivative matters.
+    """
+    xp, over = backend.xp, backend.overwriting
+    side = backend.indicator(odds, level)  # products split a sum faster than choices, which processors must guess
+    tail = xp.minimum(odds, level) if smaller is None else smaller
+    tail = over.divide(tail, odds + level)
     weighted = tail if weights is None else weights * tail
-    curved = _total(xp, weighted * tail)
+    curved = backend.dot(weighted, tail)
     del tail
-    side = xp.astype(above, odds.dtype)  # a product splits a sum faster than a choice, where the choice is irregular
-    del above
-    count = _total(xp, side if weights is None else weights * side)
-    part = weighted * side
-    del side
-    upper, lower = _total(xp, part), _total(xp, weighted - part)
-    del part, weighted
+    count = _total(xp, side) if weights is None else backend.dot(weights, side)
+    upper = backend.dot(weighted, side)
+    side = over.subtract(over.negative(side), -1.0)
+    lower = backend.dot(weighted, side)
     return Tails(count, lower, upper, lower + upper - curved)
 
 
 def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
     """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
-    floor = least(xp, delta.dtype)  # beside the other, a tail may be nothing at all
+    both = tails.lower + tails.upper
+    # Beside the other, a tail may be nothing at all; and weights may be as small as numbers are.
+    floor = xp.minimum(float(xp.finfo(delta.dtype).eps) * both, least(xp, delta.dtype))
     lower, upper = xp.maximum(tails.lower, floor), xp.maximum(tails.upper, floor)
     more = xp.maximum(delta, 0.0)
     rising = upper + more
     falling = lower + (more - delta)
     rate = (lower / falling + upper / rising) * tails.slope
-    both = tails.lower + tails.upper
     return xp.log(falling / rising) * both / rate
 
 
@@ -197,7 +202,7 @@ def solve(
         gap = Gap(high, low)
         x = selectable(xp, x, where)
         held = None if weights is None else hold(xp, x, weights)
-        odds, half = closer(backend, logits(xp, x, reference, tau), gap)
+        odds, half = closer(backend, logits(backend, x, reference, tau), gap)
         wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
         offset = offset - middle(gap)
         for _ in range(CORRECTIONS):
@@ -217,8 +222,9 @@ class Gap(NamedTuple):
     low: Array
 
 
-def frame(xp: Any, ends: Ends, tau: Array) -> tuple[Array, Gap]:
+def frame(backend: Backend, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     """The reference, and where the scores on either side of it are."""
+    xp = backend.xp
     largest = limits(xp, ends.high.dtype).largest
     low = xp.where(ends.nothing | ends.everything, ends.high, ends.low)
     both = between(xp, xp.concat([ends.high, low], axis=-1), -largest, largest)
@@ -226,7 +232,7 @@ def frame(xp: Any, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     # The middle, of which no part overflows, however a compiler rearranges it.
     together = (high > 0.0) == (low > 0.0)
     reference = xp.where(together, high - 0.5 * (high - low), 0.5 * (high + low))
-    both = logits(xp, both, reference, tau)
+    both = logits(backend, both, reference, tau)
     return reference, Gap(both[..., :1], both[..., 1:])
 
 
@@ -265,11 +271,11 @@ def _approach_within(
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
-    reference, gap = frame(xp, ends, tau)
+    reference, gap = frame(backend, ends, tau)
     if weights is not None:
         weights = hold(xp, selectable(xp, x, where), weights)
     fixed = ends.nothing | ends.everything
-    odds, half = closer(backend, logits(xp, selectable(xp, x, where), reference, tau), gap)
+    odds, half = closer(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
     offset, tails = search(backend, odds, half, k, weights, fixed, limit)
     settled = ends.valid & ~xp.isnan(tails.lower)
     # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
@@ -330,7 +336,7 @@ def search(
     ceiling = math.log(bound.largest) - 1.0  # of which exp is a number; beyond it, k is nothing beside 1
 
     def measure(offset: Array) -> tuple[Tails, Array]:
-        tails = sweep(xp, odds, xp.exp(offset), weights)
+        tails = sweep(backend, odds, xp.exp(offset), weights)
         return tails, step_size(xp, tails, lacking(xp, tails, offset, half, k, weights))
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
@@ -362,16 +368,16 @@ def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     Half a gap of log(1 / eps) is left: within eps its tails are exponentials. Neither what is returned nor its inverse
     overflows.
     """
-    xp = backend.xp
+    xp, over = backend.xp, backend.overwriting
     bound = limits(xp, z.dtype)
     half = 0.5 * (gap.high - gap.low)
     excess = xp.maximum(half - _narrow(bound), 0.0)
     z = z - middle(gap)
     # A constant of every score that matters; frameworks halve the derivative at a bound.
     inner = backend.constant(between(xp, z, -excess, excess))
-    z = z - inner
+    z = over.subtract(z, inner)
     del inner
-    return xp.exp(between(xp, z, -bound.reach, bound.reach)), half - excess
+    return over.exp(between(over, z, -bound.reach, bound.reach)), half - excess
 
 
 def _narrow(bound: Limits) -> float:
@@ -392,7 +398,9 @@ def _correction(
 ) -> Array:
     """Newton's step for the mass, in operations whose own derivative is that of the solution."""
     xp = backend.xp
-    tails = sweep(xp, odds, xp.exp(offset), weights)
+    level = xp.exp(offset)
+    smaller = xp.where(odds > level, level, odds)  # a minimum's derivative at a tie is half of each
+    tails = sweep(backend, odds, level, weights, smaller)
     delta = k - tails.above
     value = backend.constant(lacking(xp, tails, offset, half, k, weights))
     # delta less its value is zero and carries the derivative, which the narrowing of a gap made too small.

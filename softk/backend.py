@@ -148,6 +148,15 @@ class Backend:
         """Whether the framework may, just now, differentiate a primitive's own operations and not ask for its rule."""
         return False
 
+    @property
+    def overwriting(self) -> Any:
+        """The namespace's elementwise functions, which may write the result over their first argument.
+
+        It is softk's own, of the shape of the result, and nobody reads it again: an array less to be had from the
+        system, which costs more than what is computed. Where an array may be batched, so must be the first.
+        """
+        return self.xp
+
     def constant(self, x: Array) -> Array:
         """The same values, cut off from automatic differentiation."""
         return x
@@ -189,6 +198,14 @@ class Backend:
         upper = z > 0.0
         decay = self.xp.exp(-self.xp.abs(z))
         return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
+
+    def indicator(self, x: Array, level: Array | float) -> Array:
+        """1 where a number is above the level and 0 elsewhere, as numbers of its own dtype."""
+        return self.xp.astype(x > level, x.dtype)
+
+    def dot(self, x: Array, y: Array) -> Array:
+        """The sum of the products along the last axis, which is kept; rounded as the dtype rounds, and no coarser."""
+        return self.xp.sum(x * y, axis=-1, keepdims=True)
 
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""

@@ -161,6 +161,8 @@ MATHEMATICS = {
     *("grad", "value_and_grad", "vjp", "jvp", "jacrev", "jacfwd", "jacobian", "hessian", "linearize", "backward"),
     *("sinkhorn", "newton", "bisect", "brentq", "fsolve", "root"),
 }
+#: Methods that may call them.
+LEFT_OUT = ("gradient", "sigmoid", "exp", "dot", "cumulative_sum")
 #: The rules of the primitive itself, which an adapter is there to hand on.
 HANDED_ON = {"primitive.jvp", "primitive.vjp", "ctx.primitive.jvp", "ctx.primitive.vjp"}
 
@@ -168,15 +170,13 @@ HANDED_ON = {"primitive.jvp", "primitive.vjp", "ctx.primitive.jvp", "ctx.primiti
 def mathematics(source: str) -> list[str]:
     """The calls in a source that are mathematics, divisions and powers, and imports of the core's own mathematics.
 
-    Methods called `gradient` and `sigmoid` are left out: they say how the framework differentiates any function at all,
-    and which function of its own is a sigmoid.
+    Some methods are left out: `gradient` says how the framework differentiates any function at all; the others, which
+    function of its own is a sigmoid, an exponential or a sum.
     """
     tree, found = ast.parse(source), []
     for parent in ast.walk(tree):
         if isinstance(parent, ast.ClassDef):
-            parent.body = [
-                n for n in parent.body if not (isinstance(n, ast.FunctionDef) and n.name in ("gradient", "sigmoid"))
-            ]
+            parent.body = [n for n in parent.body if not (isinstance(n, ast.FunctionDef) and n.name in LEFT_OUT)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)

@@ -1,8 +1,8 @@
 """A third party's backend: found through its entry point, and here it counts the passes over the data.
 
-`Loop` is an array type that softk has never heard of: NumPy's arrays in a class of another top-level module. It counts
-the reciprocals of arrays of full size, of which every sweep of the solver has one; and its namespace counts the
-exponentials.
+`Loop` is an array type that softk has never heard of: NumPy's arrays in a class of another top-level module. Its
+backend counts the comparisons of scores to a threshold, of which every sweep of the solver has one; its namespace
+counts the exponentials.
 """
 
 from __future__ import annotations
@@ -51,8 +51,6 @@ def _operator(name: str) -> None:
         return Loop(np.asarray(f(self.inner, *map(_inner, others))))
 
     def backward(self: Loop, other: Any) -> Loop:
-        if name == "truediv":
-            NAMESPACE.reciprocals.append(self.inner.size)
         return Loop(np.asarray(f(_inner(other), self.inner)))
 
     setattr(Loop, f"__{name}__", forward)
@@ -95,7 +93,7 @@ class Namespace:
 
     def clear(self) -> None:
         self.exponentials: list[int] = []  # the size of each
-        self.reciprocals: list[int] = []
+        self.comparisons: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(xp, name)
@@ -121,6 +119,10 @@ class LoopBackend(Backend):
     def __init__(self) -> None:
         super().__init__(NAMESPACE)
         self.early = False
+
+    def indicator(self, x: Loop, level: Any) -> Any:
+        NAMESPACE.comparisons.append(x.size)
+        return super().indicator(x, level)
 
     def quiet(self) -> Any:
         return np.errstate(all="ignore")
@@ -254,7 +256,7 @@ def count(x: np.ndarray, k: Any, **options: Any) -> Count:
     k = Loop(k) if isinstance(k, np.ndarray) else k
     NAMESPACE.clear()
     mask, pullback = softk.vjp(softk.topk, Loop(x), k, **options)
-    sweeps, forward = full(NAMESPACE.reciprocals), full(NAMESPACE.exponentials)
+    sweeps, forward = full(NAMESPACE.comparisons), full(NAMESPACE.exponentials)
     NAMESPACE.clear()
     pullback(mask)
     return Count(sweeps, forward, full(NAMESPACE.exponentials))

@@ -98,8 +98,17 @@ class AutogradBackend(NumpyBackend):
     def constant(self, x: Array) -> Array:
         return _value(x)
 
+    # In operations that the tape knows:
+
+    @property
+    def overwriting(self) -> Any:
+        return self.xp
+
+    def dot(self, x: Array, y: Array) -> Array:
+        return Backend.dot(self, x, y)
+
     def sigmoid(self, z: Array) -> Array:
-        return Backend.sigmoid(self, z)  # in operations that the tape knows
+        return Backend.sigmoid(self, z)
 
 
 @cache

@@ -55,10 +55,64 @@ class _Namespace:
             np.bitwise_xor(block, second, out=target[part])
         return found
 
+    @staticmethod
+    def cumulative_sum(x: Array, *, axis: int) -> Array:
+        """``numpy.cumulative_sum``; over short columns row by row, for NumPy goes along each column by itself."""
+        if axis != -2 or x.size < _SMALL or x.shape[-2] > x.shape[-1]:
+            return compat.cumulative_sum(x, axis=axis)
+        found = np.empty_like(x)
+        found[..., 0, :] = x[..., 0, :]
+        for j in range(1, x.shape[-2]):
+            np.add(found[..., j - 1, :], x[..., j, :], out=found[..., j, :])
+        return found
+
+    @staticmethod
+    def maximum(x: Array, other: Any) -> Array:
+        """``numpy.maximum``; beside a number the clip takes a third of its time."""
+        return np.clip(x, other, np.inf) if _is_number_beside(x, other) else np.maximum(x, other)
+
+    @staticmethod
+    def minimum(x: Array, other: Any) -> Array:
+        """``numpy.minimum``, likewise."""
+        return np.clip(x, -np.inf, other) if _is_number_beside(x, other) else np.minimum(x, other)
+
+
+class _Overwriting:
+    """The elementwise functions of a namespace, writing over their first argument."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(np, name)
+
+        def overwrite(x: Array, *others: Any) -> Array:
+            return function(x, *others, out=x)
+
+        setattr(self, name, overwrite)
+        return overwrite
+
+    @staticmethod
+    def maximum(x: Array, other: Any) -> Array:
+        return np.clip(x, other, np.inf, out=x) if _is_number_beside(x, other) else np.maximum(x, other, out=x)
+
+    @staticmethod
+    def minimum(x: Array, other: Any) -> Array:
+        return np.clip(x, -np.inf, other, out=x) if _is_number_beside(x, other) else np.minimum(x, other, out=x)
+
 
 _BITS = {np.dtype("float32"): np.dtype("int32"), np.dtype("float64"): np.dtype("int64")}
 _SMALL = 4096  # items; below, a call costs more than the branches
 _BLOCK = 32768  # items
+_TERMS = 1024  # of a sum of products
+
+
+def _is_number_beside(x: Array, other: Any) -> bool:
+    return x.size >= _SMALL and x.dtype in _BITS and np.size(other) == 1 and np.ndim(other) <= x.ndim
+
+
+def _in_blocks(x: Array) -> Array:
+    """(..., n) as (..., n // _TERMS, _TERMS), without a copy and without the rest."""
+    count = x.shape[-1] // _TERMS
+    strides = (*x.strides[:-1], _TERMS * x.strides[-1], x.strides[-1])
+    return np.lib.stride_tricks.as_strided(x, (*x.shape[:-1], count, _TERMS), strides, writeable=False)
 
 
 def _fits(value: Any, like: Array) -> bool:
@@ -80,10 +134,25 @@ class NumpyBackend(Backend):
                 break
         return state
 
+    @property
+    def overwriting(self) -> Any:
+        return _OVERWRITING
+
     def sigmoid(self, z: Array) -> Array:
-        z = np.exp(-z)  # which may overflow: nobody differentiates it
+        z = np.negative(z)
+        z = np.exp(z, out=z)  # which may overflow: nobody differentiates it
         z += 1.0
         return np.reciprocal(z, out=z)
+
+    def dot(self, x: Array, y: Array) -> Array:
+        """Each product of a block is added to one of a few sums, by BLAS; those of the blocks are added in pairs."""
+        x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)  # by the same loop, whatever the order in memory
+        rest = x.shape[-1] % _TERMS
+        found = np.vecdot(x[..., x.shape[-1] - rest :], y[..., y.shape[-1] - rest :])[..., None]
+        if rest == x.shape[-1]:
+            return found
+        blocks = np.vecdot(_in_blocks(x), _in_blocks(y))
+        return found + blocks.sum(axis=-1, keepdims=True)
 
     def gathers(self, x: Array) -> bool:
         return True
@@ -120,5 +189,7 @@ class NumpyBackend(Backend):
         ordered = np.partition(x, np.unique(index), axis=-1)
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)
 
+
+_OVERWRITING = _Overwriting()
 
 backend = NumpyBackend(_Namespace(), "numpy")
