@@ -466,7 +466,7 @@ def table(found: Record) -> str:
     for arm in ("soft", "along"):
         others = [other for other in ARMS if other != arm and other != {"soft": "at_along", "along": "at_soft"}[arm]]
         rows = [[ARMS[other], *spread(arm, other)] for other in others]
-        parts += [f"Seed by seed, {ARMS[arm]}, minus the others:"]
+        parts += [f"Seed by seed, '{ARMS[arm]}' minus the others:"]
         parts += [report.table(["minus", "phoneme errors, points", "word errors, points"], rows)]
 
     pairs = {
@@ -483,7 +483,7 @@ def table(found: Record) -> str:
     how = (
         f"The {len(rows) // len(TRIED)} trials of each arm, {settings['updates']} updates long, on the validation "
         f"words of seed {settings['tuning_seed']}, which is not reported. The lowest phoneme error is chosen, of equal "
-        f"ones the first; {ARMS['longer']} takes the learning rate of the shorter one."
+        f"ones the first. '{ARMS['longer']}' takes the learning rate of the shorter one."
     )
     trained = report.table(["trained", "learning rate", "epsilon", *errors], rows)
     fewest, most = settings["letters"]
