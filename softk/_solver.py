@@ -23,7 +23,8 @@ sweep is a dozen cheap operations.
 log A = log B. A falls with s and B rises, each at most as fast as an exponential and the one that is a tail alone at
 least half as fast, so that the step is right by a factor of two or so wherever it starts; near the root it is
 Newton's step for the mass. From the middle of the gap at the k-th score three such steps are usual. A bracket guards
-it: a tail whose slope grows from a half to a whole may be overshot, past a score and back again.
+it: a tail whose slope grows from a half to a whole may be overshot, past a score and back again, so no step goes beyond
+the middle of the bracket.
 
 **In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float, but
 their ratio determines t. There the tails are pure exponentials, whose ratio does not change when both sides come
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 from .backend import Array, Backend
 
 #: Steps before the correction, at most.
-STEPS = 9
+STEPS = 11
 #: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
 CORRECTIONS = 2
 #: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
@@ -131,13 +132,13 @@ def sweep(xp: Any, odds: Array, level: Array, weights: Array | None) -> Tails:
 
 def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
     """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
-    _, lower, upper, slope = tails
-    both = lower + upper
+    floor = least(xp, delta.dtype)  # beside the other, a tail may be nothing at all
+    lower, upper = xp.maximum(tails.lower, floor), xp.maximum(tails.upper, floor)
     more = xp.maximum(delta, 0.0)
-    floor = float(xp.finfo(delta.dtype).eps) * both  # beside the other, a tail may be nothing at all
-    rising = xp.maximum(upper + more, floor)
-    falling = xp.maximum(lower + (more - delta), floor)
-    rate = (lower / falling + upper / rising) * slope
+    rising = upper + more
+    falling = lower + (more - delta)
+    rate = (lower / falling + upper / rising) * tails.slope
+    both = tails.lower + tails.upper
     return xp.log(falling / rising) * both / rate
 
 
@@ -336,11 +337,10 @@ def search(
         offset, least, most, done = state
         _, size = measure(offset)
         least, most = xp.where(size > 0.0, offset, least), xp.where(size < 0.0, offset, most)
-        proposal = offset + size
-        small = ~(xp.abs(size) > tolerance)  # at the root the bracket is decided by rounding
-        inside = small | ((proposal > least) & (proposal < most))
-        proposal = xp.where(inside, proposal, 0.5 * least + 0.5 * most)
-        offset = xp.where(done, offset, xp.minimum(proposal, ceiling))
+        small = ~(xp.abs(size) > tolerance)
+        half_width = 0.5 * (most - least)  # the offset is at one end, and goes as far as the middle
+        size = between(xp, size, -half_width, half_width)
+        offset = xp.where(done, offset, xp.minimum(offset + size, ceiling))
         done = done | small
         return (offset, least, most, done), done
 
