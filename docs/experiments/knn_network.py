@@ -18,10 +18,10 @@ import softk
 LOSSES = ("cross-entropy", "softk")
 FEATURES, CLASSES, BATCH = 16, 10, 128
 EPOCHS = 40
-#: Of both: six trials each.
-RATES = (3e-3, 1e-2, 3e-2)
-DECAYS = (0.0, 1e-2)  # of the weights, for cross-entropy
-EPSILONS = (0.5, 4.0)  # of the squared distances, for the soft neighbours
+#: Of both: twelve trials each.
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+DECAYS = (0.0, 1e-2, 1e-1)  # of the weights, for cross-entropy
+EPSILONS = (0.0625, 0.5, 4.0)  # of the squared distances, for the soft neighbours
 SOFT_NEIGHBORS = 8
 
 
