@@ -501,40 +501,56 @@ def table(found: Record) -> str:
 
 
 def draw(found: Record, path: Path) -> None:
-    """Errors on validation words during training, each seed thin and their mean thick."""
+    """Errors on validation words during training: of each seed before, and then what has changed since, on average."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (before, by_update, by_time) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (before, by_update, by_time) = pyplot.subplots(
+        1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=(2, 3, 3)
+    )
     colours = dict(
         zip(ARMS, ("#3a3a3a", "#4269d0", "#2a9d8f", "#97bbf5", "#efb118", "#ff725c", "#a463f2"), strict=True)
     )
+
+    def looks(arm: str) -> np.ndarray:  # seeds x looks x (updates, seconds, phoneme errors, word errors)
+        return np.asarray([one[arm]["record"]["looks"] for one in found["seeds"]])
+
+    for one in looks("base"):
+        before.plot(one[:, 0], 100.0 * one[:, 2], "o-", color=colours["base"], alpha=0.5, markersize=3, linewidth=1)
     panels = (
-        (before, 0, ("base",)),
         (by_update, 0, ("forced", "at_soft", "at_along", "soft", "along")),
-        (by_time, 1, ("forced", "longer", "soft", "along")),
+        (by_time, 1, ("longer", "soft", "along")),
     )
     for axes, abscissa, arms in panels:
         for arm in arms:
-            looks = np.asarray([one[arm]["record"]["looks"] for one in found["seeds"]])  # seeds x looks x 4
-            for one in looks:
-                axes.plot(one[:, abscissa], 100.0 * one[:, 2], color=colours[arm], alpha=0.25, linewidth=0.8)
-            mean = looks.mean(axis=0)
-            axes.plot(mean[:, abscissa], 100.0 * mean[:, 2], "o-", color=colours[arm], markersize=4, label=ARMS[arm])
-        axes.set_xlabel(("updates", "seconds of training")[abscissa])
+            seen = looks(arm)
+            change = 100.0 * (seen[:, :, 2] - seen[:, :1, 2])
+            mean, where = change.mean(axis=0), seen[:, :, abscissa].mean(axis=0)
+            axes.plot(where, mean, "o-", color=colours[arm], markersize=4, label=ARMS[arm])
+            if len(seen) > 1:
+                error = change.std(axis=0, ddof=1) / len(seen) ** 0.5
+                axes.fill_between(where, mean - error, mean + error, color=colours[arm], alpha=0.12, linewidth=0)
+        axes.axhline(0.0, color="#888888", linewidth=0.8)
+        axes.set_ylabel("change in phoneme errors, points")
+    for axes in (before, by_update, by_time):
+        axes.set_xlabel("seconds of training" if axes is by_time else "updates")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     before.set_yscale("log")
     before.set_ylabel("phoneme errors on validation words, %")
-    before.set_title("before: teacher forcing")
-    by_update.set_title("going on, by updates")
+    before.set_title("before: teacher forcing, each seed")
+    by_update.set_title("going on, by updates: mean and standard error")
     by_time.set_title("going on, by time")
-    by_update.legend(frameon=False, fontsize="small")
-    by_time.legend(frameon=False, fontsize="small")
+    handles = {
+        label: line
+        for axes in (by_update, by_time)
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
