@@ -128,23 +128,31 @@ class Linearisation:
         """v / V, the derivative of the mask in k."""
         return self.scaled * self.rate()
 
+    def dominating(self) -> tuple[Array, Array]:
+        """1 for the item that has more than three quarters of p, else 0; and whether there is such an item."""
+        most = self.backend.indicator(self.weigh(self.scaled), 0.75 * self.normal)
+        return most, self.total(most) > 0.0
+
     def spread(self, u: Array, g: Array) -> Array:
         """v u + p (g - <v, u>), where J^T a = 0.
 
-        Twice, from u less its mean: where one item dominates p, the first difference there is exact, and all that is
-        left for the second to cancel is its rounding.
+        From u less a multiple of the weights: that which is zero at the item that dominates p, where there is one, for
+        u less its mean is lost in rounding there; elsewhere its mean.
         """
         xp, over, dot = self.xp, self.over, self.backend.dot
+        most, held = self.dominating()
+        u = self.kept(u)
         if self.weights is None:
-            u = self.kept(u)
-            u = u - dot(self.scaled, u) / self.normal
+            u = u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal)
+            del most
             g = g - self.height * dot(self.scaled, u)
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
         share = xp.where(self.scaled > 0.0, self.weights, 0.0)
-        share = over.divide(share, nonzero(xp, xp.max(share, axis=-1, keepdims=True)))  # weights may be of any size
-        u = self.kept(u)
-        mean = dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share))
-        share = share * mean
+        unit = xp.where(held, dot(most, share), xp.max(share, axis=-1, keepdims=True))
+        share = over.divide(share, nonzero(xp, unit))  # weights may be of any size
+        level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
+        del most
+        share = share * level
         u = u - share
         del share
         found = over.multiply(u, self.gain())
@@ -186,9 +194,11 @@ class Linearisation:
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * self.kept(da))
-        # J 1 = 0: what is left of w beside its mean is exact where p is nearly 1, and has a mean once more.
+        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean.
         share = self.weigh(self.scaled)
-        origin = self.backend.dot(share, w) / self.normal
+        most, held = self.dominating()
+        origin = xp.where(held, self.backend.dot(most, w), self.backend.dot(share, w) / self.normal)
+        del most
         w = w - origin
         shifted = self.backend.dot(share, w) / self.normal
         del share
@@ -257,8 +267,11 @@ class LogLinearisation(Linearisation):
         return self.xp.where(z > 0.0, above, self.gain() * self.inverse())
 
     def spread(self, u: Array, g: Array) -> Array:
-        """(1 - m) u + p (g - <1 - m, u>), twice likewise."""
+        """(1 - m) u + p (g - <1 - m, u>), likewise."""
         direct = self.gain()
         direct = self.xp.where(direct == 0.0, 0.0, u) * direct
-        found = direct - self.shares(self.total(direct))
+        most, held = self.dominating()
+        share = self.shares(self.xp.ones_like(self.offset))
+        share = share / self.xp.where(held, self.backend.dot(most, share), 1.0)
+        found = direct - share * self.xp.where(held, self.backend.dot(most, direct), self.total(direct))
         return self.shares(g - self.total(found)) + found

@@ -153,7 +153,8 @@ class Backend:
         """The namespace's elementwise functions, which may write the result over their first argument.
 
         It is softk's own, of the shape of the result, and nobody reads it again: an array less to be had from the
-        system, which costs more than what is computed. Where an array may be batched, so must be the first.
+        system, which costs more than what is computed. Under batched gradients
+        the first must be batched whenever another one is.
         """
         return self.xp
 

@@ -469,3 +469,26 @@ def test_a_slice_on_which_nothing_depends_has_no_derivative_in_either_direction(
     _, rate = softk.jvp(softk.threshold, x, 3, tangents={"x": np.asarray([0.5, -1.0, 2.0, 3.0])})
     np.testing.assert_array_equal(pullback(np.asarray(1.0))["x"], np.zeros(4))
     assert rate == 0.0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("f", [softk.topk, softk.log_topk])
+def test_where_one_score_has_all_but_next_to_nothing(f: Any, weighted: bool, rng: np.random.Generator) -> None:
+    """p is 1 for one score, but for 1e-8 to 1e-30: what the others have is all there is of the derivative."""
+    for _ in range(60):
+        x = (np.arange(4) * rng.uniform(0.5, 1.7)).astype("float32")
+        weights = rng.uniform(0.5, 2.0, size=4).astype("float32") if weighted else None
+        masses = np.ones(4, "float32") if weights is None else weights
+        j = int(rng.integers(1, 4))
+        k = np.float32(masses[4 - j :].sum() - masses[4 - j] * rng.uniform(0.1, 0.9))
+        u, dx = rng.normal(size=(2, 4)).astype("float32")
+        given = {} if weights is None else {"weights": weights}
+        reference = Reference(x, k, np.float32(0.05), **given)
+        found = softk.vjp(f, x, k, epsilon=np.asarray(np.float32(0.05)), **given)[1](u)
+        wanted = reference.vjp(u, log=f is softk.log_topk)
+        terms = {"x": wanted["x"], "epsilon": wanted["x"] * reference.z.astype(float)}  # whose sum may be far smaller
+        for name, parts in terms.items():
+            np.testing.assert_allclose(found[name], wanted[name], rtol=0.0, atol=2e-5 * np.max(np.abs(parts)))
+        pushed = softk.jvp(f, x, k, epsilon=np.float32(0.05), **given, tangents={"x": dx})[1]
+        want = reference.log_jvp(dx=dx) if f is softk.log_topk else reference.jvp(dx=dx)[0]
+        np.testing.assert_allclose(pushed, want, rtol=0.0, atol=2e-5 * np.max(np.abs(want)))

@@ -101,6 +101,7 @@ class JaxBackend(Backend):
         if isinstance(n, int) and 8 * max(ranks) <= n:
             return self.pick(_largest(x, max(ranks)), [rank - 1 for rank in ranks])
         if len(ranks) == 2 and ranks[1] == ranks[0] + 1:
+            # XLA compares numbers below the smallest normal one as if they were 0, which moves the second by as much.
             high = _by_bits(x, jnp.asarray(ranks[:1]))
             tied = jnp.count_nonzero(x >= high, axis=-1, keepdims=True) > ranks[0]
             low = jnp.max(jnp.where(x < high, x, -jnp.inf), axis=-1, keepdims=True)
@@ -133,7 +134,10 @@ _FEW = 4
 
 
 def _by_bits(x: Array, ranks: Array) -> Array:
-    """The scores of some ranks: as integers of the same order, found bit by bit, a comparison and a count for each."""
+    """The scores of some ranks: as integers of the same order, found bit by bit, a comparison and a count for each.
+
+    A NaN may come at either end; no slice with one has an answer.
+    """
     integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, integer)
     lowest, most = jnp.iinfo(integer).min, jnp.iinfo(integer).max

@@ -14,7 +14,7 @@ __all__ = ["NumpyBackend", "backend"]
 
 
 class _Namespace:
-    """NumPy, with a faster `where`."""
+    """NumPy, with what it is slow at done in another way."""
 
     __name__ = compat.__name__
 
@@ -67,35 +67,29 @@ class _Namespace:
         return found
 
     @staticmethod
-    def maximum(x: Array, other: Any) -> Array:
+    def maximum(x: Array, other: Any, out: Array | None = None) -> Array:
         """``numpy.maximum``; beside a number the clip takes a third of its time."""
-        return np.clip(x, other, np.inf) if _is_number_beside(x, other) else np.maximum(x, other)
+        beside = _is_number_beside(x, other)
+        return np.clip(x, other, np.inf, out=out) if beside else np.maximum(x, other, out=out)
 
     @staticmethod
-    def minimum(x: Array, other: Any) -> Array:
+    def minimum(x: Array, other: Any, out: Array | None = None) -> Array:
         """``numpy.minimum``, likewise."""
-        return np.clip(x, -np.inf, other) if _is_number_beside(x, other) else np.minimum(x, other)
+        beside = _is_number_beside(x, other)
+        return np.clip(x, -np.inf, other, out=out) if beside else np.minimum(x, other, out=out)
 
 
 class _Overwriting:
     """The elementwise functions of a namespace, writing over their first argument."""
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(np, name)
+        function = getattr(_NAMESPACE, name)
 
         def overwrite(x: Array, *others: Any) -> Array:
             return function(x, *others, out=x)
 
         setattr(self, name, overwrite)
         return overwrite
-
-    @staticmethod
-    def maximum(x: Array, other: Any) -> Array:
-        return np.clip(x, other, np.inf, out=x) if _is_number_beside(x, other) else np.maximum(x, other, out=x)
-
-    @staticmethod
-    def minimum(x: Array, other: Any) -> Array:
-        return np.clip(x, -np.inf, other, out=x) if _is_number_beside(x, other) else np.minimum(x, other, out=x)
 
 
 _BITS = {np.dtype("float32"): np.dtype("int32"), np.dtype("float64"): np.dtype("int64")}
@@ -190,6 +184,7 @@ class NumpyBackend(Backend):
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)
 
 
+_NAMESPACE = _Namespace()
 _OVERWRITING = _Overwriting()
 
-backend = NumpyBackend(_Namespace(), "numpy")
+backend = NumpyBackend(_NAMESPACE, "numpy")
