@@ -10,6 +10,7 @@ Everything is written with the operators of softk and the Array API standard, so
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable
@@ -348,7 +349,9 @@ def _mixed(weights: Array, tree: Tree) -> Tree:
     if tree is None:
         return None
     if isinstance(tree, dict):
-        return type(tree)((key, _mixed(weights, branch)) for key, branch in tree.items())
+        mixed = copy.copy(tree)  # a dictionary of the same kind
+        mixed.update((key, _mixed(weights, branch)) for key, branch in tree.items())
+        return mixed
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(_mixed(weights, branch) for branch in tree))
     if isinstance(tree, (list, tuple)):

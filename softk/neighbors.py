@@ -70,7 +70,8 @@ class _Pairs(Slices):
         """One integer a row, as a column."""
         shape = tuple(values.shape)
         if shape[-1:] != (rows,) or not fits(shape[:-1], self.before):
-            raise ValueError(f"{name} must have one integer a point, shape {(*self.before, rows)}, got {shape}")
+            hint = "; one-hot rows must be of a floating dtype" if shape[:-1] == (*self.before, rows) else ""
+            raise ValueError(f"{name} must have one integer a point, shape {(*self.before, rows)}, got {shape}{hint}")
         column = self.xp.expand_dims(values, axis=-1)
         return Argument(self.xp.broadcast_to(column, (*self.before, rows, 1)), values)
 

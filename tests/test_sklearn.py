@@ -22,8 +22,8 @@ from softk_sklearn import SoftNeighborsEmbedding
 
 from .test_errors import complains
 
-#: What these two check cannot be seen without pandas, or without a setting of SciPy's that holds for a whole process.
-ELSEWHERE = {"check_classifier_data_not_an_array", "check_array_api_input"}
+#: What it checks cannot be seen without a setting of SciPy's that holds for a whole process.
+ELSEWHERE = {"check_array_api_input"}
 
 CHECKS = [
     pytest.param(check, estimator, id=getattr(check, "func", check).__name__)

@@ -357,7 +357,7 @@ def going_on(
 
 
 def trials(settings: Settings) -> Iterator[tuple[str, Phase]]:
-    """The arm and the training, as many settings of one arm as of the other."""
+    """The arm and the training, the same number of settings for each arm."""
     seed, updates, batch = settings.tuning_seed, settings.updates, settings.batch
     for rate in settings.forced_rates:
         yield "forced", Phase(f"try-forced-{rate:g}", seed, updates, batch, rate)
@@ -469,6 +469,10 @@ def table(found: Record) -> str:
         parts += [f"Seed by seed, '{ARMS[arm]}' minus the others:"]
         parts += [report.table(["minus", "phoneme errors, points", "word errors, points"], rows)]
 
+    rows = [[ARMS[arm], *spread(arm, "base")] for arm in ("forced", "longer")]
+    parts += ["Seed by seed, teacher forcing minus 'before':"]
+    parts += [report.table(["going on by", "phoneme errors, points", "word errors, points"], rows)]
+
     pairs = {
         arm: ["{:.2f} / {:.2f}".format(*(100.0 * rate for rate in one[arm]["rates"])) for one in seeds] for arm in ARMS
     }
@@ -488,7 +492,8 @@ def table(found: Record) -> str:
     trained = report.table(["trained", "learning rate", "epsilon", *errors], rows)
     fewest, most = settings["letters"]
     what = (
-        f"{found['words']} words of {fewest} to {most} letters, {found['phonemes']} phonemes without stress; "
+        f"{found['words']} words of {fewest} to {most} letters whose pronunciations all have at most "
+        f"{settings['phonemes']} phonemes, of {found['phonemes']} without stress; "
         f"{settings['validation']} words to choose by and {settings['held_out']} to be judged by, drawn anew for each "
         f"of the seeds {', '.join(map(str, settings['seeds']))}. Hidden size {settings['hidden']}, embeddings of "
         f"{settings['embedding']}, {settings['beams']} beams in training and in the search. Before: "
@@ -517,7 +522,7 @@ def draw(found: Record, path: Path) -> None:
     def looks(arm: str) -> np.ndarray:  # seeds x looks x (updates, seconds, phoneme errors, word errors)
         return np.asarray([one[arm]["record"]["looks"] for one in found["seeds"]])
 
-    for one in looks("base"):
+    for one in looks("base")[:, 1:]:
         before.plot(one[:, 0], 100.0 * one[:, 2], "o-", color=colours["base"], alpha=0.5, markersize=3, linewidth=1)
     panels = (
         (by_update, 0, ("forced", "at_soft", "at_along", "soft", "along")),
@@ -538,7 +543,6 @@ def draw(found: Record, path: Path) -> None:
         axes.set_xlabel("seconds of training" if axes is by_time else "updates")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    before.set_yscale("log")
     before.set_ylabel("phoneme errors on validation words, %")
     before.set_title("before: teacher forcing, each seed")
     by_update.set_title("going on, by updates: mean and standard error")

@@ -101,17 +101,18 @@ def of_reading(records: list[Record], loss: str, reading: str) -> list[Record]:
 
 
 def network_table(records: list[Record]) -> str:
-    """Accuracy in per cent, the paired difference to cross-entropy's own argmax, and the seconds of one training."""
-    reference = of_reading(records, "cross-entropy", "argmax")
+    """Accuracy in per cent, the paired differences to the rows above, and the seconds of one training."""
     rows = []
-    for loss, reading, name in READINGS:
+    for i, (loss, reading, name) in enumerate(READINGS):
         found = of_reading(records, loss, reading)
-        pairs = zip(found, reference, strict=True)
-        difference = mean_and_error((a["accuracy"] - b["accuracy"] for a, b in pairs), sign="+")
-        seconds = f"{np.mean([r['seconds'] for r in found]):.1f}"
-        beside = "" if (loss, reading) == READINGS[0][:2] else difference
-        rows.append([name, mean_and_error(r["accuracy"] for r in found), beside, seconds])
-    return report.table(["trained by, read by", "accuracy", "difference to the first", "seconds"], rows)
+        row = [name, mean_and_error(r["accuracy"] for r in found)]
+        for other_loss, other_reading, _ in READINGS[: len(READINGS) - 1]:
+            pairs = zip(found, of_reading(records, other_loss, other_reading), strict=True)
+            row.append(mean_and_error((a["accuracy"] - b["accuracy"] for a, b in pairs), sign="+"))
+        row[2 + i :] = [""] * (len(row) - 2 - i)  # to itself and to what comes after it
+        rows.append([*row, f"{np.mean([r['seconds'] for r in found]):.1f}"])
+    header = ["trained by, read by", "accuracy", "difference to the first", "to the second", "seconds"]
+    return report.table(header, rows)
 
 
 def network_seeds(records: list[Record]) -> str:

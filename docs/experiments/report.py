@@ -22,7 +22,8 @@ Record = dict[str, Any]
 def mean_and_error(values: Iterable[float], digits: int = 1, sign: str = "") -> str:
     """In per cent; the error is that of the mean, and needs two values."""
     found = 100.0 * np.asarray(list(values))
-    mean = f"{round(found.mean(), digits) + 0.0:{sign}.{digits}f}"  # no minus before a zero
+    mean = round(found.mean(), digits)
+    mean = f"{mean:{sign}.{digits}f}" if mean else f"{0:.{digits}f}"  # neither sign before a zero
     return mean if found.size < 2 else f"{mean} ± {found.std(ddof=1) / math.sqrt(found.size):.{digits}f}"
 
 
