@@ -66,7 +66,7 @@ def plan(threads: str) -> list[Case]:
     ]
     lengths = [Case("lengths", 1, n, max(1, n // 100), peers="sinkhorn", forward=False) for n in LENGTHS]
     # If time runs out, it is the doubles that are missing, which decide least.
-    return lengths + shapes[: len(SHAPES)] + epsilons + shapes[len(SHAPES) :] + precise + doubles
+    return lengths + shapes + epsilons + precise + doubles
 
 
 def quick_plan(threads: str) -> list[Case]:

@@ -22,7 +22,7 @@ from .cases import Case, plan, quick_plan
 
 FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
 """What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
-TOO_LONG = 5.0
+TOO_LONG = 3.0
 """Seconds for one call; a candidate that would take longer is not run."""
 OVER = "the time for the whole run was over"
 Record = dict[str, Any]

@@ -128,9 +128,7 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
     curved = backend.dot(weighted, tail)
     del tail
     count = _total(xp, side) if weights is None else backend.dot(weights, side)
-    upper = backend.dot(weighted, side)
-    side = over.subtract(over.negative(side), -1.0)
-    lower = backend.dot(weighted, side)
+    upper, lower = backend.part(weighted, side)
     return Tails(count, lower, upper, lower + upper - curved)
 
 

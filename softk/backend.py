@@ -208,6 +208,12 @@ class Backend:
         """The sum of the products along the last axis, which is kept; rounded as the dtype rounds, and no coarser."""
         return self.xp.sum(x * y, axis=-1, keepdims=True)
 
+    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
+        """The sums along the last axis, which is kept, of the numbers where `side` is 1 and of those where it is 0."""
+        above = x * side
+        sums = (self.xp.sum(values, axis=-1, keepdims=True) for values in (above, x - above))
+        return next(sums), next(sums)
+
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
         return None

@@ -162,7 +162,7 @@ MATHEMATICS = {
     *("sinkhorn", "newton", "bisect", "brentq", "fsolve", "root"),
 }
 #: Methods that may call them.
-LEFT_OUT = ("gradient", "sigmoid", "exp", "dot", "cumulative_sum")
+LEFT_OUT = ("gradient", "sigmoid", "exp", "dot", "part", "cumulative_sum")
 #: The rules of the primitive itself, which an adapter is there to hand on.
 HANDED_ON = {"primitive.jvp", "primitive.vjp", "ctx.primitive.jvp", "ctx.primitive.vjp"}
 

@@ -107,6 +107,9 @@ class AutogradBackend(NumpyBackend):
     def dot(self, x: Array, y: Array) -> Array:
         return Backend.dot(self, x, y)
 
+    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
+        return Backend.part(self, x, side)
+
     def sigmoid(self, z: Array) -> Array:
         return Backend.sigmoid(self, z)
 

@@ -148,6 +148,9 @@ class NumpyBackend(Backend):
         blocks = np.vecdot(_in_blocks(x), _in_blocks(y))
         return found + blocks.sum(axis=-1, keepdims=True)
 
+    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
+        return self.dot(x, side), self.dot(x, 1.0 - side)
+
     def gathers(self, x: Array) -> bool:
         return True
 
