@@ -237,12 +237,19 @@ def gradients(name: str, f: Callable[..., Any], args: list[np.ndarray]) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("name", "cells"),
-    [("torch", 2**20), ("torch", 2 * N), ("autograd", 2**20), ("autograd", 2 * N), ("jax", 2 * N)],
+    ("name", "cells", "d"),
+    [
+        ("torch", 2**20, MANY),
+        ("torch", 2 * N, FEW),
+        ("autograd", 2**20, FEW),
+        ("autograd", 2 * N, MANY),
+        ("jax", 2 * N, FEW),
+        ("jax", 2**20, MANY),
+    ],
 )
-def test_native_gradients(name: str, cells: int, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_gradients(name: str, cells: int, d: int, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two queries, of which the last is short: JAX loops over them."""
-    points, labels, options = problem(rng, FEW)
+    points, labels, options = problem(rng, d)
     k, epsilon = options["k"][:3], options["epsilon"][:3]
     args = [points["queries"][:3], points["keys"], labels["query_labels"][:3], labels["key_labels"], k, epsilon]
     _, pullback = softk.vjp(neighbors.loss, *args[:-1], epsilon=epsilon, floor=0.1)
