@@ -53,7 +53,9 @@ class Candidate:
 
     def belongs(self, case: Case) -> bool:
         """Whether a case is for it."""
-        if not self.peer or case.peers == "all":
+        if not self.peer:
+            return self.obstacle(case) is None
+        if case.peers == "all":
             return True
         if case.peers == "solvers":
             return self.kind == "soft"
