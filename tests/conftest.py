@@ -63,6 +63,14 @@ def lib(request: pytest.FixtureRequest) -> Library:
 
 
 @pytest.fixture
+def eager(lib: Library) -> Library:
+    """Every library but for the compiled variants, where a test is many calls and each would be a compilation."""
+    if "traced" in lib.tags:
+        pytest.skip(f"{lib.name} computes what its library does, and compiles every call")
+    return lib
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> Any:
     """Random numbers that depend on the test's name alone."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))

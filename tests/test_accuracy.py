@@ -86,14 +86,6 @@ def stacked(n: int, dtype: str, rng: np.random.Generator) -> tuple[np.ndarray, n
     return x, k, np.asarray([[epsilon] for _, _, epsilon in rows]).astype(dtype)
 
 
-@pytest.fixture
-def eager(lib: Library) -> Library:
-    """Every library, but that which compiles each call anew: the numbers are those of its eager twin."""
-    if "traced" in lib.tags:
-        pytest.skip("compiling takes too long; run without the outer jit")
-    return lib
-
-
 # --- the mass
 
 

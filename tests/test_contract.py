@@ -266,14 +266,6 @@ def assert_right(found: np.ndarray, expected: dict[str, Any], tolerances: Any) -
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 
-@pytest.fixture
-def eager(lib: Library) -> Library:
-    """Every library but for the compiled variants, where a test is many calls and each would be a compilation."""
-    if "traced" in lib.tags:
-        pytest.skip(f"{lib.name} computes what its library does, and compiles every call")
-    return lib
-
-
 # --- every slice of the tables
 
 
