@@ -153,8 +153,8 @@ class Backend:
         """The namespace's elementwise functions, which may write the result over their first argument.
 
         It is softk's own, of the shape of the result, and nobody reads it again: an array less to be had from the
-        system, which costs more than what is computed. Under batched gradients
-        the first must be batched whenever another one is.
+        system, which costs more than what is computed. Under batched gradients the first must be batched whenever
+        another one is.
         """
         return self.xp
 
@@ -210,9 +210,8 @@ class Backend:
 
     def part(self, x: Array, side: Array) -> tuple[Array, Array]:
         """The sums along the last axis, which is kept, of the numbers where `side` is 1 and of those where it is 0."""
-        above = x * side
-        sums = (self.xp.sum(values, axis=-1, keepdims=True) for values in (above, x - above))
-        return next(sums), next(sums)
+        xp, above = self.xp, x * side
+        return xp.sum(above, axis=-1, keepdims=True), xp.sum(x - above, axis=-1, keepdims=True)
 
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
