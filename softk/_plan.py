@@ -231,7 +231,7 @@ def _approach(
 def _approach_within(
     backend: Backend, task: Task, weighted: bool, ranks: tuple[int, ...] | None, limit: int, n: int
 ) -> tuple[tuple[Array, ...], Array]:
-    """What `_approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
     xp = backend.xp
     bound = limits(xp, task.x.dtype)
     mass = task.mass[..., 0]

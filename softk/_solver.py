@@ -31,7 +31,7 @@ their ratio determines t. There the tails are pure exponentials, whose ratio doe
 closer by the same amount: `closer` narrows the gap to one in which they are numbers.
 
 **A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
-array, `window` says which these are, and `_approach` checks from the result that what was left out had no say.
+array, `window` says which these are, and `approach` checks from the result that what was left out had no say.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def solve(
     if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
         ranks = None  # symbols of a trace
     options = {"names": names, "ranks": ranks, "limit": STEPS}
-    found = backend.settle(_approach, options, *constants)
+    found = backend.settle(approach, options, *constants)
     reference, offset, high, low, nothing, everything, settled, infinite = found
 
     if backend.differentiates_operations:
@@ -234,7 +234,7 @@ def frame(backend: Backend, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     return reference, Gap(both[..., :1], both[..., 1:])
 
 
-def _approach(
+def approach(
     backend: Backend, *arrays: Array, names: tuple[str, ...], ranks: tuple[int, ...] | None, limit: int
 ) -> tuple[Array, ...]:
     """Reference, offset, both sides of the gap; whether nothing is selected, everything, there is an answer, and
@@ -265,7 +265,7 @@ def _approach_within(
     limit: int,
     n: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """What `_approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
@@ -369,7 +369,7 @@ def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, z.dtype)
     half = 0.5 * (gap.high - gap.low)
-    excess = xp.maximum(half - _narrow(bound), 0.0)
+    excess = xp.maximum(half - narrow(bound), 0.0)
     z = z - middle(gap)
     # A constant of every score that matters; frameworks halve the derivative at a bound.
     inner = backend.constant(between(xp, z, -excess, excess))
@@ -378,7 +378,7 @@ def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     return over.exp(between(over, z, -bound.reach, bound.reach)), half - excess
 
 
-def _narrow(bound: Limits) -> float:
+def narrow(bound: Limits) -> float:
     return 2.0 - math.log(bound.eps)
 
 

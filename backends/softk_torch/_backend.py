@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 
 from softk.backend import PRIMITIVES, Array, Backend, Primitive
 
+from . import _fused
+
 __all__ = ["TorchBackend", "backend"]
 
 
@@ -56,7 +58,7 @@ class TorchBackend(Backend):
         if torch.compiler.is_compiling() or any(type(value) is not torch.Tensor for value in arrays):
             name = f"{function.__module__}:{function.__qualname__}"
             return tuple(_settled(name, repr(options), list(arrays)))
-        return function(self, *arrays, **options)
+        return _settle(function, options, arrays)
 
     @property
     def differentiates_operations(self) -> bool:
@@ -134,6 +136,14 @@ def _look(flag: torch.Tensor) -> bool | None:
         return None
 
 
+def _settle(
+    function: Callable[..., tuple[Array, ...]], options: dict[str, Any], arrays: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """An iteration, by the kernel that there is for it or by its operations."""
+    found = _fused.settle(function, options, arrays)
+    return function(backend, *arrays, **options) if found is None else found
+
+
 @torch.library.custom_op("softk::settle", mutates_args=())
 def _settled(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
     """An iteration as one operation of a graph, in which it stops when it is done."""
@@ -148,7 +158,7 @@ def _(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]
 def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list[torch.Tensor]:
     """The function of that name. A graph must know how its results lie in memory, and that none is a view."""
     module, function = name.split(":")
-    found = getattr(sys.modules[module], function)(backend, *arrays, **options)
+    found = _settle(getattr(sys.modules[module], function), options, tuple(arrays))
     return [value.clone(memory_format=torch.contiguous_format) for value in found]
 
 
@@ -169,7 +179,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
-        return PRIMITIVES[name].forward(backend, *inputs, **dict(options))
+        found = _fused.forward(name, inputs)
+        return PRIMITIVES[name].forward(backend, *inputs, **dict(options)) if found is None else found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -186,7 +197,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        found = ctx.primitive.vjp(backend, *_saved(ctx), cotangents[: ctx.differentiable], needed)
+        given = (*_saved(ctx), cotangents[: ctx.differentiable], needed)
+        found = _fused.pull(ctx.primitive.name, *given) or ctx.primitive.vjp(backend, *given)
         return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
 
     @staticmethod

@@ -1,0 +1,546 @@
+r"""The soft top-k mask and its derivative as fused kernels, in Triton, for float16, bfloat16 and float32.
+
+They are `softk._solver` and `softk._rule` over again, for a processor that computes faster than it reads: a tile of
+rows is loaded once, solved in registers and written once. The mathematics stands in those two files, and names here are
+the names there. What differs is how things are found, not what is found:
+
+- **The scores at the gap** are selected by counting. Floats ordered as integers are bracketed; the pivot is where the
+  log-odds of the mass above it would be right were they linear in between, or the middle of the bracket where the last
+  one did not halve it. Both ends are always scores, so that ties end it at once.
+- **Counts** are integers, and so is the whole part of k: a float32 does not count beyond 2^24.
+- **The logarithm** near 1 is a series, for the processor's own has an absolute error there.
+
+A sum over a row is a tree that depends on the row's length alone: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+from softk._solver import STEPS, least, limits, narrow
+
+_BOUND = limits(torch, torch.float32)
+EPS = tl.constexpr(_BOUND.eps)
+LARGEST = tl.constexpr(_BOUND.largest)
+FARTHEST = tl.constexpr(_BOUND.farthest)
+LOG_FARTHEST = tl.constexpr(math.log(_BOUND.farthest))
+SATURATED = tl.constexpr(_BOUND.saturated)
+REACH = tl.constexpr(_BOUND.reach)
+NARROW = tl.constexpr(narrow(_BOUND))
+LEAST = tl.constexpr(least(torch, torch.float32))
+LOG_LEAST = tl.constexpr(math.log(least(torch, torch.float32)))
+TOLERANCE = tl.constexpr(_BOUND.eps**0.25)
+CEILING = tl.constexpr(86.0)  # exp of the offset, of which there is an inverse too
+LIMIT = tl.constexpr(STEPS)
+INFINITY = tl.constexpr(math.inf)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NOT_A_NUMBER = tl.constexpr(math.nan)
+LOWEST = tl.constexpr(-(2**31))  # below the key of -inf, for what cannot be selected
+HIGHEST = tl.constexpr(2**31 - 1)
+
+
+# --- numbers
+
+
+@triton.jit
+def key_of(x):
+    """An integer that is ordered as the float is; its own inverse but for the type. -0 must have been made 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@triton.jit
+def score_of(key):
+    bits = tl.where(key >= 0, key, key ^ 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log_ratio(a, b):
+    """log(a / b) of positive numbers, to a relative error also where they are nearly equal."""
+    q = (a - b) / (a + b)
+    square = q * q
+    series = 2.0 * q * (1.0 + square * (1.0 / 3.0 + square * (1.0 / 5.0 + square * (1.0 / 7.0 + square / 9.0))))
+    return tl.where(tl.abs(q) < 0.125, series, tl.log(a / b))
+
+
+@triton.jit
+def inverse(tau):
+    """1 / tau in two factors, neither of which over- or underflows."""
+    scale = tl.where(tau < 2.0**-60, 2.0**60, tl.where(tau > 2.0**60, 2.0**-60, 1.0))
+    return 1.0 / (tau * scale), scale
+
+
+@triton.jit
+def logits(x, reference, tau):
+    """(x - reference) / tau, not clipped: what is far away is as good as infinite, in either direction."""
+    factor, scale = inverse(tau)
+    return (tl.minimum(x, LARGEST) - reference) * factor * scale
+
+
+@triton.jit
+def sigmoid(z):
+    decay = tl.exp(-tl.abs(z))
+    return tl.where(z > 0.0, 1.0, decay) / (1.0 + decay)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b for b well within the range of the numbers, for which the processor has a shorter way."""
+    if INTERPRETED:
+        return a / b
+    else:
+        return libdevice.fast_dividef(a, b)
+
+
+@triton.jit
+def nonzero(values):
+    return tl.where(values == 0.0, 1.0, values)
+
+
+# --- the scores at the gap
+
+
+@triton.jit
+def rarity(mass, total, little):
+    """The log-odds of a mass, finite at both ends: nearly linear in the score where scores are bell-shaped."""
+    return tl.log2((mass + little) / (total - mass + little))
+
+
+@triton.jit
+def going_on(low, high, mass, bar, lower_bar, near, weights):
+    """Whether the bracket is too wide yet.
+
+    Not so if `low` is the key; if it has the least count that will do; or if its score is so near that of `high` that
+    the threshold is next to both, and the next score, across a gap, is not wanted.
+    """
+    going = low < high
+    if weights is None:
+        going = going & (mass > bar + 1)
+    return going & ~((mass > lower_bar) & (score_of(high) - score_of(low) < near))
+
+
+@triton.jit
+def select(keys, weights, low, high, mass, bar, lower_bar, near, total, little):
+    """A lower bound of the largest key at or above which there is more mass than `bar`, and that mass.
+
+    Nothing lies between the bound and the key, unless it is nearer than `near`. There is `mass` > bar at or above
+    `low`, and less, or none, beyond `high`. Without weights a mass is a count.
+    """
+    going = going_on(low, high, mass, bar, lower_bar, near, weights)
+    first, last = rarity(total, total, little), rarity(0.0 * total, total, little)
+    aim = rarity(bar + little, total, little)
+    halve = going != going
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # the mean, rounded up; nothing overflows
+        share = tl.minimum(tl.maximum((aim - first) / tl.minimum(last - first, -LEAST), 0.0), 1.0)
+        x_low, x_high = tl.maximum(score_of(low), -LARGEST), tl.minimum(score_of(high), LARGEST)
+        pivot = tl.where(halve, middle, key_of(x_low * (1.0 - share) + x_high * share + 0.0))
+        pivot = tl.minimum(tl.maximum(pivot, low + 1), high)
+        above = keys >= pivot[:, None]
+        if weights is None:
+            found = tl.sum(above.to(tl.int32), axis=1)
+        else:
+            found = tl.sum(tl.where(above, weights, 0.0), axis=1)
+        rare = rarity(found.to(tl.float32), total, little)
+        enough, width = found > bar, high.to(tl.float32) - low.to(tl.float32)
+        raised, lowered = going & enough, going & ~enough
+        low, mass, first = tl.where(raised, pivot, low), tl.where(raised, found, mass), tl.where(raised, rare, first)
+        high, last = tl.where(lowered, pivot - 1, high), tl.where(lowered, rare, last)
+        halve = 2.0 * (high.to(tl.float32) - low.to(tl.float32)) > width
+        going = going_on(low, high, mass, bar, lower_bar, near, weights)
+    return low, mass
+
+
+@triton.jit
+def beside(keys, low):
+    """The keys on either side of a lower bound."""
+    above = keys >= low[:, None]
+    return tl.min(tl.where(above, keys, HIGHEST), axis=1), tl.max(tl.where(above, LOWEST, keys), axis=1)
+
+
+@triton.jit
+def find_ends(x, weights, able, k, n, near):
+    """The scores on either side of the gap; whether nothing is selected, everything, and there is an answer.
+
+    `able` are the items that can be selected. Where both sides are nearer than `near`, any score next to them will do.
+    """
+    nothing = k <= 0.0
+    lowest = tl.min(tl.where(able, x, INFINITY), axis=1)
+    highest = tl.max(tl.where(able, x, -INFINITY), axis=1)
+    if weights is None:
+        counted = able
+        total = tl.sum(able.to(tl.int32), axis=1)
+        bar, lower_bar = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
+        everything = ~nothing & (lower_bar >= total)
+        valid = k <= n
+        lowest = tl.where(bar < total, lowest, -INFINITY)
+        first, last = key_of(lowest), key_of(highest)
+        little = 0.5 + 0.0 * k
+    else:
+        counted = able & (weights > 0.0)
+        usable = (weights >= 0.0) & (weights < INFINITY)
+        total = tl.sum(tl.where(able & usable, weights, 0.0), axis=1)
+        # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
+        bar, lower_bar = score_of(key_of(k * (1.0 - 4.0 * EPS)) - 1), k
+        everything = ~nothing & (k >= total * (1.0 - 4.0 * EPS))
+        valid = (tl.max((able & ~usable).to(tl.int32), axis=1) == 0) & (k <= total * (1.0 + 16.0 * EPS))
+        first = key_of(tl.min(tl.where(counted, x, INFINITY), axis=1))
+        last = key_of(tl.max(tl.where(counted, x, -INFINITY), axis=1))
+        little = 0.5 * total / n
+    keys = tl.where(counted, key_of(x), LOWEST)
+    first = tl.where(valid & ~nothing & ~everything, first, last)
+    mass = total.to(tl.float32)
+    low, reached = select(keys, weights, first, last, total, bar, lower_bar, near, mass, little)
+    upper, lower = beside(keys, low)
+    apart = reached <= lower_bar
+    if weights is not None:
+        first = tl.where(apart & (first < last), first, lower)
+        lower, _ = select(keys, weights, first, lower, total, lower_bar, lower_bar, 0.0 * near, mass, little)
+    high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
+    low_score = tl.where(nothing | everything | ~apart, high, score_of(lower))
+    return high, low_score, nothing, everything, valid
+
+
+# --- the threshold
+
+
+@triton.jit
+def frame(high, low, tau):
+    """Both sides of the gap as finite scores, the reference, and z of the two."""
+    high = tl.minimum(tl.maximum(high, -LARGEST), LARGEST)
+    low = tl.minimum(tl.maximum(low, -LARGEST), LARGEST)
+    together = (high > 0.0) == (low > 0.0)
+    reference = tl.where(together, high - 0.5 * (high - low), 0.5 * high + 0.5 * low)
+    return high, low, reference, logits(high, reference, tau), logits(low, reference, tau)
+
+
+@triton.jit
+def closer(x, able, high, low, reference, z_high, z_low, tau):
+    """exp(z) from the middle of the gap, narrowed; half the gap, and what either side of it came closer by.
+
+    On either side of a gap that is narrowed z is measured from its score, for in a wide one the narrowing itself would
+    be rounded away.
+    """
+    half, middle = 0.5 * (z_high - z_low), 0.5 * (z_high + z_low)
+    excess = tl.maximum(half - NARROW, 0.0)
+    wide, half = excess > 0.0, tl.minimum(half, NARROW)
+    above, upper = tl.where(wide, high, reference)[:, None], tl.where(wide, half, -middle)[:, None]
+    below, lower = tl.where(wide, low, reference)[:, None], tl.where(wide, -half, -middle)[:, None]
+    side = x > reference[:, None]
+    z = logits(x, tl.where(side, above, below), tau[:, None]) + tl.where(side, upper, lower)
+    return tl.where(able, tl.exp(tl.minimum(tl.maximum(z, -REACH), REACH)), 0.0), half, excess
+
+
+@triton.jit
+def sweep(odds, weights, level):
+    """Above the threshold: how many, or how much; the tails below and above it, and the slope of the mass."""
+    side = odds > level[:, None]
+    tail = quotient(tl.minimum(odds, level[:, None]), odds + level[:, None])
+    if weights is None:
+        weighted = tail
+        above = tl.sum(side.to(tl.int32), axis=1)
+    else:
+        weighted = weights * tail
+        above = tl.sum(tl.where(side, weights, 0.0), axis=1)
+    both = tl.sum(weighted, axis=1)
+    upper = tl.sum(tl.where(side, weighted, 0.0), axis=1)
+    # At the root neither tail is lost in their sum, or what it lacks is nothing beside k.
+    return above, tl.maximum(both - upper, 0.0), upper, both - tl.sum(weighted * tail, axis=1)
+
+
+@triton.jit
+def lacking(above, k, offset, half, weights):
+    """delta: what the mass above the threshold lacks of k."""
+    if weights is None:
+        whole = tl.floor(k)
+        delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
+    else:
+        delta = k - above
+        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= 4.0 * EPS * k), 0.0, delta)
+    return delta
+
+
+@triton.jit
+def step_size(lower, upper, slope, delta):
+    both = lower + upper
+    floor = tl.minimum(EPS * both, LEAST)
+    lower, upper = tl.maximum(lower, floor), tl.maximum(upper, floor)
+    more = tl.maximum(delta, 0.0)
+    rising, falling = upper + more, lower + (more - delta)
+    rate = (lower / falling + upper / rising) * slope
+    return log_ratio(falling, rising) * both / rate
+
+
+@triton.jit
+def search(odds, weights, half, k, fixed):
+    """The offset from the middle of the gap, by Newton's steps within a bracket; and whether there was one."""
+    offset = half - half
+    least, most = offset - INFINITY, offset + INFINITY
+    done, last, sound = fixed, fixed, half == half
+    steps = 0
+    while tl.min(done.to(tl.int32), axis=0) == 0:
+        above, lower, upper, slope = sweep(odds, weights, tl.exp(offset))
+        size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
+        least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
+        reach = tl.where(last, INFINITY, 0.5 * (most - least))
+        moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
+        # After a small step one more, which is as exact as the numbers are.
+        sound = tl.where(done, sound, lower == lower)
+        offset = tl.where(done, offset, moved)
+        steps += 1
+        done = done | last
+        last = last | ~(tl.abs(size) > TOLERANCE) | (steps >= LIMIT)
+    return offset, sound
+
+
+@triton.jit
+def mask_of(odds, level, excess):
+    """The mask from the odds, on either side of a gap that was narrowed; nothing lies within it."""
+    side, shrunk = odds > level[:, None], tl.exp(-excess)[:, None]
+    odds = tl.where(side, odds, odds * shrunk)
+    return quotient(odds, odds + tl.where(side, level[:, None] * shrunk, level[:, None]))
+
+
+# --- tiles of rows
+
+
+@triton.jit
+def load_tile(values, row, column, inside, step, other):
+    """A tile of a matrix whose rows are `step` apart: 0 where one row serves all."""
+    return tl.load(values + row.to(tl.int64)[:, None] * step + column[None, :], mask=inside, other=other)
+
+
+@triton.jit
+def load_per_row(values, row, rows, step, other):
+    """One value a row, or, with a step of 0, the same for all."""
+    return tl.load(values + row.to(tl.int64) * step, mask=row < rows, other=other)
+
+
+@triton.jit
+def load_kept(where, row, column, inside, step):
+    """The items that are not removed, of a tile."""
+    kept = inside
+    if where is not None:
+        kept = kept & (load_tile(where, row, column, inside, step, 0) != 0)
+    return kept
+
+
+@triton.jit
+def load_cotangent(u, row, column, kept, n):
+    """That of the mask, zero for the items that are removed, whatever stands there."""
+    return load_tile(u, row, column, kept, n, 0.0).to(tl.float32)
+
+
+@triton.jit
+def solve_tile(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    mask,
+    offset_found,
+    reference_found,
+    found,
+    flags,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """The threshold of each row and its mask; or, with `found` and `flags`, what `softk._solver` settles to.
+
+    AGAIN says to load the scores again where registers do not hold them beside their exponentials.
+    """
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    present = row < rows
+    inside = present[:, None] & (column < n)[None, :]
+    x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32) + 0.0  # no -0
+    kept = load_kept(where, row, column, inside, where_step)
+    able = kept & (x > -INFINITY)
+    k = load_per_row(k_given, row, rows, k_step, 0.0)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= 0.0) & (k <= LARGEST)
+    valid = valid & (tl.max((kept & (x != x)).to(tl.int32), axis=1) == 0)
+    k, tau = tl.where(valid, k, 0.0), tl.where(valid, tau, 1.0)
+    weights = None
+    if weights_given is not None:
+        weights = load_tile(weights_given, row, column, able, weights_step, 0.0)
+    near = tau  # a score that near is as good a reference as the one at the gap, but not for the hard mask
+    if mask is None:
+        near = 0.0 * tau
+    high, low, nothing, everything, answered = find_ends(x, weights, able, k, n, near)
+    infinite = high > LARGEST
+    high, low, reference, z_high, z_low = frame(high, low, tau)
+    odds, half, excess = closer(x, able, high, low, reference, z_high, z_low, tau)
+    offset, sound = search(odds, weights, half, k, nothing | everything | ~(valid & answered))
+    valid = valid & answered & sound
+    level = tl.exp(offset)
+    offset += 0.5 * (z_high + z_low)
+    if mask is None:
+        tl.store(found + row, reference, mask=present)
+        tl.store(found + rows + row, offset, mask=present)
+        tl.store(found + 2 * rows + row, z_high, mask=present)
+        tl.store(found + 3 * rows + row, z_low, mask=present)
+        tl.store(flags + row, nothing, mask=present)
+        tl.store(flags + rows + row, everything, mask=present)
+        tl.store(flags + 2 * rows + row, valid, mask=present)
+        tl.store(flags + 3 * rows + row, infinite, mask=present)
+    else:
+        offset = tl.where(nothing, SATURATED, tl.where(everything, -SATURATED, offset))
+        offset = tl.where(valid, offset, NOT_A_NUMBER)
+        tl.store(reference_found + row, reference, mask=present)
+        tl.store(offset_found + row, offset, mask=present)
+        if weights is None:
+            soft = mask_of(odds, level, excess)
+            soft = tl.where(nothing[:, None] | ~able, 0.0, tl.where(everything[:, None], 1.0, soft))
+            soft = tl.where(valid[:, None], soft, NOT_A_NUMBER)
+        else:
+            # An item without weight may lie within a gap.
+            if AGAIN:
+                x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32)
+            z = logits(tl.where(able, x, -INFINITY), reference[:, None], tau[:, None]) - offset[:, None]
+            soft = sigmoid(z)
+        tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
+
+
+@triton.jit
+def weigh(weights, values):
+    """weights * values, where the weight of an item with next to no value may be anything."""
+    found = values
+    if weights is not None:
+        found = tl.where(values > 2.0 * LEAST, weights, 0.0) * values
+    return found
+
+
+@triton.jit
+def pull_tile(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    c_given,
+    of_x,
+    of_k,
+    of_tau,
+    of_weights,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """The rule of `softk._rule` in reverse: the cotangents asked for, from u of the mask and c of the offset."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    present = row < rows
+    inside = present[:, None] & (column < n)[None, :]
+    kept = load_kept(where, row, column, inside, where_step)
+    x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+    u = load_cotangent(u_given, row, column, kept, n)
+    k = load_per_row(k_given, row, rows, k_step, 0.0)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset = load_per_row(offset_given, row, rows, 1, 0.0)
+    reference = load_per_row(reference_given, row, rows, 1, 0.0)
+    weights = None
+    if weights_given is not None:
+        weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+    g = tl.zeros([ROWS], tl.float32)
+    if c_given is not None:
+        g = load_per_row(c_given, row, rows, 1, 0.0)
+
+    z = logits(x, reference[:, None], tau[:, None]) - offset[:, None]
+    z = tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
+    distance = tl.where(inside, tl.abs(z), INFINITY)
+    if weights is None:
+        nearest = tl.min(distance, axis=1)
+    else:
+        nearest = tl.min(tl.where(weights == 0.0, INFINITY, distance), axis=1)
+    nearest = tl.minimum(nearest, 0.5 * FARTHEST)
+    height = tl.exp(-nearest)
+    distance -= nearest[:, None]
+    if weights is not None:
+        distance = tl.maximum(distance, -LOG_FARTHEST)
+    decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
+    total = height[:, None] * decay + 1.0
+    scaled = decay / total
+    if of_tau is not None:
+        scaled *= balance(z, weigh(weights, scaled), weights, k, nearest)
+    scaled /= total
+    weighted = weigh(weights, scaled)
+    normal = nonzero(tl.sum(weighted, axis=1))
+    rate = tl.minimum(1.0 / normal, FARTHEST)
+    inverse = tl.minimum(tl.exp(tl.minimum(nearest, LOG_FARTHEST)) * rate, FARTHEST)
+    hbar = tl.sum(scaled * rate[:, None] * u, axis=1) - inverse * g
+    most = weighted > (0.75 * normal)[:, None]
+    held = tl.max(most.to(tl.int32), axis=1) > 0
+    # u, from what it is at the item that dominates p, or from its mean.
+    at_most = tl.sum(tl.where(most, u, 0.0), axis=1)
+    if weights is None:
+        level = tl.where(held, at_most, tl.sum(scaled * u, axis=1) / normal)[:, None]
+        if AGAIN:
+            u = load_cotangent(u_given, row, column, kept, n)
+        u -= level
+        g -= height * tl.sum(scaled * u, axis=1)
+        if AGAIN:
+            u = load_cotangent(u_given, row, column, kept, n) - level
+        xbar = (u * height[:, None] + (g / normal)[:, None]) * scaled
+    else:
+        share = tl.where(scaled > 0.0, weights, 0.0)
+        unit = tl.where(held, tl.sum(tl.where(most, share, 0.0), axis=1), tl.max(share, axis=1))
+        share /= nonzero(unit)[:, None]
+        mean = tl.sum(scaled * u, axis=1) / nonzero(tl.sum(scaled * share, axis=1))
+        u -= share * tl.where(held, at_most, mean)[:, None]
+        gain = sigmoid(tl.abs(z)) * sigmoid(-tl.abs(z))
+        xbar = u * gain
+        g -= tl.sum(xbar, axis=1)
+        xbar += weighted / normal[:, None] * g[:, None]
+    xbar = tl.where(x < INFINITY, xbar / tau[:, None], 0.0)
+    bad = offset != offset
+    place = row.to(tl.int64)[:, None] * n + column[None, :]
+    if of_x is not None:
+        tl.store(of_x + place, tl.where(bad[:, None], NOT_A_NUMBER, xbar), mask=inside)
+    if of_k is not None:
+        tl.store(of_k + row, tl.where(bad, NOT_A_NUMBER, hbar), mask=present)
+    if of_tau is not None:
+        taubar = -tl.sum(z * xbar, axis=1)
+        if c_given is not None:
+            taubar -= load_per_row(c_given, row, rows, 1, 0.0) * offset / tau
+        tl.store(of_tau + row, tl.where(bad, NOT_A_NUMBER, taubar), mask=present)
+    if of_weights is not None:
+        abar = -sigmoid(z) * hbar[:, None]
+        tl.store(of_weights + place, tl.where(bad[:, None], NOT_A_NUMBER, abar), mask=inside)
+
+
+@triton.jit
+def balance(z, tail, weights, k, nearest):
+    """What the slip of the offset multiplies p by, on either side."""
+    upper = z > 0.0
+    if weights is None:
+        whole = tl.floor(k)
+        delta = (whole.to(tl.int32) - tl.sum(upper.to(tl.int32), axis=1)).to(tl.float32) + (k - whole)
+    else:
+        delta = k - tl.sum(tl.where(upper, weights, 0.0), axis=1)
+    delta = tl.where(tl.abs(delta) <= 4.0 * EPS * k, 0.0, delta * tl.exp(nearest))
+    below, above = tl.sum(tl.where(upper, 0.0, tail), axis=1), tl.sum(tl.where(upper, tail, 0.0), axis=1)
+    slip = (below - above - delta) / nonzero(below + above)
+    slip = tl.where(tl.abs(slip) < 0.5, slip, 0.0)[:, None]
+    return tl.exp(tl.where(upper, slip, -slip))
