@@ -165,6 +165,27 @@ def beside(keys, low):
 
 
 @triton.jit
+def bars(k, weights):
+    """What the mass at and above the two sides of the gap exceeds, and the mass above them does not."""
+    if weights is None:
+        upper, lower = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
+    else:
+        # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
+        upper, lower = score_of(key_of(k * (1.0 - 4.0 * EPS)) - 1), k
+    return upper, lower
+
+
+@triton.jit
+def extent(k, total, n, weights):
+    """Whether everything is selected, and whether there is as much, for a mass of k > 0 of a total."""
+    if weights is None:
+        everything, valid = tl.floor(k).to(tl.int32) >= total, k <= n
+    else:
+        everything, valid = k >= total * (1.0 - 4.0 * EPS), k <= total * (1.0 + 16.0 * EPS)
+    return (k > 0.0) & everything, valid
+
+
+@triton.jit
 def find_ends(x, weights, able, k, n, near):
     """The scores on either side of the gap; whether nothing is selected, everything, and there is an answer.
 
@@ -173,26 +194,20 @@ def find_ends(x, weights, able, k, n, near):
     nothing = k <= 0.0
     lowest = tl.min(tl.where(able, x, INFINITY), axis=1)
     highest = tl.max(tl.where(able, x, -INFINITY), axis=1)
+    bar, lower_bar = bars(k, weights)
     if weights is None:
         counted = able
         total = tl.sum(able.to(tl.int32), axis=1)
-        bar, lower_bar = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
-        everything = ~nothing & (lower_bar >= total)
-        valid = k <= n
-        lowest = tl.where(bar < total, lowest, -INFINITY)
         first, last = key_of(lowest), key_of(highest)
+        lowest = tl.where(bar < total, lowest, -INFINITY)
         little = 0.5 + 0.0 * k
     else:
         counted = able & (weights > 0.0)
-        usable = (weights >= 0.0) & (weights < INFINITY)
-        total = tl.sum(tl.where(able & usable, weights, 0.0), axis=1)
-        # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
-        bar, lower_bar = score_of(key_of(k * (1.0 - 4.0 * EPS)) - 1), k
-        everything = ~nothing & (k >= total * (1.0 - 4.0 * EPS))
-        valid = (tl.max((able & ~usable).to(tl.int32), axis=1) == 0) & (k <= total * (1.0 + 16.0 * EPS))
+        total = tl.sum(weights, axis=1)
         first = key_of(tl.min(tl.where(counted, x, INFINITY), axis=1))
         last = key_of(tl.max(tl.where(counted, x, -INFINITY), axis=1))
         little = 0.5 * total / n
+    everything, valid = extent(k, total, n, weights)
     keys = tl.where(counted, key_of(x), LOWEST)
     first = tl.where(valid & ~nothing & ~everything, first, last)
     mass = total.to(tl.float32)
@@ -221,20 +236,26 @@ def frame(high, low, tau):
 
 
 @triton.jit
+def narrowed(z_high, z_low):
+    """Half a gap that is not too wide, and what either side of it came closer by."""
+    half = 0.5 * (z_high - z_low)
+    return tl.minimum(half, NARROW), tl.maximum(half - NARROW, 0.0)
+
+
+@triton.jit
 def closer(x, able, high, low, reference, z_high, z_low, tau):
-    """exp(z) from the middle of the gap, narrowed; half the gap, and what either side of it came closer by.
+    """exp(z) from the middle of the gap, narrowed.
 
     On either side of a gap that is narrowed z is measured from its score, for in a wide one the narrowing itself would
     be rounded away.
     """
-    half, middle = 0.5 * (z_high - z_low), 0.5 * (z_high + z_low)
-    excess = tl.maximum(half - NARROW, 0.0)
-    wide, half = excess > 0.0, tl.minimum(half, NARROW)
+    half, excess = narrowed(z_high, z_low)
+    wide, middle = excess > 0.0, 0.5 * (z_high + z_low)
     above, upper = tl.where(wide, high, reference)[:, None], tl.where(wide, half, -middle)[:, None]
     below, lower = tl.where(wide, low, reference)[:, None], tl.where(wide, -half, -middle)[:, None]
     side = x > reference[:, None]
     z = logits(x, tl.where(side, above, below), tau[:, None]) + tl.where(side, upper, lower)
-    return tl.where(able, tl.exp(tl.minimum(tl.maximum(z, -REACH), REACH)), 0.0), half, excess
+    return tl.where(able, tl.exp(tl.minimum(tl.maximum(z, -REACH), REACH)), 0.0)
 
 
 @triton.jit
@@ -262,14 +283,14 @@ def lacking(above, k, offset, half, weights):
         delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
     else:
         delta = k - above
-        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= 4.0 * EPS * k), 0.0, delta)
+        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * (4.0 * EPS)), 0.0, delta)
     return delta
 
 
 @triton.jit
 def step_size(lower, upper, slope, delta):
     both = lower + upper
-    floor = tl.minimum(EPS * both, LEAST)
+    floor = tl.minimum(both * EPS, LEAST)
     lower, upper = tl.maximum(lower, floor), tl.maximum(upper, floor)
     more = tl.maximum(delta, 0.0)
     rising, falling = upper + more, lower + (more - delta)
@@ -278,24 +299,29 @@ def step_size(lower, upper, slope, delta):
 
 
 @triton.jit
+def newton(offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights):
+    """One step, within the middle of a bracket; after a small one a last one, as exact as the numbers are."""
+    size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
+    least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
+    reach = tl.where(last, INFINITY, 0.5 * (most - least))
+    moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
+    offset = tl.where(done, offset, moved)
+    return offset, least, most, done | last, last | ~(tl.abs(size) > TOLERANCE) | (steps + 1 >= LIMIT)
+
+
+@triton.jit
 def search(odds, weights, half, k, fixed):
-    """The offset from the middle of the gap, by Newton's steps within a bracket; and whether there was one."""
+    """The offset from the middle of the gap; and whether there is one."""
     offset = half - half
-    least, most = offset - INFINITY, offset + INFINITY
-    done, last, sound = fixed, fixed, half == half
+    least, most, done, last, sound = offset - INFINITY, offset + INFINITY, fixed, fixed, half == half
     steps = 0
     while tl.min(done.to(tl.int32), axis=0) == 0:
         above, lower, upper, slope = sweep(odds, weights, tl.exp(offset))
-        size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
-        least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
-        reach = tl.where(last, INFINITY, 0.5 * (most - least))
-        moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
-        # After a small step one more, which is as exact as the numbers are.
         sound = tl.where(done, sound, lower == lower)
-        offset = tl.where(done, offset, moved)
+        offset, least, most, done, last = newton(
+            offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights
+        )
         steps += 1
-        done = done | last
-        last = last | ~(tl.abs(size) > TOLERANCE) | (steps >= LIMIT)
     return offset, sound
 
 
@@ -338,6 +364,61 @@ def load_cotangent(u, row, column, kept, n):
 
 
 @triton.jit
+def load_items(x_given, weights_given, where, row, column, inside, n, weights_step, where_step):
+    """Scores without a -0, weights (0 for what cannot be selected), what can be, and what is sound: a number."""
+    x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32) + 0.0
+    kept = load_kept(where, row, column, inside, where_step)
+    able, sound = kept & (x > -INFINITY), ~(kept & (x != x))
+    weights = None
+    if weights_given is not None:
+        weights = load_tile(weights_given, row, column, able, weights_step, 0.0)
+        usable = (weights >= 0.0) & (weights < INFINITY)
+        weights, sound = tl.where(usable, weights, 0.0), sound & usable
+    return x, weights, able, sound
+
+
+@triton.jit
+def load_numbers(k_given, tau_given, row, rows, k_step, tau_step):
+    """k and tau, harmless where they are out of their ranges, and whether they are within."""
+    k = load_per_row(k_given, row, rows, k_step, 0.0)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= 0.0) & (k <= LARGEST)
+    return tl.where(valid, k, 0.0), tl.where(valid, tau, 1.0), valid
+
+
+@triton.jit
+def store_settled(found, flags, row, rows, present, reference, offset, z_high, z_low, nothing, everything, valid, most):
+    """What `softk._solver` settles to."""
+    tl.store(found + row, reference, mask=present)
+    tl.store(found + rows + row, offset, mask=present)
+    tl.store(found + 2 * rows + row, z_high, mask=present)
+    tl.store(found + 3 * rows + row, z_low, mask=present)
+    tl.store(flags + row, nothing, mask=present)
+    tl.store(flags + rows + row, everything, mask=present)
+    tl.store(flags + 2 * rows + row, valid, mask=present)
+    tl.store(flags + 3 * rows + row, most, mask=present)
+
+
+@triton.jit
+def final_offset(offset, nothing, everything, valid):
+    offset = tl.where(nothing, SATURATED, tl.where(everything, -SATURATED, offset))
+    return tl.where(valid, offset, NOT_A_NUMBER)
+
+
+@triton.jit
+def finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid):
+    """The mask."""
+    if weights is None:
+        soft = mask_of(odds, level, excess)
+        soft = tl.where(nothing[:, None] | ~able, 0.0, tl.where(everything[:, None], 1.0, soft))
+        soft = tl.where(valid[:, None], soft, NOT_A_NUMBER)
+    else:
+        # An item without weight may lie within a gap.
+        soft = sigmoid(logits(tl.where(able, x, -INFINITY), reference[:, None], tau[:, None]) - offset[:, None])
+    return soft
+
+
+@triton.jit
 def solve_tile(
     x_given,
     k_given,
@@ -366,53 +447,39 @@ def solve_tile(
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     present = row < rows
     inside = present[:, None] & (column < n)[None, :]
-    x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32) + 0.0  # no -0
-    kept = load_kept(where, row, column, inside, where_step)
-    able = kept & (x > -INFINITY)
-    k = load_per_row(k_given, row, rows, k_step, 0.0)
-    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
-    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= 0.0) & (k <= LARGEST)
-    valid = valid & (tl.max((kept & (x != x)).to(tl.int32), axis=1) == 0)
-    k, tau = tl.where(valid, k, 0.0), tl.where(valid, tau, 1.0)
-    weights = None
-    if weights_given is not None:
-        weights = load_tile(weights_given, row, column, able, weights_step, 0.0)
+    x, weights, able, sound = load_items(
+        x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+    )
+    k, tau, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    valid = valid & (tl.max((~sound).to(tl.int32), axis=1) == 0)
+    k = tl.where(valid, k, 0.0)
     near = tau  # a score that near is as good a reference as the one at the gap, but not for the hard mask
     if mask is None:
         near = 0.0 * tau
     high, low, nothing, everything, answered = find_ends(x, weights, able, k, n, near)
-    infinite = high > LARGEST
+    most = high > LARGEST
     high, low, reference, z_high, z_low = frame(high, low, tau)
-    odds, half, excess = closer(x, able, high, low, reference, z_high, z_low, tau)
+    half, excess = narrowed(z_high, z_low)
+    odds = closer(x, able, high, low, reference, z_high, z_low, tau)
     offset, sound = search(odds, weights, half, k, nothing | everything | ~(valid & answered))
     valid = valid & answered & sound
     level = tl.exp(offset)
     offset += 0.5 * (z_high + z_low)
     if mask is None:
-        tl.store(found + row, reference, mask=present)
-        tl.store(found + rows + row, offset, mask=present)
-        tl.store(found + 2 * rows + row, z_high, mask=present)
-        tl.store(found + 3 * rows + row, z_low, mask=present)
-        tl.store(flags + row, nothing, mask=present)
-        tl.store(flags + rows + row, everything, mask=present)
-        tl.store(flags + 2 * rows + row, valid, mask=present)
-        tl.store(flags + 3 * rows + row, infinite, mask=present)
+        store_settled(
+            found, flags, row, rows, present, reference, offset, z_high, z_low, nothing, everything, valid, most
+        )
     else:
-        offset = tl.where(nothing, SATURATED, tl.where(everything, -SATURATED, offset))
-        offset = tl.where(valid, offset, NOT_A_NUMBER)
+        offset = final_offset(offset, nothing, everything, valid)
         tl.store(reference_found + row, reference, mask=present)
         tl.store(offset_found + row, offset, mask=present)
-        if weights is None:
-            soft = mask_of(odds, level, excess)
-            soft = tl.where(nothing[:, None] | ~able, 0.0, tl.where(everything[:, None], 1.0, soft))
-            soft = tl.where(valid[:, None], soft, NOT_A_NUMBER)
-        else:
-            # An item without weight may lie within a gap.
-            if AGAIN:
-                x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32)
-            z = logits(tl.where(able, x, -INFINITY), reference[:, None], tau[:, None]) - offset[:, None]
-            soft = sigmoid(z)
+        if AGAIN and weights is not None:
+            x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32)
+        soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
         tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
+
+
+# --- the rule in reverse
 
 
 @triton.jit
@@ -422,6 +489,83 @@ def weigh(weights, values):
     if weights is not None:
         found = tl.where(values > 2.0 * LEAST, weights, 0.0) * values
     return found
+
+
+@triton.jit
+def log_odds(x, reference, tau, offset):
+    """z, clipped to the farthest distance that a derivative still sees."""
+    z = logits(x, reference[:, None], tau[:, None]) - offset[:, None]
+    return tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
+
+
+@triton.jit
+def nearest_of(z, inside, weights):
+    """The least |z| of the items that have weight."""
+    distance = tl.where(inside, tl.abs(z), INFINITY)
+    if weights is not None:
+        distance = tl.where(weights == 0.0, INFINITY, distance)
+    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    return tl.minimum(tl.min(distance, axis=1), 0.5 * FARTHEST)
+
+
+@triton.jit
+def tail_of(z, inside, weights, nearest, height):
+    """The smaller of the mask and its complement, in units of exp(-nearest), and the larger one's inverse."""
+    distance = tl.where(inside, tl.abs(z), INFINITY) - nearest[:, None]
+    if weights is not None:
+        distance = tl.maximum(distance, -LOG_FARTHEST)
+    decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
+    larger = height[:, None] * decay + 1.0
+    return decay / larger, larger
+
+
+@triton.jit
+def slip_of(mass_above, below, above, k, nearest, weights):
+    """What the offset is off by, from the mass and the tails on either side of the threshold."""
+    if weights is None:
+        whole = tl.floor(k)
+        delta = (whole.to(tl.int32) - mass_above).to(tl.float32) + (k - whole)
+    else:
+        delta = k - mass_above
+    delta = tl.where(tl.abs(delta) <= k * (4.0 * EPS), 0.0, delta * tl.exp(nearest))
+    slip = (below - above - delta) / nonzero(below + above)
+    return tl.where(tl.abs(slip) < 0.5, slip, 0.0)
+
+
+@triton.jit
+def balance(z, tail, weights, k, nearest):
+    """The slip of a tile."""
+    upper, weighted = z > 0.0, weigh(weights, tail)
+    if weights is None:
+        mass = tl.sum(upper.to(tl.int32), axis=1)
+    else:
+        mass = tl.sum(tl.where(upper, weights, 0.0), axis=1)
+    below, above = tl.sum(tl.where(upper, 0.0, weighted), axis=1), tl.sum(tl.where(upper, weighted, 0.0), axis=1)
+    return slip_of(mass, below, above, k, nearest, weights)
+
+
+@triton.jit
+def rates(nearest, normal):
+    """1 / V' and 1 / V."""
+    rate = tl.minimum(1.0 / normal, FARTHEST)
+    return rate, tl.minimum(tl.exp(tl.minimum(nearest, LOG_FARTHEST)) * rate, FARTHEST)
+
+
+@triton.jit
+def gain_of(z, scaled, height, weights):
+    """v: the derivative of the mask in z. With weights v' may be held back, and v is not in proportion to it."""
+    if weights is None:
+        gain = height[:, None] * scaled
+    else:
+        gain = sigmoid(tl.abs(z)) * sigmoid(-tl.abs(z))
+    return gain
+
+
+@triton.jit
+def cotangent_of(x, u, gain, scaled, weights, normal, g, tau):
+    """That of the scores, u being measured from its level and g from what that leaves; +inf does not move."""
+    xbar = u * gain + weigh(weights, scaled) / normal[:, None] * g[:, None]
+    return tl.where(x < INFINITY, xbar / tau[:, None], 0.0)
 
 
 @triton.jit
@@ -449,13 +593,15 @@ def pull_tile(
     BLOCK: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """The rule of `softk._rule` in reverse: the cotangents asked for, from u of the mask and c of the offset."""
+    """The cotangents that are asked for, from u of the mask and c of the offset.
+
+    AGAIN says to load u where it is needed, and not to hold it.
+    """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     present = row < rows
     inside = present[:, None] & (column < n)[None, :]
     kept = load_kept(where, row, column, inside, where_step)
     x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
-    u = load_cotangent(u_given, row, column, kept, n)
     k = load_per_row(k_given, row, rows, k_step, 0.0)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset = load_per_row(offset_given, row, rows, 1, 0.0)
@@ -463,57 +609,42 @@ def pull_tile(
     weights = None
     if weights_given is not None:
         weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
-    g = tl.zeros([ROWS], tl.float32)
+    c = tl.zeros([ROWS], tl.float32)
     if c_given is not None:
-        g = load_per_row(c_given, row, rows, 1, 0.0)
+        c = load_per_row(c_given, row, rows, 1, 0.0)
 
-    z = logits(x, reference[:, None], tau[:, None]) - offset[:, None]
-    z = tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
-    distance = tl.where(inside, tl.abs(z), INFINITY)
-    if weights is None:
-        nearest = tl.min(distance, axis=1)
-    else:
-        nearest = tl.min(tl.where(weights == 0.0, INFINITY, distance), axis=1)
-    nearest = tl.minimum(nearest, 0.5 * FARTHEST)
+    z = log_odds(x, reference, tau, offset)
+    nearest = nearest_of(z, inside, weights)
     height = tl.exp(-nearest)
-    distance -= nearest[:, None]
-    if weights is not None:
-        distance = tl.maximum(distance, -LOG_FARTHEST)
-    decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
-    total = height[:, None] * decay + 1.0
-    scaled = decay / total
+    scaled, larger = tail_of(z, inside, weights, nearest, height)
     if of_tau is not None:
-        scaled *= balance(z, weigh(weights, scaled), weights, k, nearest)
-    scaled /= total
+        slip = balance(z, scaled, weights, k, nearest)[:, None]
+        scaled *= tl.exp(tl.where(z > 0.0, slip, -slip))
+    scaled /= larger
     weighted = weigh(weights, scaled)
     normal = nonzero(tl.sum(weighted, axis=1))
-    rate = tl.minimum(1.0 / normal, FARTHEST)
-    inverse = tl.minimum(tl.exp(tl.minimum(nearest, LOG_FARTHEST)) * rate, FARTHEST)
-    hbar = tl.sum(scaled * rate[:, None] * u, axis=1) - inverse * g
     most = weighted > (0.75 * normal)[:, None]
     held = tl.max(most.to(tl.int32), axis=1) > 0
-    # u, from what it is at the item that dominates p, or from its mean.
-    at_most = tl.sum(tl.where(most, u, 0.0), axis=1)
+    rate, inverse_slope = rates(nearest, normal)
+
+    # u is measured from a multiple of the weights: that which is u at the item that dominates p, or their mean.
+    u = load_cotangent(u_given, row, column, kept, n)
+    pulled, at_most = tl.sum(scaled * u, axis=1), tl.sum(tl.where(most, u, 0.0), axis=1)
+    hbar = rate * pulled - inverse_slope * c
+    if AGAIN:
+        u = load_cotangent(u_given, row, column, kept, n)
     if weights is None:
-        level = tl.where(held, at_most, tl.sum(scaled * u, axis=1) / normal)[:, None]
-        if AGAIN:
-            u = load_cotangent(u_given, row, column, kept, n)
-        u -= level
-        g -= height * tl.sum(scaled * u, axis=1)
-        if AGAIN:
-            u = load_cotangent(u_given, row, column, kept, n) - level
-        xbar = (u * height[:, None] + (g / normal)[:, None]) * scaled
+        level = tl.where(held, at_most, pulled / normal)[:, None]
     else:
         share = tl.where(scaled > 0.0, weights, 0.0)
         unit = tl.where(held, tl.sum(tl.where(most, share, 0.0), axis=1), tl.max(share, axis=1))
-        share /= nonzero(unit)[:, None]
-        mean = tl.sum(scaled * u, axis=1) / nonzero(tl.sum(scaled * share, axis=1))
-        u -= share * tl.where(held, at_most, mean)[:, None]
-        gain = sigmoid(tl.abs(z)) * sigmoid(-tl.abs(z))
-        xbar = u * gain
-        g -= tl.sum(xbar, axis=1)
-        xbar += weighted / normal[:, None] * g[:, None]
-    xbar = tl.where(x < INFINITY, xbar / tau[:, None], 0.0)
+        share /= nonzero(unit)[:, None]  # weights may be of any size
+        level = share * tl.where(held, at_most, pulled / nonzero(tl.sum(scaled * share, axis=1)))[:, None]
+    gain = gain_of(z, scaled, height, weights)
+    g = c - tl.sum((u - level) * gain, axis=1)
+    if AGAIN:
+        u = load_cotangent(u_given, row, column, kept, n)
+    xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
     bad = offset != offset
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if of_x is not None:
@@ -521,26 +652,8 @@ def pull_tile(
     if of_k is not None:
         tl.store(of_k + row, tl.where(bad, NOT_A_NUMBER, hbar), mask=present)
     if of_tau is not None:
-        taubar = -tl.sum(z * xbar, axis=1)
-        if c_given is not None:
-            taubar -= load_per_row(c_given, row, rows, 1, 0.0) * offset / tau
+        taubar = -tl.sum(z * xbar, axis=1) - c * offset / tau
         tl.store(of_tau + row, tl.where(bad, NOT_A_NUMBER, taubar), mask=present)
     if of_weights is not None:
         abar = -sigmoid(z) * hbar[:, None]
         tl.store(of_weights + place, tl.where(bad[:, None], NOT_A_NUMBER, abar), mask=inside)
-
-
-@triton.jit
-def balance(z, tail, weights, k, nearest):
-    """What the slip of the offset multiplies p by, on either side."""
-    upper = z > 0.0
-    if weights is None:
-        whole = tl.floor(k)
-        delta = (whole.to(tl.int32) - tl.sum(upper.to(tl.int32), axis=1)).to(tl.float32) + (k - whole)
-    else:
-        delta = k - tl.sum(tl.where(upper, weights, 0.0), axis=1)
-    delta = tl.where(tl.abs(delta) <= 4.0 * EPS * k, 0.0, delta * tl.exp(nearest))
-    below, above = tl.sum(tl.where(upper, 0.0, tail), axis=1), tl.sum(tl.where(upper, tail, 0.0), axis=1)
-    slip = (below - above - delta) / nonzero(below + above)
-    slip = tl.where(tl.abs(slip) < 0.5, slip, 0.0)[:, None]
-    return tl.exp(tl.where(upper, slip, -slip))

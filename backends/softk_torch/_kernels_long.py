@@ -1,0 +1,963 @@
+"""The kernels for rows that no tile holds: the same in a few passes over the scores, each by many programs a row.
+
+A program sums up its segment of a row. What the segments of the pass before have found, every program of the next one
+adds up for itself, or a small one in between: so nothing waits but for the pass before, and nothing is added up in an
+order that varies. A pass that a row no longer needs reads nothing of it. What belongs to a row is a vector of one, so
+that the functions for tiles serve.
+
+Forward: `survey`, `count` (brackets of keys, PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
+Backward: `nearest_rows`, `sum_rows`, `gain_rows`, `pull_rows`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._kernels import (
+    HIGHEST,
+    INFINITY,
+    LARGEST,
+    LOWEST,
+    NOT_A_NUMBER,
+    bars,
+    beside,
+    closer,
+    cotangent_of,
+    extent,
+    final_offset,
+    finish,
+    frame,
+    gain_of,
+    going_on,
+    key_of,
+    load_cotangent,
+    load_items,
+    load_kept,
+    load_numbers,
+    load_per_row,
+    load_tile,
+    log_odds,
+    narrowed,
+    nearest_of,
+    newton,
+    nonzero,
+    rates,
+    score_of,
+    sigmoid,
+    slip_of,
+    store_settled,
+    sweep,
+    tail_of,
+    weigh,
+)
+
+PIVOTS = tl.constexpr(8)
+#: Passes after which a bracket of all integers is one key.
+PASSES = 11
+
+
+# --- what programs know, and what they hand on
+
+
+@triton.jit
+def this_place(segments):
+    """The row of this program, as a vector of one, and its segment."""
+    program = tl.program_id(0)
+    return program // segments + tl.arange(0, 1), program % segments
+
+
+@triton.jit
+def segment_of(segment, n, going, LENGTH: tl.constexpr):
+    """Where a segment begins and ends: at once where nothing is to be read."""
+    begin = segment * LENGTH
+    return begin, tl.where(tl.max(going.to(tl.int32), axis=0) > 0, tl.minimum(begin + LENGTH, n), begin)
+
+
+@triton.jit
+def parts_of(parts, field, row, rows, segments, SEGMENTS: tl.constexpr, other):
+    """What the segments of a row have found, of shape (1, SEGMENTS)."""
+    segment = tl.arange(0, SEGMENTS)[None, :]
+    place = (field * rows + row.to(tl.int64)[:, None]) * segments + segment
+    return tl.load(parts + place, mask=segment < segments, other=other)
+
+
+@triton.jit
+def hand_on(parts, field, row, rows, segment, segments, value):
+    tl.store(parts + (field * rows + row.to(tl.int64)) * segments + segment, value)
+
+
+@triton.jit
+def field_of(values, field, row, rows):
+    return tl.load(values + field * rows + row)
+
+
+@triton.jit
+def keep(values, field, row, rows, value, segment):
+    """A value of a row, written by the program of its first segment."""
+    tl.store(values + field * rows + row, value, mask=segment + tl.arange(0, 1) == 0)
+
+
+@triton.jit
+def no_mass(weights, SIZE: tl.constexpr):
+    """A count, or a sum of weights, of nothing."""
+    if weights is None:
+        nothing = tl.zeros([SIZE], tl.int32)
+    else:
+        nothing = tl.zeros([SIZE], tl.float32)
+    return nothing
+
+
+# --- the scores at the gap
+
+
+@triton.jit
+def survey(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    scores,
+    totals,
+    unsound,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: its lowest and highest score, also of those that count, its mass, and whether it is unsound."""
+    row, segment = this_place(segments)
+    lowest, highest = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    first, last, total, bad = lowest, highest, no_mass(weights_given, 1), tl.zeros([1], tl.int32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, weights, able, sound = load_items(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+        )
+        lowest = tl.minimum(lowest, tl.min(tl.where(able, x, INFINITY), axis=1))
+        highest = tl.maximum(highest, tl.max(tl.where(able, x, -INFINITY), axis=1))
+        bad = tl.maximum(bad, tl.max((~sound).to(tl.int32), axis=1))
+        if weights_given is None:
+            first, last = lowest, highest
+            total += tl.sum(able.to(tl.int32), axis=1)
+        else:
+            counted = able & (weights > 0.0)
+            first = tl.minimum(first, tl.min(tl.where(counted, x, INFINITY), axis=1))
+            last = tl.maximum(last, tl.max(tl.where(counted, x, -INFINITY), axis=1))
+            total += tl.sum(weights, axis=1)
+    hand_on(scores, 0, row, rows, segment, segments, lowest)
+    hand_on(scores, 1, row, rows, segment, segments, highest)
+    hand_on(scores, 2, row, rows, segment, segments, first)
+    hand_on(scores, 3, row, rows, segment, segments, last)
+    hand_on(totals, 0, row, rows, segment, segments, total)
+    hand_on(unsound, 0, row, rows, segment, segments, bad)
+
+
+@triton.jit
+def open_bracket(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    scores,
+    totals,
+    unsound,
+    outer,
+    flags,
+    bracket,
+    mass,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: what the survey says, and the bracket to begin with."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, _, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    lowest = tl.min(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
+    highest = tl.max(parts_of(scores, 1, row, rows, segments, SEGMENTS, -INFINITY), axis=1)
+    first = key_of(tl.min(parts_of(scores, 2, row, rows, segments, SEGMENTS, INFINITY), axis=1))
+    last = key_of(tl.max(parts_of(scores, 3, row, rows, segments, SEGMENTS, -INFINITY), axis=1))
+    total = tl.sum(parts_of(totals, 0, row, rows, segments, SEGMENTS, 0), axis=1)
+    valid = valid & (tl.max(parts_of(unsound, 0, row, rows, segments, SEGMENTS, 0), axis=1) == 0)
+    k = tl.where(valid, k, 0.0)
+    nothing = k <= 0.0
+    everything, enough = extent(k, total, n, weights_given)
+    if weights_given is None:
+        bar, _ = bars(k, weights_given)
+        lowest = tl.where(bar < total, lowest, -INFINITY)
+    valid = valid & enough
+    keep(outer, 0, row, rows, lowest, 0)
+    keep(outer, 1, row, rows, highest, 0)
+    keep(flags, 0, row, rows, nothing, 0)
+    keep(flags, 1, row, rows, everything, 0)
+    keep(flags, 2, row, rows, valid, 0)
+    keep(bracket, 0, row, rows, tl.where(valid & ~nothing & ~everything, first, last), 0)
+    keep(bracket, 1, row, rows, last, 0)
+    keep(mass, 0, row, rows, total, 0)
+
+
+@triton.jit
+def pivots_in(low, high):
+    """Keys that cut a bracket into equal parts, above `low` and not above `high`."""
+    part = tl.arange(0, PIVOTS).to(tl.int64) + 1
+    width = high.to(tl.int64) - low.to(tl.int64)
+    return (low.to(tl.int64) + (width * part + PIVOTS) // (PIVOTS + 1)).to(tl.int32)
+
+
+@triton.jit
+def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near, weights, SEGMENTS: tl.constexpr):
+    """The bracket that the pass before has led to, the mass at its lower end, and whether it is too wide yet."""
+    low, high, reached = field_of(bracket, 0, row, rows), field_of(bracket, 1, row, rows), field_of(mass, 0, row, rows)
+    going = going_on(low, high, reached, bar, lower_bar, near, weights)
+    if counts is not None:
+        pivots = pivots_in(low, high)
+        for i in tl.static_range(PIVOTS):
+            pivot = tl.sum(tl.where(tl.arange(0, PIVOTS) == i, pivots, 0), axis=0)
+            found = tl.sum(parts_of(counts, i, row, rows, segments, SEGMENTS, 0), axis=1)
+            # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
+            raised, lowered = going & (found > bar), going & (found <= bar) & (pivot <= high)
+            low, reached = tl.where(raised, pivot, low), tl.where(raised, found, reached)
+            high = tl.where(lowered, pivot - 1, high)
+        going = going_on(low, high, reached, bar, lower_bar, near, weights)
+    return low, high, reached, going
+
+
+@triton.jit
+def count(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    bracket,
+    mass,
+    counts,
+    next_bracket,
+    next_mass,
+    next_counts,
+    near,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    UPPER: tl.constexpr,
+):
+    """Of a segment: the mass at and above each pivot, for the upper side of the gap or the lower one."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    bar, lower_bar = bars(k, weights_given)
+    if not UPPER:
+        bar = lower_bar
+    low, high, reached, going = bracket_of(
+        bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
+    )
+    keep(next_bracket, 0, row, rows, low, segment)
+    keep(next_bracket, 1, row, rows, high, segment)
+    keep(next_mass, 0, row, rows, reached, segment)
+    pivots, found = pivots_in(low, high)[:, None], no_mass(weights_given, PIVOTS)
+    begin, end = segment_of(segment, n, going, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, weights, able, _ = load_items(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+        )
+        above = tl.where(able, key_of(x), LOWEST) >= pivots
+        if weights_given is None:
+            found += tl.sum(above.to(tl.int32), axis=1)
+        else:
+            found += tl.sum(tl.where(above, weights, 0.0), axis=1)
+    hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, found)
+
+
+@triton.jit
+def flank(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    bracket,
+    mass,
+    counts,
+    last_mass,
+    flanks,
+    near,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the keys on either side of the lower bound that the passes have led to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    bar, lower_bar = bars(k, weights_given)
+    low, _, reached, _ = bracket_of(
+        bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
+    )
+    keep(last_mass, 0, row, rows, reached, segment)
+    upper, lower = tl.full([1], HIGHEST, tl.int32), tl.full([1], LOWEST, tl.int32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, weights, able, _ = load_items(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+        )
+        if weights_given is not None:
+            able = able & (weights > 0.0)
+        above, below = beside(tl.where(able, key_of(x), LOWEST), low)
+        upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
+    hand_on(flanks, 0, row, rows, segment, segments, upper)
+    hand_on(flanks, 1, row, rows, segment, segments, lower)
+
+
+@triton.jit
+def open_lower_bracket(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    flanks,
+    first_bracket,
+    mass,
+    bracket,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row with weights: the bracket of the lower side, if it is apart; a weight may be within k's rounding."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, _, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    _, lower_bar = bars(k, weights_given)
+    lower = tl.max(parts_of(flanks, 1, row, rows, segments, SEGMENTS, LOWEST), axis=1)
+    first, apart = field_of(first_bracket, 0, row, rows), field_of(mass, 0, row, rows) <= lower_bar
+    keep(bracket, 0, row, rows, tl.where(apart & (first < lower), first, lower), 0)
+    keep(bracket, 1, row, rows, lower, 0)
+
+
+# --- the threshold
+
+
+@triton.jit
+def frame_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    flanks,
+    mass,
+    outer,
+    flags,
+    bracket,
+    total,
+    counts,
+    gap,
+    state,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: both sides of the gap, the reference and their z, and where the search begins."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    nothing = field_of(flags, 0, row, rows) != 0
+    everything, valid = field_of(flags, 1, row, rows) != 0, field_of(flags, 2, row, rows) != 0
+    _, lower_bar = bars(k, weights_given)
+    upper = tl.min(parts_of(flanks, 0, row, rows, segments, SEGMENTS, HIGHEST), axis=1)
+    if weights_given is None:
+        lower = tl.max(parts_of(flanks, 1, row, rows, segments, SEGMENTS, LOWEST), axis=1)
+    else:
+        lower, _, _, _ = bracket_of(
+            bracket, total, counts, row, rows, segments, lower_bar, lower_bar, 0.0 * tau, weights_given, SEGMENTS
+        )
+    apart = field_of(mass, 0, row, rows) <= lower_bar
+    lowest, highest = field_of(outer, 0, row, rows), field_of(outer, 1, row, rows)
+    high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
+    low = tl.where(nothing | everything | ~apart, high, score_of(lower))
+    keep(flags, 3, row, rows, high > LARGEST, 0)
+    high, low, reference, z_high, z_low = frame(high, low, tau)
+    keep(gap, 0, row, rows, reference, 0)
+    keep(gap, 1, row, rows, z_high, 0)
+    keep(gap, 2, row, rows, z_low, 0)
+    keep(gap, 3, row, rows, high, 0)
+    keep(gap, 4, row, rows, low, 0)
+    fixed = (nothing | everything | ~valid).to(tl.float32)
+    keep(state, 0, row, rows, 0.0 * tau, 0)
+    keep(state, 1, row, rows, 0.0 * tau - INFINITY, 0)
+    keep(state, 2, row, rows, 0.0 * tau + INFINITY, 0)
+    keep(state, 3, row, rows, fixed, 0)
+    keep(state, 4, row, rows, fixed, 0)
+    keep(state, 5, row, rows, 1.0 + 0.0 * tau, 0)
+
+
+@triton.jit
+def search_of(state, tails, above, steps, half, k, row, rows, segments, weights, SEGMENTS: tl.constexpr):
+    """Where the pass before has led to: the offset, its bracket, whether it is done, and whether it is sound."""
+    offset, least, most = field_of(state, 0, row, rows), field_of(state, 1, row, rows), field_of(state, 2, row, rows)
+    done, last = field_of(state, 3, row, rows) != 0.0, field_of(state, 4, row, rows) != 0.0
+    sound = field_of(state, 5, row, rows) != 0.0
+    if tails is not None:
+        mass = tl.sum(parts_of(above, 0, row, rows, segments, SEGMENTS, 0), axis=1)
+        lower = tl.sum(parts_of(tails, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
+        upper = tl.sum(parts_of(tails, 1, row, rows, segments, SEGMENTS, 0.0), axis=1)
+        slope = tl.sum(parts_of(tails, 2, row, rows, segments, SEGMENTS, 0.0), axis=1)
+        sound = tl.where(done, sound, lower == lower)
+        offset, least, most, done, last = newton(
+            offset, least, most, done, last, steps, mass, lower, upper, slope, half, k, weights
+        )
+    return offset, least, most, done, last, sound
+
+
+@triton.jit
+def sweep_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    gap,
+    state,
+    tails,
+    above,
+    next_state,
+    next_tails,
+    next_above,
+    steps,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: what a sweep finds at the offset that the pass before has led to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
+    high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
+    half, _ = narrowed(z_high, z_low)
+    offset, least, most, done, last, whole = search_of(
+        state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
+    )
+    keep(next_state, 0, row, rows, offset, segment)
+    keep(next_state, 1, row, rows, least, segment)
+    keep(next_state, 2, row, rows, most, segment)
+    keep(next_state, 3, row, rows, done.to(tl.float32), segment)
+    keep(next_state, 4, row, rows, last.to(tl.float32), segment)
+    keep(next_state, 5, row, rows, whole.to(tl.float32), segment)
+    level, number = tl.exp(offset), no_mass(weights_given, 1)
+    lower, upper, slope = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, ~done, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, weights, able, _ = load_items(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+        )
+        odds = closer(x, able, high, low, reference, z_high, z_low, tau)
+        found = sweep(odds, weights, level)
+        number += found[0]
+        lower += found[1]
+        upper += found[2]
+        slope += found[3]
+    hand_on(next_above, 0, row, rows, segment, segments, number)
+    hand_on(next_tails, 0, row, rows, segment, segments, lower)
+    hand_on(next_tails, 1, row, rows, segment, segments, upper)
+    hand_on(next_tails, 2, row, rows, segment, segments, slope)
+
+
+@triton.jit
+def mask_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    gap,
+    flags,
+    state,
+    tails,
+    above,
+    mask,
+    offset_found,
+    reference_found,
+    settled,
+    settled_flags,
+    steps,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """The results: of a segment its mask, or, without one, what `softk._solver` settles to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
+    high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
+    nothing, everything = field_of(flags, 0, row, rows) != 0, field_of(flags, 1, row, rows) != 0
+    half, excess = narrowed(z_high, z_low)
+    offset, _, _, _, _, whole = search_of(
+        state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
+    )
+    valid = (field_of(flags, 2, row, rows) != 0) & whole
+    level = tl.exp(offset)
+    offset += 0.5 * (z_high + z_low)
+    first = segment + tl.arange(0, 1) == 0
+    if mask is None:
+        most = field_of(flags, 3, row, rows) != 0
+        store_settled(
+            settled, settled_flags, row, rows, first, reference, offset, z_high, z_low, nothing, everything, valid, most
+        )
+    else:
+        offset = final_offset(offset, nothing, everything, valid)
+        tl.store(reference_found + row, reference, mask=first)
+        tl.store(offset_found + row, offset, mask=first)
+        begin, end = segment_of(segment, n, row >= 0, LENGTH)
+        for start in range(begin, end, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = (column < n)[None, :]
+            x, weights, able, _ = load_items(
+                x_given, weights_given, where, row, column, inside, n, weights_step, where_step
+            )
+            odds = closer(x, able, high, low, reference, z_high, z_low, tau)
+            soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
+            tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
+
+
+# --- the rule in reverse
+
+
+@triton.jit
+def load_linearised(
+    x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
+):
+    """Of a tile: the scores, their z, the weights, and which items are not removed."""
+    kept = load_kept(where, row, column, inside, where_step)
+    x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+    weights = None
+    if weights_given is not None:
+        weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+    return x, log_odds(x, reference, tau, offset), weights, kept
+
+
+@triton.jit
+def nearest_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    distances,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the least |z| of the items that have weight, and the largest weight."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    nearest, heaviest = tl.full([1], INFINITY, tl.float32), tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, z, weights, _ = load_linearised(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
+        )
+        nearest = tl.minimum(nearest, nearest_of(z, inside, weights))
+        if weights is not None:
+            heaviest = tl.maximum(heaviest, tl.max(tl.where(x > -INFINITY, weights, 0.0), axis=1))
+    hand_on(distances, 0, row, rows, segment, segments, nearest)
+    hand_on(distances, 1, row, rows, segment, segments, heaviest)
+
+
+@triton.jit
+def sums_of(values, upper):
+    """The sums below and above the threshold."""
+    return tl.sum(tl.where(upper, 0.0, values), axis=1), tl.sum(tl.where(upper, values, 0.0), axis=1)
+
+
+@triton.jit
+def greatest(values, u, share, best, u_best, share_best):
+    """The greatest value yet, and u and the share there. Of equal ones no one dominates, and any will do."""
+    here = tl.max(values, axis=1)
+    at = values == here[:, None]
+    better = here > best
+    u_here, share_here = tl.max(tl.where(at, u, -INFINITY), axis=1), tl.max(tl.where(at, share, 0.0), axis=1)
+    u_best, share_best = tl.where(better, u_here, u_best), tl.where(better, share_here, share_best)
+    return tl.maximum(here, best), u_best, share_best
+
+
+@triton.jit
+def sum_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    distances,
+    sums,
+    masses,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    nearest = tl.min(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
+    unit = nonzero(tl.max(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0), axis=1))
+    height = tl.exp(-nearest)
+    zero = tl.zeros([1], tl.float32)
+    tails_below, tails_above, normal_below, normal_above = zero, zero, zero, zero
+    pulled_below, pulled_above, shares_below, shares_above = zero, zero, zero, zero
+    most_below, u_below, share_below, most_above, u_above, share_above = zero, zero, zero, zero, zero, zero
+    mass = no_mass(weights_given, 1)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        _, z, weights, kept = load_linearised(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
+        )
+        u = load_cotangent(u_given, row, column, kept, n)
+        upper = z > 0.0
+        tail, larger = tail_of(z, inside, weights, nearest, height)
+        scaled = tail / larger
+        weighted = weigh(weights, scaled)
+        if weights_given is None:
+            share = tl.where(inside, 1.0, 0.0)
+            mass += tl.sum((upper & inside).to(tl.int32), axis=1)
+        else:
+            share = tl.where(scaled > 0.0, weights, 0.0) / unit[:, None]
+            mass += tl.sum(tl.where(upper, weights, 0.0), axis=1)
+        below, above = sums_of(weigh(weights, tail), upper)
+        tails_below, tails_above = tails_below + below, tails_above + above
+        below, above = sums_of(weighted, upper)
+        normal_below, normal_above = normal_below + below, normal_above + above
+        below, above = sums_of(scaled * u, upper)
+        pulled_below, pulled_above = pulled_below + below, pulled_above + above
+        below, above = sums_of(scaled * share, upper)
+        shares_below, shares_above = shares_below + below, shares_above + above
+        most_below, u_below, share_below = greatest(
+            tl.where(upper, 0.0, weighted), u, share, most_below, u_below, share_below
+        )
+        most_above, u_above, share_above = greatest(
+            tl.where(upper, weighted, 0.0), u, share, most_above, u_above, share_above
+        )
+    hand_on(masses, 0, row, rows, segment, segments, mass)
+    hand_on(sums, 0, row, rows, segment, segments, tails_below)
+    hand_on(sums, 1, row, rows, segment, segments, tails_above)
+    hand_on(sums, 2, row, rows, segment, segments, normal_below)
+    hand_on(sums, 3, row, rows, segment, segments, normal_above)
+    hand_on(sums, 4, row, rows, segment, segments, pulled_below)
+    hand_on(sums, 5, row, rows, segment, segments, pulled_above)
+    hand_on(sums, 6, row, rows, segment, segments, shares_below)
+    hand_on(sums, 7, row, rows, segment, segments, shares_above)
+    hand_on(sums, 8, row, rows, segment, segments, most_below)
+    hand_on(sums, 9, row, rows, segment, segments, u_below)
+    hand_on(sums, 10, row, rows, segment, segments, share_below)
+    hand_on(sums, 11, row, rows, segment, segments, most_above)
+    hand_on(sums, 12, row, rows, segment, segments, u_above)
+    hand_on(sums, 13, row, rows, segment, segments, share_above)
+
+
+@triton.jit
+def both_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
+    """Two sums, below and above the threshold."""
+    return (
+        tl.sum(parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0), axis=1),
+        tl.sum(parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0), axis=1),
+    )
+
+
+@triton.jit
+def greatest_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
+    """The greatest of the segments' greatest, and u and the share there."""
+    values = parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)
+    u = parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)
+    share = parts_of(sums, field + 2, row, rows, segments, SEGMENTS, 0.0)
+    zero = tl.zeros([1], tl.float32)
+    return greatest(values, u, share, zero, zero, zero)
+
+
+@triton.jit
+def join_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    c_given,
+    distances,
+    sums,
+    masses,
+    of_k,
+    joined,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BALANCED: tl.constexpr,
+):
+    """Of a row: the slip, V', the level that u is measured from, and the cotangent of k."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, offset = load_per_row(k_given, row, rows, k_step, 0.0), field_of(offset_given, 0, row, rows)
+    c = tl.zeros([1], tl.float32)
+    if c_given is not None:
+        c = field_of(c_given, 0, row, rows)
+    nearest = tl.min(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
+    unit = nonzero(tl.max(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0), axis=1))
+    slip = tl.zeros([1], tl.float32)
+    if BALANCED:
+        below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
+        mass = tl.sum(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0), axis=1)
+        slip = slip_of(mass, below, above, k, nearest, weights_given)
+    less, more = tl.exp(-slip), tl.exp(slip)
+    below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
+    normal = nonzero(less * below + more * above)
+    below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
+    pulled = less * below + more * above
+    below, above = both_of(sums, 6, row, rows, segments, SEGMENTS)
+    shares = less * below + more * above
+    most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
+    most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
+    lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
+    at_most = tl.where(upper, u_above / nonzero(share_above), u_below / nonzero(share_below))
+    rate, inverse_slope = rates(nearest, normal)
+    hbar = rate * pulled - inverse_slope * c
+    keep(joined, 0, row, rows, nearest, 0)
+    keep(joined, 1, row, rows, slip, 0)
+    keep(joined, 2, row, rows, normal, 0)
+    keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
+    keep(joined, 4, row, rows, unit, 0)
+    keep(joined, 5, row, rows, hbar, 0)
+    if of_k is not None:
+        keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, NOT_A_NUMBER), 0)
+
+
+@triton.jit
+def rule_of(z, inside, weights, joined, row, rows):
+    """Of a tile: v', v, and the multiple of the weights that u is measured from."""
+    nearest, slip = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows)
+    level, unit = field_of(joined, 3, row, rows), field_of(joined, 4, row, rows)
+    height = tl.exp(-nearest)
+    scaled, larger = tail_of(z, inside, weights, nearest, height)
+    scaled = scaled * tl.exp(tl.where(z > 0.0, slip[:, None], -slip[:, None])) / larger
+    if weights is None:
+        level = tl.where(inside, level[:, None], 0.0)
+    else:
+        level = tl.where(scaled > 0.0, weights, 0.0) / unit[:, None] * level[:, None]
+    return scaled, gain_of(z, scaled, height, weights), level
+
+
+@triton.jit
+def gain_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    joined,
+    gains,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: <v, u>, with u measured from its level."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    gained = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        _, z, weights, kept = load_linearised(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
+        )
+        u = load_cotangent(u_given, row, column, kept, n)
+        _, gain, level = rule_of(z, inside, weights, joined, row, rows)
+        gained += tl.sum((u - level) * gain, axis=1)
+    hand_on(gains, 0, row, rows, segment, segments, gained)
+
+
+@triton.jit
+def pull_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    c_given,
+    joined,
+    gains,
+    of_x,
+    of_weights,
+    moments,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the cotangents of the scores and of the weights, and <z, xbar> for that of the temperature."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
+    g = -tl.sum(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    if c_given is not None:
+        g += field_of(c_given, 0, row, rows)
+    bad = (offset != offset)[:, None]
+    moment = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (column < n)[None, :]
+        x, z, weights, kept = load_linearised(
+            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
+        )
+        u = load_cotangent(u_given, row, column, kept, n)
+        scaled, gain, level = rule_of(z, inside, weights, joined, row, rows)
+        xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
+        place = row.to(tl.int64)[:, None] * n + column[None, :]
+        if of_x is not None:
+            tl.store(of_x + place, tl.where(bad, NOT_A_NUMBER, xbar), mask=inside)
+        if of_weights is not None:
+            abar = -sigmoid(z) * hbar[:, None]
+            tl.store(of_weights + place, tl.where(bad, NOT_A_NUMBER, abar), mask=inside)
+        moment += tl.sum(z * xbar, axis=1)
+    hand_on(moments, 0, row, rows, segment, segments, moment)
+
+
+@triton.jit
+def temperature_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    c_given,
+    moments,
+    of_tau,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: the cotangent of the temperature."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    tau, offset = load_per_row(tau_given, row, rows, tau_step, 1.0), field_of(offset_given, 0, row, rows)
+    taubar = -tl.sum(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    if c_given is not None:
+        taubar -= field_of(c_given, 0, row, rows) * offset / tau
+    keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, NOT_A_NUMBER), 0)

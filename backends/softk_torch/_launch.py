@@ -1,0 +1,204 @@
+"""How the kernels are called: the tiles or segments of a problem, its passes, and room for what they find."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from softk._solver import STEPS
+
+from . import _kernels, _kernels_long
+
+#: The longest row that a tile takes, and how many scores each of its warps.
+LONGEST = 32768
+PER_WARP = 1024
+#: Of longer rows: the scores that a program takes at a time, the shortest segment, and how many segments at most.
+BLOCK = 4096
+SHORTEST = 32768
+SEGMENTS = 1024
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+
+class Problem:
+    """Scores (..., n) and what belongs to them, as rows. Its results have the shapes of a primitive's."""
+
+    grid: tuple[int]
+    size: dict[str, int]
+
+    def __init__(self, x: Tensor, k: Tensor, tau: Tensor, weights: Optional, where: Optional) -> None:
+        self.x, self.n = x.contiguous(), x.shape[-1]
+        self.rows = x.numel() // self.n
+        arrays, steps = zip(_per_row(k), _per_row(tau), _per_item(weights), _per_item(where), strict=True)
+        self.arrays = (self.x, *arrays)
+        self.steps = dict(zip(("k_step", "tau_step", "weights_step", "where_step"), steps, strict=True))
+        self.weights = weights
+
+    def per_item(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for a result of the scores' shape."""
+        return torch.empty(self.x.shape, dtype=dtype or self.x.dtype, device=self.x.device)
+
+    def per_row(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for a result, or some, of one value a slice."""
+        return torch.empty((*count, *self.x.shape[:-1], 1), dtype=dtype, device=self.x.device)
+
+    def run(self, kernel: Any, *arrays: Any, grid: tuple[int] | None = None, **options: Any) -> None:
+        """A kernel, on the device of the scores and its current stream."""
+        on_device = torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
+        with on_device:
+            kernel[grid or self.grid](
+                *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size, **options
+            )
+
+    def mask(self) -> tuple[Tensor, ...]:
+        """The mask, the offset and the reference."""
+        found = self.per_item(), self.per_row(), self.per_row()
+        self.solve(*found, None, None)
+        return found
+
+    def settled(self) -> tuple[Tensor, ...]:
+        """What the solver settles to."""
+        numbers, flags = self.per_row(4), self.per_row(4, dtype=torch.bool)
+        self.solve(None, None, None, numbers, flags)
+        return *numbers.unbind(), *flags.unbind()
+
+    def cotangents(self, given: tuple[Optional, ...], needed: tuple[bool, ...]) -> tuple[Optional, ...]:
+        """Those of (x, k, tau, weights) that are needed, from the offset, the reference, u and c."""
+        of_x, of_k, of_tau, of_weights = needed
+        found = (
+            self.per_item() if of_x else None,
+            self.per_row() if of_k else None,
+            self.per_row() if of_tau else None,
+            self.per_item(torch.float32) if of_weights and self.weights is not None else None,
+        )
+        self.pull(*(None if value is None else value.contiguous() for value in given), *found)
+        return found
+
+    def solve(self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional) -> None:
+        raise NotImplementedError
+
+    def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
+        raise NotImplementedError
+
+
+class Tiles(Problem):
+    """Rows of which a program takes one or more, once."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        block = max(1 << (self.n - 1).bit_length(), 16)
+        tile = max(PER_WARP // 2 // block, 1)
+        self.grid = (-(-self.rows // tile),)
+        warps = min(max(tile * block // PER_WARP, 1), 32)
+        self.size = {"ROWS": tile, "BLOCK": block, "AGAIN": block == LONGEST, "num_warps": warps}
+
+    def solve(self, *found: Optional) -> None:
+        self.run(_kernels.solve_tile, *found)
+
+    def pull(self, *arrays: Optional) -> None:
+        self.run(_kernels.pull_tile, *arrays)
+
+
+class Segments(Problem):
+    """Rows of which many programs take a segment each, in passes."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        length = SHORTEST
+        while length * SEGMENTS < self.n:
+            length *= 2
+        self.segments = -(-self.n // length)
+        self.grid = (self.rows * self.segments,)
+        self.each = (self.rows,)
+        self.size = {
+            "segments": self.segments,
+            "LENGTH": length,
+            "BLOCK": BLOCK,
+            "SEGMENTS": 1 << (self.segments - 1).bit_length(),
+            "num_warps": BLOCK // PER_WARP,
+        }
+
+    def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for what segments hand on."""
+        return torch.empty((*count, self.rows, self.segments), dtype=dtype, device=self.x.device)
+
+    def values(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for what belongs to a row on the way."""
+        return torch.empty((*count, self.rows), dtype=dtype, device=self.x.device)
+
+    @property
+    def mass(self) -> torch.dtype:
+        """Without weights a mass is a count."""
+        return torch.int32 if self.weights is None else torch.float32
+
+    def solve(self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional) -> None:
+        kernels, near = _kernels_long, float(mask is not None)
+        survey = self.parts(4), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
+        self.run(kernels.survey, *survey)
+        outer, facts = self.values(2), self.values(4, dtype=torch.int32)
+        first = self.values(2, dtype=torch.int32), self.values(dtype=self.mass)
+        self.run(kernels.open_bracket, *survey, outer, facts, *first, grid=self.each)
+        bracket, reached, counts = self.select(*first, near, upper=True)
+        last, flanks = self.values(dtype=self.mass), self.parts(2, dtype=torch.int32)
+        self.run(kernels.flank, bracket, reached, counts, last, flanks, near)
+        lower: tuple[Optional, ...] = (None, None, None)
+        if self.weights is not None:
+            bracket = self.values(2, dtype=torch.int32)
+            self.run(kernels.open_lower_bracket, flanks, first[0], last, bracket, grid=self.each)
+            lower = self.select(bracket, first[1], 0.0, upper=False)
+        gap, state = self.values(5), self.values(6)
+        self.run(kernels.frame_rows, flanks, last, outer, facts, *lower, gap, state, grid=self.each)
+        tails: Optional = None
+        above: Optional = None
+        for steps in range(STEPS + 1):
+            swept = self.values(6), self.parts(3), self.parts(dtype=self.mass)
+            self.run(kernels.sweep_rows, gap, state, tails, above, *swept, steps)
+            state, tails, above = swept
+        results = (mask, offset, reference, numbers, flags, STEPS + 1)
+        self.run(kernels.mask_rows, gap, facts, state, tails, above, *results)
+
+    def select(self, bracket: Tensor, mass: Tensor, near: float, *, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The last but one bracket, the mass at its lower end, and what it leads to the last one."""
+        counts: Optional = None
+        for _ in range(_kernels_long.PASSES):
+            found = (
+                self.values(2, dtype=torch.int32),
+                self.values(dtype=self.mass),
+                self.parts(_kernels_long.PIVOTS.value, dtype=self.mass),
+            )
+            self.run(_kernels_long.count, bracket, mass, counts, *found, near, UPPER=upper)
+            bracket, mass, counts = found
+        assert counts is not None
+        return bracket, mass, counts
+
+    def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
+        kernels = _kernels_long
+        of_x, of_k, of_tau, of_weights = found
+        distances, sums, masses = self.parts(2), self.parts(14), self.parts(dtype=self.mass)
+        self.run(kernels.nearest_rows, offset, reference, distances)
+        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
+        joined, gains, moments = self.values(6), self.parts(), self.parts()
+        balanced = of_tau is not None
+        self.run(kernels.join_rows, offset, c, distances, sums, masses, of_k, joined, grid=self.each, BALANCED=balanced)
+        self.run(kernels.gain_rows, offset, reference, u, joined, gains)
+        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
+        if balanced:
+            self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
+
+
+def _per_row(value: Tensor) -> tuple[Tensor, int]:
+    """An array of one value a slice, or one for all, and how far the next one is."""
+    return (value, 0) if value.ndim == 0 else (value.contiguous(), 1)
+
+
+def _per_item(value: Optional) -> tuple[Optional, int]:
+    """An array of the scores' shape, and how far the next row is: no step where one row serves all."""
+    if value is None:
+        return None, 0
+    pairs = zip(value.shape[:-1], value.stride(), strict=False)
+    if value.stride(-1) == 1 and all(size == 1 or step == 0 for size, step in pairs):
+        return value, 0
+    return value.contiguous(), value.shape[-1]
