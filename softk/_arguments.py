@@ -146,9 +146,11 @@ class Slices:
             raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
         return self.xp.broadcast_to(values, self.shape)
 
-    def scores(self) -> Argument:
+    def scores(self, *, narrow: bool = False) -> Argument:
+        """x; `narrow` is for a primitive that converts it by itself."""
+
         def push(values: Array) -> Array:
-            values = self._last(self._cast(values, self.working))
+            values = self._last(self._cast(values, self.dtype if narrow else self.working))
             return values if self.sign > 0.0 else -values
 
         def pull(cotangent: Array) -> Array:
@@ -257,14 +259,14 @@ class Slices:
 
     # -- results
 
-    def like_scores(self) -> Argument:
-        """A result of the scores' shape."""
+    def like_scores(self, *, narrow: bool = False) -> Argument:
+        """A result of the scores' shape; `narrow` is for a primitive that converts it by itself."""
 
         def push(values: Array) -> Array:
             return self._cast(self._back(values), self.dtype)
 
         def pull(cotangent: Array) -> Array:
-            return self._last(self._cast(cotangent, self.working))
+            return self._last(self._cast(cotangent, self.dtype if narrow else self.working))
 
         return Argument(None, None, push, pull)
 

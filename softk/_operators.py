@@ -45,7 +45,7 @@ def _masked(
     bits = slices.xp.finfo(slices.working).bits
     with slices.backend.quiet():
         arguments = {
-            "x": slices.scores(),
+            "x": slices.scores(narrow=primitive.narrow),
             "k": slices.per_slice("k", k),
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
             "weights": slices.per_item("weights", weights),
@@ -144,7 +144,7 @@ def topk(
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
     if hard and is_number(k) and k != math.floor(k):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
-    return Call(**call, restores=(slices.like_scores(),))
+    return Call(**call, restores=(slices.like_scores(narrow=True),))
 
 
 @operator_from
@@ -196,7 +196,7 @@ def log_topk(
     slices, call = _masked(_primitives.log_mask, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:
         call |= {"primitive": _primitives.empty_mask, "options": {}}
-    return Call(**call, restores=(slices.like_scores(),))
+    return Call(**call, restores=(slices.like_scores(narrow=True),))
 
 
 @operator_from

@@ -25,6 +25,37 @@ def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, ta
     return Linearisation(backend, inputs, reference, offset, balanced=tau)
 
 
+# --- scores narrower than what is computed in
+
+
+def _widening(forward: Any, jvp: Any, vjp: Any) -> tuple[Any, Any, Any]:
+    """The three functions of a primitive whose result is like the scores, for scores narrower than k.
+
+    They are converted within, so that what is kept for the derivative is no larger than the scores.
+    """
+
+    def convert(backend: Backend, values: Array | None, like: Any) -> Array | None:
+        return values if values is None or values.dtype == like.dtype else backend.xp.astype(values, like.dtype)
+
+    def widened_forward(backend: Backend, x: Array, k: Array, *others: Array | None, **options: Any) -> Arrays:
+        found, *rest = forward(backend, convert(backend, x, k), k, *others, **options)
+        return convert(backend, found, x), *rest
+
+    def widened_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+        (x, k, *others), (dx, *tangents_of_others) = inputs, tangents
+        given = (convert(backend, x, k), k, *others), outputs, (convert(backend, dx, k), *tangents_of_others)
+        found, *rest = jvp(backend, *given)
+        return convert(backend, found, x), *rest
+
+    def widened_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+        (x, k, *others), (u, *cotangents_of_others) = inputs, cotangents
+        given = (convert(backend, x, k), k, *others), outputs, (convert(backend, u, k), *cotangents_of_others)
+        found, *rest = vjp(backend, *given, needed)
+        return convert(backend, found, x), *rest
+
+    return widened_forward, widened_jvp, widened_vjp
+
+
 # --- the mask: sigmoid((x - t) / tau)
 
 
@@ -54,7 +85,7 @@ def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inp
     return (*_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
 
 
-mask = Primitive("topk_mask", _mask_forward, _mask_jvp, _mask_vjp, constants=1)
+mask = Primitive("topk_mask", *_widening(_mask_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
 
 
 # --- the logarithm of the mask: it neither underflows nor rounds to 0 before the mask does
@@ -98,7 +129,7 @@ def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inpu
     return (*_log_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
 
 
-log_mask = Primitive("topk_log_mask", _log_forward, _log_jvp, _log_vjp, constants=1)
+log_mask = Primitive("topk_log_mask", *_widening(_log_forward, _log_jvp, _log_vjp), constants=1, narrow=True)
 
 
 # --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
@@ -134,7 +165,7 @@ def _hard_forward(
     return chosen + (soft - backend.constant(soft)), offset, reference
 
 
-hard_mask = Primitive("topk_hard_mask", _hard_forward, _mask_jvp, _mask_vjp, constants=1)
+hard_mask = Primitive("topk_hard_mask", *_widening(_hard_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
 
 
 # --- the mask of no scores at all: nothing to solve, and nothing depends on anything
@@ -152,7 +183,7 @@ def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: In
     return (*(None if value is None else backend.xp.zeros_like(value) for value in inputs[:4]), None)
 
 
-empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp)
+empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp, narrow=True)
 
 
 # --- the threshold: t = r + tau s

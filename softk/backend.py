@@ -50,6 +50,8 @@ class Primitive:
         How many of the outputs, counted from the first, the rules do not read, so that a framework need not keep them.
     axes : int
         How many axes of the first input, counted from the last, belong to one problem; those before them are a batch.
+    narrow : bool
+        Whether the scores may be narrower than the other inputs, in float16 or bfloat16; then so is the result.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Primitive:
     constants: int = 0
     results: int = 1
     axes: int = 1
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         PRIMITIVES[self.name] = self

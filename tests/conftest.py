@@ -16,6 +16,13 @@ from .libraries import LIBRARIES, Library
 hypothesis.settings.register_profile("softk", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("softk")
 
+if importlib.util.find_spec("torch") is not None:
+    import torch
+
+    # Triton asks once, as it is imported, whether it is to interpret its kernels on the CPU.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if importlib.util.find_spec("jax") is not None:
     import jax
 

@@ -48,7 +48,7 @@ def _problem(inputs: Inputs, *others: torch.Tensor | None) -> Any:
         return None
     from . import _launch  # imports Triton, which not everybody has
 
-    return (_launch.Tiles if x.shape[-1] <= _launch.LONGEST else _launch.Segments)(*inputs)
+    return _launch.problem(inputs)
 
 
 def settle(

@@ -39,7 +39,6 @@ CEILING = tl.constexpr(86.0)  # exp of the offset, of which there is an inverse 
 LIMIT = tl.constexpr(STEPS)
 INFINITY = tl.constexpr(math.inf)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NOT_A_NUMBER = tl.constexpr(math.nan)
 LOWEST = tl.constexpr(-(2**31))  # below the key of -inf, for what cannot be selected
 HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -232,7 +231,9 @@ def frame(high, low, tau):
     low = tl.minimum(tl.maximum(low, -LARGEST), LARGEST)
     together = (high > 0.0) == (low > 0.0)
     reference = tl.where(together, high - 0.5 * (high - low), 0.5 * high + 0.5 * low)
-    return high, low, reference, logits(high, reference, tau), logits(low, reference, tau)
+    # As far apart as a derivative still sees.
+    z_high = tl.minimum(logits(high, reference, tau), FARTHEST)
+    return high, low, reference, z_high, tl.maximum(logits(low, reference, tau), -FARTHEST)
 
 
 @triton.jit
@@ -364,17 +365,19 @@ def load_cotangent(u, row, column, kept, n):
 
 
 @triton.jit
-def load_items(x_given, weights_given, where, row, column, inside, n, weights_step, where_step):
-    """Scores without a -0, weights (0 for what cannot be selected), what can be, and what is sound: a number."""
+def load_scores(x_given, where, row, column, inside, n, where_step):
+    """Scores without a -0, the items that can be selected, and whether a score is a number or removed."""
     x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32) + 0.0
     kept = load_kept(where, row, column, inside, where_step)
-    able, sound = kept & (x > -INFINITY), ~(kept & (x != x))
-    weights = None
-    if weights_given is not None:
-        weights = load_tile(weights_given, row, column, able, weights_step, 0.0)
-        usable = (weights >= 0.0) & (weights < INFINITY)
-        weights, sound = tl.where(usable, weights, 0.0), sound & usable
-    return x, weights, able, sound
+    return x, kept & (x > -INFINITY), ~(kept & (x != x))
+
+
+@triton.jit
+def load_weights(weights_given, row, column, able, step):
+    """Weights, 0 for what cannot be selected, and whether they are within their range."""
+    weights = load_tile(weights_given, row, column, able, step, 0.0)
+    usable = (weights >= 0.0) & (weights < INFINITY)
+    return tl.where(usable, weights, 0.0), usable
 
 
 @triton.jit
@@ -402,7 +405,7 @@ def store_settled(found, flags, row, rows, present, reference, offset, z_high, z
 @triton.jit
 def final_offset(offset, nothing, everything, valid):
     offset = tl.where(nothing, SATURATED, tl.where(everything, -SATURATED, offset))
-    return tl.where(valid, offset, NOT_A_NUMBER)
+    return tl.where(valid, offset, float("nan"))
 
 
 @triton.jit
@@ -411,7 +414,7 @@ def finish(x, odds, level, excess, weights, able, reference, tau, offset, nothin
     if weights is None:
         soft = mask_of(odds, level, excess)
         soft = tl.where(nothing[:, None] | ~able, 0.0, tl.where(everything[:, None], 1.0, soft))
-        soft = tl.where(valid[:, None], soft, NOT_A_NUMBER)
+        soft = tl.where(valid[:, None], soft, float("nan"))
     else:
         # An item without weight may lie within a gap.
         soft = sigmoid(logits(tl.where(able, x, -INFINITY), reference[:, None], tau[:, None]) - offset[:, None])
@@ -438,18 +441,16 @@ def solve_tile(
     where_step,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):
-    """The threshold of each row and its mask; or, with `found` and `flags`, what `softk._solver` settles to.
-
-    AGAIN says to load the scores again where registers do not hold them beside their exponentials.
-    """
+    """The threshold of each row and its mask; or, with `found` and `flags`, what `softk._solver` settles to."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     present = row < rows
     inside = present[:, None] & (column < n)[None, :]
-    x, weights, able, sound = load_items(
-        x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-    )
+    x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
+    weights = None
+    if weights_given is not None:
+        weights, usable = load_weights(weights_given, row, column, able, weights_step)
+        sound = sound & usable
     k, tau, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     valid = valid & (tl.max((~sound).to(tl.int32), axis=1) == 0)
     k = tl.where(valid, k, 0.0)
@@ -473,8 +474,6 @@ def solve_tile(
         offset = final_offset(offset, nothing, everything, valid)
         tl.store(reference_found + row, reference, mask=present)
         tl.store(offset_found + row, offset, mask=present)
-        if AGAIN and weights is not None:
-            x = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32)
         soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
         tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
 
@@ -648,12 +647,12 @@ def pull_tile(
     bad = offset != offset
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if of_x is not None:
-        tl.store(of_x + place, tl.where(bad[:, None], NOT_A_NUMBER, xbar), mask=inside)
+        tl.store(of_x + place, tl.where(bad[:, None], float("nan"), xbar), mask=inside)
     if of_k is not None:
-        tl.store(of_k + row, tl.where(bad, NOT_A_NUMBER, hbar), mask=present)
+        tl.store(of_k + row, tl.where(bad, float("nan"), hbar), mask=present)
     if of_tau is not None:
         taubar = -tl.sum(z * xbar, axis=1) - c * offset / tau
-        tl.store(of_tau + row, tl.where(bad, NOT_A_NUMBER, taubar), mask=present)
+        tl.store(of_tau + row, tl.where(bad, float("nan"), taubar), mask=present)
     if of_weights is not None:
         abar = -sigmoid(z) * hbar[:, None]
-        tl.store(of_weights + place, tl.where(bad[:, None], NOT_A_NUMBER, abar), mask=inside)
+        tl.store(of_weights + place, tl.where(bad[:, None], float("nan"), abar), mask=inside)

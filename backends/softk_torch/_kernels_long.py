@@ -19,7 +19,6 @@ from ._kernels import (
     INFINITY,
     LARGEST,
     LOWEST,
-    NOT_A_NUMBER,
     bars,
     beside,
     closer,
@@ -32,11 +31,12 @@ from ._kernels import (
     going_on,
     key_of,
     load_cotangent,
-    load_items,
     load_kept,
     load_numbers,
     load_per_row,
+    load_scores,
     load_tile,
+    load_weights,
     log_odds,
     narrowed,
     nearest_of,
@@ -140,9 +140,11 @@ def survey(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, weights, able, sound = load_items(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-        )
+        x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, usable = load_weights(weights_given, row, column, able, weights_step)
+            sound = sound & usable
         lowest = tl.minimum(lowest, tl.min(tl.where(able, x, INFINITY), axis=1))
         highest = tl.maximum(highest, tl.max(tl.where(able, x, -INFINITY), axis=1))
         bad = tl.maximum(bad, tl.max((~sound).to(tl.int32), axis=1))
@@ -227,14 +229,16 @@ def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near,
     low, high, reached = field_of(bracket, 0, row, rows), field_of(bracket, 1, row, rows), field_of(mass, 0, row, rows)
     going = going_on(low, high, reached, bar, lower_bar, near, weights)
     if counts is not None:
-        pivots = pivots_in(low, high)
-        for i in tl.static_range(PIVOTS):
-            pivot = tl.sum(tl.where(tl.arange(0, PIVOTS) == i, pivots, 0), axis=0)
-            found = tl.sum(parts_of(counts, i, row, rows, segments, SEGMENTS, 0), axis=1)
-            # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
-            raised, lowered = going & (found > bar), going & (found <= bar) & (pivot <= high)
-            low, reached = tl.where(raised, pivot, low), tl.where(raised, found, reached)
-            high = tl.where(lowered, pivot - 1, high)
+        pivot, segment = tl.arange(0, PIVOTS), tl.arange(0, SEGMENTS)[None, :]
+        place = (pivot * rows + row.to(tl.int64))[:, None] * segments + segment
+        found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
+        # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
+        pivots, enough = pivots_in(low, high), found > bar
+        raised = tl.max(tl.where(enough, pivots, LOWEST), axis=0)
+        lowered = tl.min(tl.where(enough, HIGHEST, pivots - 1), axis=0)
+        reached = tl.where(going & (raised > low), tl.min(tl.where(enough, found, reached), axis=0), reached)
+        low = tl.where(going, tl.maximum(low, raised), low)
+        high = tl.where(going, tl.minimum(high, lowered), high)
         going = going_on(low, high, reached, bar, lower_bar, near, weights)
     return low, high, reached, going
 
@@ -282,9 +286,10 @@ def count(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, weights, able, _ = load_items(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-        )
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
         above = tl.where(able, key_of(x), LOWEST) >= pivots
         if weights_given is None:
             found += tl.sum(above.to(tl.int32), axis=1)
@@ -330,9 +335,10 @@ def flank(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, weights, able, _ = load_items(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-        )
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
         if weights_given is not None:
             able = able & (weights > 0.0)
         above, below = beside(tl.where(able, key_of(x), LOWEST), low)
@@ -454,7 +460,7 @@ def search_of(state, tails, above, steps, half, k, row, rows, segments, weights,
     return offset, least, most, done, last, sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def sweep_rows(
     x_given,
     k_given,
@@ -501,9 +507,10 @@ def sweep_rows(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, weights, able, _ = load_items(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-        )
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
         odds = closer(x, able, high, low, reference, z_high, z_low, tau)
         found = sweep(odds, weights, level)
         number += found[0]
@@ -516,7 +523,7 @@ def sweep_rows(
     hand_on(next_tails, 2, row, rows, segment, segments, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def mask_rows(
     x_given,
     k_given,
@@ -552,7 +559,7 @@ def mask_rows(
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
     nothing, everything = field_of(flags, 0, row, rows) != 0, field_of(flags, 1, row, rows) != 0
     half, excess = narrowed(z_high, z_low)
-    offset, _, _, _, _, whole = search_of(
+    offset, _least, _most, _done, _last, whole = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
     )
     valid = (field_of(flags, 2, row, rows) != 0) & whole
@@ -572,28 +579,16 @@ def mask_rows(
         for start in range(begin, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = (column < n)[None, :]
-            x, weights, able, _ = load_items(
-                x_given, weights_given, where, row, column, inside, n, weights_step, where_step
-            )
+            x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+            weights = None
+            if weights_given is not None:
+                weights, _usable = load_weights(weights_given, row, column, able, weights_step)
             odds = closer(x, able, high, low, reference, z_high, z_low, tau)
             soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
             tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
 
 
 # --- the rule in reverse
-
-
-@triton.jit
-def load_linearised(
-    x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
-):
-    """Of a tile: the scores, their z, the weights, and which items are not removed."""
-    kept = load_kept(where, row, column, inside, where_step)
-    x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
-    weights = None
-    if weights_given is not None:
-        weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
-    return x, log_odds(x, reference, tau, offset), weights, kept
 
 
 @triton.jit
@@ -626,9 +621,12 @@ def nearest_rows(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, z, weights, _ = load_linearised(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
-        )
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         nearest = tl.minimum(nearest, nearest_of(z, inside, weights))
         if weights is not None:
             heaviest = tl.maximum(heaviest, tl.max(tl.where(x > -INFINITY, weights, 0.0), axis=1))
@@ -693,9 +691,12 @@ def sum_rows(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        _, z, weights, kept = load_linearised(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
-        )
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
         upper = z > 0.0
         tail, larger = tail_of(z, inside, weights, nearest, height)
@@ -816,7 +817,7 @@ def join_rows(
     keep(joined, 4, row, rows, unit, 0)
     keep(joined, 5, row, rows, hbar, 0)
     if of_k is not None:
-        keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, NOT_A_NUMBER), 0)
+        keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
 
 
 @triton.jit
@@ -866,9 +867,12 @@ def gain_rows(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        _, z, weights, kept = load_linearised(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
-        )
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
         _, gain, level = rule_of(z, inside, weights, joined, row, rows)
         gained += tl.sum((u - level) * gain, axis=1)
@@ -916,18 +920,21 @@ def pull_rows(
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (column < n)[None, :]
-        x, z, weights, kept = load_linearised(
-            x_given, weights_given, where, row, column, inside, n, weights_step, where_step, reference, tau, offset
-        )
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
         scaled, gain, level = rule_of(z, inside, weights, joined, row, rows)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
         place = row.to(tl.int64)[:, None] * n + column[None, :]
         if of_x is not None:
-            tl.store(of_x + place, tl.where(bad, NOT_A_NUMBER, xbar), mask=inside)
+            tl.store(of_x + place, tl.where(bad, float("nan"), xbar), mask=inside)
         if of_weights is not None:
             abar = -sigmoid(z) * hbar[:, None]
-            tl.store(of_weights + place, tl.where(bad, NOT_A_NUMBER, abar), mask=inside)
+            tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)
         moment += tl.sum(z * xbar, axis=1)
     hand_on(moments, 0, row, rows, segment, segments, moment)
 
@@ -960,4 +967,4 @@ def temperature_rows(
     taubar = -tl.sum(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
     if c_given is not None:
         taubar -= field_of(c_given, 0, row, rows) * offset / tau
-    keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, NOT_A_NUMBER), 0)
+    keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, float("nan")), 0)

@@ -11,7 +11,7 @@ from softk._solver import STEPS
 
 from . import _kernels, _kernels_long
 
-#: The longest row that a tile takes, and how many scores each of its warps.
+#: The longest row that a tile takes, or half of that with weights, and how many scores each of its warps.
 LONGEST = 32768
 PER_WARP = 1024
 #: Of longer rows: the scores that a program takes at a time, the shortest segment, and how many segments at most.
@@ -90,16 +90,16 @@ class Tiles(Problem):
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         block = max(1 << (self.n - 1).bit_length(), 16)
-        tile = max(PER_WARP // 2 // block, 1)
+        tile = max(PER_WARP // 4 // block, 1)  # what belongs to a row takes registers too
         self.grid = (-(-self.rows // tile),)
         warps = min(max(tile * block // PER_WARP, 1), 32)
-        self.size = {"ROWS": tile, "BLOCK": block, "AGAIN": block == LONGEST, "num_warps": warps}
+        self.size = {"ROWS": tile, "BLOCK": block, "num_warps": warps}
 
     def solve(self, *found: Optional) -> None:
         self.run(_kernels.solve_tile, *found)
 
     def pull(self, *arrays: Optional) -> None:
-        self.run(_kernels.pull_tile, *arrays)
+        self.run(_kernels.pull_tile, *arrays, AGAIN=self.size["BLOCK"] == LONGEST)
 
 
 class Segments(Problem):
@@ -187,6 +187,12 @@ class Segments(Problem):
         self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
         if balanced:
             self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
+
+
+def problem(inputs: tuple[Any, ...]) -> Problem:
+    """The inputs of a primitive as tiles, where registers hold a row."""
+    x, weights = inputs[0], inputs[3]
+    return (Tiles if x.shape[-1] <= (LONGEST if weights is None else LONGEST // 2) else Segments)(*inputs)
 
 
 def _per_row(value: Tensor) -> tuple[Tensor, int]:

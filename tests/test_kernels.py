@@ -1,0 +1,419 @@
+"""The fused kernels of the PyTorch adapter: on a CUDA device, or on the CPU, where Triton interprets them.
+
+What they must find is what the operations find, which other tests hold to references: in float64, or, at the edges of
+the contract, in float32. Long rows are cut into short segments here, so that few scores make many.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl  # noqa: E402
+
+import softk  # noqa: E402
+from softk_torch import _fused, _launch  # noqa: E402
+from softk_torch._kernels import lacking  # noqa: E402
+
+from . import closed_form  # noqa: E402
+from .test_accuracy import EPSILONS, MASK, MASS, SCORES, masses  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+EPS = float(np.finfo(np.float32).eps)
+SIZES = {"LONGEST": 8, "BLOCK": 16, "SHORTEST": 32, "SEGMENTS": 8, "PER_WARP": 32}
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the kernels run."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+        yield "cuda"
+        return
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("Triton compiles in this process, for a CUDA device")
+    monkeypatch.setattr(_fused, "DEVICES", {"cpu"})
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # the interpreter computes with NumPy
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield "cpu"
+
+
+@pytest.fixture(params=["tiles", "segments"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How rows are taken: several to a program, or several programs to one."""
+    if request.param == "segments":
+        for name, size in SIZES.items():
+            monkeypatch.setattr(_launch, name, size)
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that have run."""
+    names: list[str] = []
+    run = _launch.Problem.run
+
+    def listed(problem: Any, kernel: Any, *arrays: Any, **options: Any) -> None:
+        names.append(kernel.__name__)
+        run(problem, kernel, *arrays, **options)
+
+    monkeypatch.setattr(_launch.Problem, "run", listed)
+    return names
+
+
+@contextmanager
+def by_operations() -> Iterator[None]:
+    """Without the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused, "DEVICES", set())
+        yield
+
+
+def differentiated(function: Callable[..., Any], x: Any, *, seed: int = 0, **arguments: Any) -> dict[str, Any]:
+    """The result and the cotangent of every floating-point tensor, for a random cotangent of the result."""
+    given = {"x": x, **arguments}
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    found = function(**{**given, **leaves})
+    generator = torch.Generator().manual_seed(seed)
+    cotangent = torch.randn(found.shape, generator=generator).to(found)
+    return {
+        "": found.detach(),
+        **dict(zip(leaves, torch.autograd.grad(found, [*leaves.values()], cotangent), strict=True)),
+    }
+
+
+def topk(x: Any, k: Any, **arguments: Any) -> Any:
+    return softk.topk(x, k, **arguments)
+
+
+def assert_near(found: Any, expected: Any, tolerance: float) -> None:
+    """Equal to a part of the slice's largest entry, NaN where NaN is expected."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.isnan(), expected.isnan())
+    scale = expected.nan_to_num().abs().amax(-1, keepdim=True) if expected.ndim else expected.abs()
+    excess = (found - expected).nan_to_num().abs() - tolerance * scale
+    assert excess.max() <= 0.0, f"off by {excess.max().item()} more than {tolerance} of {scale.max().item()}"
+
+
+# --- values
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masks_of_adversarial_scores(device: str, rows: str, weighted: bool, rng: Any) -> None:
+    n, few = (24, slice(None, None, 2)) if rows == "tiles" else (60, slice(1, None, 3))
+    kinds = list(SCORES) if rows == "tiles" else ["normal", "tied"]
+    problems = [(score, k, epsilon) for score in kinds for k in masses(n)[few] for epsilon in EPSILONS[few]]
+    x = np.stack([SCORES[score](rng, n) for score, _, _ in problems])
+    weights = rng.uniform(0.3, 2.0, x.shape) if weighted else None
+    share = 1.0 if weights is None else weights.mean(-1)
+    values = {
+        "x": x,
+        "k": (np.array([k for _, k, _ in problems]) * share)[:, None],
+        "epsilon": np.array([[epsilon] for _, _, epsilon in problems]),
+        "weights": weights,
+    }
+    given = {name: torch.tensor(value).float().to(device) for name, value in values.items() if value is not None}
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found = topk(**given).double().cpu()
+    with by_operations():
+        expected = topk(**wide)
+    assert ((found >= 0.0) & (found <= 1.0)).all()
+    errors, limit = (found - expected).abs().amax(-1) / EPS, torch.full((len(x),), MASK)
+    if weights is not None:  # what a rounding of the sum of the weights does to the least of them
+        limit = MASK + 0.5 * wide["weights"].sum(-1) / wide["weights"].amin(-1)
+    worst = int((errors - limit).argmax())
+    assert errors[worst] <= limit[worst], f"{problems[worst]}: off by {errors[worst]} eps"
+    sums = (found if weights is None else wide["weights"] * found).sum(-1, keepdim=True)
+    mass = (sums - wide["k"]).abs() / wide["k"].clamp(min=1.0) / EPS
+    worst = int(mass.argmax())
+    assert mass[worst] <= MASS, f"{problems[worst]}: mass off by {mass[worst]} eps"
+
+
+EDGES: dict[str, dict[str, Any]] = {
+    "infinite scores": {"x": [[math.inf, 1, 2, 3, -math.inf], [math.inf, math.inf, math.inf, 0, 1], [-math.inf] * 5]},
+    "one number": {"x": [[0.5], [math.nan], [math.inf], [-math.inf]], "k": [[1.0], [1.0], [1.0], [1.0]]},
+    "nan": {"x": [[math.nan, 1, 2, 3, 4], [1, 2, 3, 4, 5]]},
+    "nothing, everything, too much": {"x": [[1, 2, 3, 4, 5]] * 5, "k": [[0], [5], [5.5], [-1], [math.nan]]},
+    "temperatures": {
+        "x": [[1, 2, 3, 4, 5]] * 8,
+        "epsilon": [[0], [-1], [math.inf], [math.nan], [1e-40], [1e-38], [3e38], [1e30]],
+    },
+    "zeros of either sign": {"x": [[0.0, -0.0, 0.0, -0.0, 1.0], [-0.0, -0.0, 0.0, -1.0, -2.0]]},
+    "ties": {"x": [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [3, 3, 1, 1, 1]]},
+    "extremes": {"x": [[3e38, -3e38, 0, 1, 2], [3.4e38, 3.4e38, -3.4e38, 0, 1], [1e-45, 2e-45, 0, -1e-45, 3e-45]]},
+    "all removed": {"x": [[1, 2, 3, 4, 5]] * 2, "where": [[False] * 5, [True, False, False, False, False]]},
+    "removed nan": {
+        "x": [[math.nan, 2, 3, 4, 5], [1, math.inf, 3, 4, 5]],
+        "where": [[False] + [True] * 4, [True, False, True, True, True]],
+    },
+    "fewer than k": {"x": [[1, -math.inf, -math.inf, 0, -math.inf]] * 3, "k": [[2], [3], [1.5]]},
+    "weights out of range": {
+        "x": [[1, 2, 3, 4, 5]] * 5,
+        "weights": [[1, 1, -1, 1, 1], [1, math.nan, 1, 1, 1], [1, math.inf, 1, 1, 1], [0] * 5, [1, 1, 1, 1, 1]],
+    },
+    "weights of what is removed": {
+        "x": [[1, -math.inf, 3, 4, 5], [1, 2, 3, 4, 5]],
+        "weights": [[1, math.nan, 1, 1, 1], [1, -1, 1, 1, 1]],
+        "where": [[True] * 5, [True, False, True, True, True]],
+    },
+    "weights of any size": {
+        "x": [[1, 2, 3, 4, 5]] * 4,
+        "weights": [[1e30] * 5, [1e-30] * 5, [1e-30, 1, 1e30, 1, 1], [0, 0, 1, 1, 0]],
+        "k": [[2e30], [2e-30], [1e30], [1]],
+    },
+    "all of the weights": {
+        "x": [[1, 2, 3, 4, 5]] * 3,
+        "weights": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3,
+        "k": [[1.5], [0], [1.6]],
+    },
+    "a weight within the rounding of k": {"x": [[5, 4, 3, 2, 1]], "weights": [[1, 1, 1e-8, 1e-8, 1]], "k": [[2]]},
+}
+
+
+EDGES_OF_SEGMENTS = (
+    "infinite scores",
+    "nan",
+    "nothing, everything, too much",
+    "fewer than k",
+    "weights out of range",
+    "weights of any size",
+    "a weight within the rounding of k",
+)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
+    case = {"k": [[2.0]], "epsilon": [[0.3]], **EDGES[edge]}
+    count = len(case["x"])
+    types = {"where": torch.bool}
+    given = {name: torch.tensor(value, dtype=types.get(name, torch.float32)) for name, value in case.items()}
+    given = {name: value.expand(count, -1) for name, value in given.items()}
+    if rows == "segments":  # a few times the same scores: more than a tile has
+        if edge not in EDGES_OF_SEGMENTS:
+            pytest.skip("segments do this by the functions of tiles")
+        given |= {name: given[name].repeat(1, 8) for name in ("x", "weights", "where") if name in given}
+        given["k"] = 8 * given["k"]
+    given = {name: value.to(device) for name, value in given.items()}
+    found = differentiated(topk, **given)
+    with by_operations():
+        expected = differentiated(topk, **given)
+    torch.testing.assert_close(found[""].cpu(), expected[""].cpu(), rtol=0.0, atol=8 * EPS, equal_nan=True)
+    for name in given:
+        if name in found and name != "epsilon":
+            assert_near(found[name], expected[name], 2e-5)
+    if "epsilon" in found:  # the difference of large terms, of which each is exact to rounding
+        torch.testing.assert_close(found["epsilon"].isnan(), expected["epsilon"].isnan())
+
+
+def test_other_operators_through_the_solver(device: str, rows: str, launched: list[str], rng: Any) -> None:
+    x = torch.tensor(rng.integers(-9, 9, (2, 40)) / 4.0, dtype=torch.float32, device=device)
+    operators: list[Callable[[], Any]] = [
+        lambda: softk.log_topk(x, 3),
+        lambda: softk.threshold(x, 3.5),
+        lambda: softk.quantile(x, 0.3),
+        lambda: softk.topk(x, 3, hard=True),
+    ]
+    for operator in operators:
+        launched.clear()
+        found = operator()
+        assert launched
+        with by_operations():
+            torch.testing.assert_close(found, operator(), rtol=4 * EPS, atol=4 * EPS)
+
+
+@triton.jit
+def _difference(count: Any, k: Any, found: Any) -> None:
+    place = tl.arange(0, 1)
+    zero = tl.zeros([1], tl.float32)
+    tl.store(found + place, lacking(tl.load(count + place), tl.load(k + place), zero, zero, None))
+
+
+def test_a_difference_of_counts_beyond_float32(device: str) -> None:
+    """2^24 + 1 is no float32: a kernel that subtracted floats would find 0 or 2."""
+    count = torch.tensor([2**24 + 1], dtype=torch.int32, device=device)
+    k, found = torch.tensor([2.0**24 + 2], device=device), torch.zeros(1, device=device)
+    _difference[(1,)](count, k, found)
+    assert found.item() == 1.0
+
+
+# --- derivatives
+
+
+@pytest.mark.parametrize("case", closed_form.CASES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_derivatives(device: str, rows: str, case: str, weighted: bool, rng: Any) -> None:
+    problem = closed_form.problem(rng, case, batch=(2,), n=60)
+    problem = {name: value.astype(np.float32) for name, value in problem.items()}
+    where = rng.random((2, 60)) < 0.8
+    if not weighted:
+        problem["k"] /= problem["weights"].sum() / 60
+        del problem["weights"]
+    given = {name: torch.tensor(value, device=device) for name, value in problem.items()}
+    found = differentiated(lambda x, **others: topk(x, where=torch.tensor(where, device=device), **others), **given)
+    cotangent = torch.randn((2, 60), generator=torch.Generator().manual_seed(0)).numpy()
+    expected = closed_form.pullback("topk", cotangent, problem, where)
+    for name, value in expected.items():
+        closed_form.assert_close(found[name].cpu().numpy(), value, 2e-5)
+
+
+@pytest.mark.parametrize("gap", [10.0, 40.0, 200.0])
+def test_derivatives_beside_a_gap(device: str, rows: str, gap: float, rng: Any) -> None:
+    """A whole k between two clusters that are so many temperatures apart."""
+    x = 0.1 * torch.tensor(rng.normal(size=(2, 40))).float()
+    x[:, ::2] += 0.5 * gap  # half an epsilon is the temperature
+    one = torch.ones((2, 1), device=device)
+    given = {"x": x.to(device), "k": 20.0 * one, "epsilon": one}
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found, expected = differentiated(topk, **given), differentiated(topk, **wide)
+    names = ("k",) if gap > 80.0 else ("x", "k", "epsilon")  # float32 has no number for the others
+    for name in names:
+        assert_near(found[name], expected[name], 2e-5)
+
+
+def test_second_derivatives_by_the_operations(device: str, rows: str, rng: Any) -> None:
+    """The kernel of the rule has no derivative: where one is asked for, the operations do it."""
+    x = torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device)
+    u, v = (torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device) for _ in range(2))
+
+    def second(x: Any) -> Any:
+        x = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad(softk.topk(x, 7.5, epsilon=0.8), x, u.to(x), create_graph=True)
+        return torch.autograd.grad(first, x, v.to(x))[0]
+
+    assert_near(second(x), second(x.double().cpu()), 2e-5)
+
+
+# --- what is given
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(device: str, rows: str, dtype: Any, launched: list[str], rng: Any) -> None:
+    """Computed in float32, rounded once, and never converted in memory of its own."""
+    x = torch.tensor(rng.normal(size=(2, 70)), dtype=dtype, device=device)
+    found = differentiated(lambda x: softk.topk(x, 9.5, epsilon=0.5), x)
+    assert launched
+    with by_operations():
+        expected = differentiated(lambda x: softk.topk(x, 9.5, epsilon=0.5), x)
+    for name in ("", "x"):
+        assert found[name].dtype == dtype
+        step = float(torch.finfo(dtype).eps) * expected[name].abs().max().item()
+        torch.testing.assert_close(found[name], expected[name], rtol=0.0, atol=step)
+
+
+def test_layouts(device: str, rng: Any) -> None:
+    """Another axis, shared and broadcast weights, a shared `where`, a cotangent without memory of its own."""
+    x = torch.tensor(rng.normal(size=(40, 2, 2)), dtype=torch.float32, device=device)
+    shared = torch.tensor(rng.uniform(0.5, 2.0, (40, 1, 1)), dtype=torch.float32, device=device)
+    each = torch.tensor(rng.uniform(0.5, 2.0, (40, 2, 1)), dtype=torch.float32, device=device)
+    where = torch.tensor(rng.random((40, 1, 1)) < 0.8, device=device)
+    k = torch.tensor(rng.uniform(3.0, 8.0, (1, 1, 2)), dtype=torch.float32, device=device)
+    for weights in (shared, each):
+        arguments = {"k": k, "weights": weights, "where": where, "axis": 0}
+        found = differentiated(topk, x, **arguments)
+        with by_operations():
+            expected = differentiated(topk, x, **arguments)
+        for name, value in expected.items():
+            assert_near(found[name].movedim(0, -1), value.movedim(0, -1), 2e-5)
+    y = x.clone().requires_grad_()
+    (softk.topk(y, 5, axis=0)[:10]).sum().backward()
+    with by_operations():
+        z = x.clone().requires_grad_()
+        (softk.topk(z, 5, axis=0)[:10]).sum().backward()
+    assert_near(y.grad.movedim(0, -1), z.grad.movedim(0, -1), 2e-5)
+
+
+def test_nothing_given_is_overwritten(device: str, rng: Any) -> None:
+    given = {
+        "x": torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device),
+        "k": torch.tensor([[3.0], [4.0]], device=device),
+        "epsilon": torch.tensor([[0.3], [0.4]], device=device),
+        "weights": torch.tensor(rng.uniform(0.5, 2.0, (2, 40)), dtype=torch.float32, device=device),
+    }
+    copies = {name: value.clone() for name, value in given.items()}
+    mask = softk.topk(given.pop("x").requires_grad_(), given["k"], epsilon=given["epsilon"], weights=given["weights"])
+    mask.sum().backward()
+    for name, value in given.items():
+        assert torch.equal(value, copies[name])
+
+
+# --- when they serve
+
+
+def test_which_calls_are_served(device: str, launched: list[str], rng: Any) -> None:
+    x = torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device)
+
+    def kernels(function: Callable[[], Any]) -> list[str]:
+        launched.clear()
+        function()
+        return list(launched)
+
+    def backward(create_graph: bool) -> None:
+        y = x.clone().requires_grad_()
+        torch.autograd.grad(softk.topk(y, 3).square().sum(), y, create_graph=create_graph)
+
+    assert kernels(lambda: softk.topk(x, 3)) == ["solve_tile"]
+    assert kernels(lambda: backward(False)) == ["solve_tile", "pull_tile"]
+    assert kernels(lambda: backward(True)) == ["solve_tile"]
+    assert kernels(lambda: softk.topk(x.double(), 3)) == []
+    assert kernels(lambda: softk.topk(x[:, :0], 0)) == []
+    assert kernels(lambda: softk.topk(x[:0], 3)) == []
+    grad = torch.func.grad(lambda x: softk.topk(x, 3).square().sum())
+    assert kernels(lambda: grad(x))[0] == "solve_tile"
+    long = torch.zeros((1, _launch.LONGEST + 1), device=device)
+    assert isinstance(_launch.problem((long, torch.ones(()), torch.ones(()), None, None)), _launch.Segments)
+    full = long[:, :-1]
+    assert isinstance(_launch.problem((full, torch.ones(()), torch.ones(()), None, None)), _launch.Tiles)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # torch's own forward mode
+def test_transforms_around_the_kernels(device: str, rng: Any) -> None:
+    x = torch.tensor(rng.normal(size=(3, 2, 40)), dtype=torch.float32, device=device)
+    u = torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device)
+
+    def loss(x: Any) -> Any:
+        return (softk.topk(x, 5.5, epsilon=0.6) * u).sum()
+
+    for function in (
+        torch.func.vmap(torch.func.grad(loss)),
+        torch.func.vmap(loss),
+        lambda x: torch.func.jvp(loss, (x[0],), (x[1],))[1],
+    ):
+        found = function(x)
+        with by_operations():
+            assert_near(found, function(x), 2e-5)
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.full)])
+def test_they_compile_for_a_device(capability: int) -> None:
+    """To machine code, with no device there; and but for the longest rows nearly everything stays in registers."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(capability)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    compiled = {line.split(":")[0] for line in lines}
+    assert {"solve_tile", "pull_tile", "count", "sweep_rows", "mask_rows", "sum_rows", "pull_rows"} <= compiled
+    for line in lines:
+        if "BLOCK=32768" not in line:
+            assert int(line.split("stack=")[1]) <= 32, line
