@@ -7,66 +7,42 @@ import json
 import math
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from threading import Thread, Timer
 from typing import Any
 
 from tqdm import tqdm
 
-import softk
-
-from . import memory, plots, report
+from . import memory, plots, processes, report
 from .candidates import PEERS, availability, total_memory
+from .machine import ROOT, processor, versions
 from .worker import FRAMEWORKS, cases_of, environment
 
-ROOT = Path(__file__).parent.parent
 RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
 """Seconds that are left to each process by those before it, come what may."""
 LARGEST_SHARE = 0.35
 """Of the whole run's time, for one process."""
-GRACE = 45.0
-"""Seconds for a process to stop by itself after its time; then it is stopped."""
 VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
 
 
 def run_worker(framework: str, threads: str, seconds: float, options: argparse.Namespace, bar: Any) -> list[Any]:
     """The records of one framework on one number of threads, measured in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "records.jsonl"
-        command = [sys.executable, "-m", "benchmarks.worker", framework, "--threads", threads, "--output", str(output)]
-        command += ["--seconds", str(seconds), "--device", options.device, *(["--quick"] if options.quick else [])]
-        variables = {**os.environ, **environment(framework, threads)}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        last: deque[str] = deque(maxlen=20)
-        assert process.stdout is not None
-        assert process.stderr is not None
-        reader = Thread(target=last.extend, args=(process.stderr,), daemon=True)
-        reader.start()
-        guard = Timer(seconds + GRACE, process.kill)
-        guard.start()
-        for line in process.stdout:
-            if line.startswith("case\t"):
-                bar.set_description_str(f"{framework}, {threads}: {line.split(chr(9))[1].strip()}")
-                bar.update()
-        code = process.wait()
-        guard.cancel()
-        reader.join()
-        records = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+    def watch(case: str) -> None:
+        bar.set_description_str(f"{framework}, {threads}: {case}")
+        bar.update()
+
+    arguments = [framework, "--threads", threads, "--device", options.device, *(["--quick"] if options.quick else [])]
+    records, code, reason = processes.run(
+        "benchmarks.worker", arguments, seconds, watch, environment(framework, threads)
+    )
     if code:
-        reason = next((line.strip() for line in reversed(last) if line.strip()), "no message")
         lost = {"group": "shapes", "rows": 0, "n": 0, "k": 0, "epsilon": 0.1, "dtype": "all", "threads": threads}
         lost |= {"candidate": "all", "framework": framework, "status": "failed", "kind": "other"}
-        records.append({**lost, "reason": f"its process ended with {code}: {reason[:200]}"})
+        records.append({**lost, "reason": reason})
         tqdm.write(f"{framework}, {threads} threads: {reason}", file=sys.stderr)
     return records
 
@@ -101,18 +77,6 @@ def own_seconds() -> float:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on."""
-    versions = {"Python": platform.python_version(), "softk": softk.__version__}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    if commit:
-        versions["softk"] += f" ({commit})"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": processor(),
@@ -121,18 +85,8 @@ def machine(device: str) -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "device": device,
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
-        "versions": versions,
+        "versions": versions(VERSIONS),
     }
-
-
-def processor() -> str:
-    """The model's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

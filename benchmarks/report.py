@@ -50,7 +50,11 @@ def ratio(phase: Record | None) -> str:
     """Times softmax."""
     if phase is None or phase["over_softmax"] is None:
         return NOTHING
-    value = phase["over_softmax"]
+    return factor(phase["over_softmax"])
+
+
+def factor(value: float) -> str:
+    """Two digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
@@ -138,21 +142,23 @@ def compilation(records: list[Record]) -> str:
 
 def skipped(records: list[Record]) -> str:
     """Everything that was asked for and not measured, with the reason; the same reason is given once."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    found = []
     for record in records:
         if "reason" in record:
             who = f"{record.get('candidate', 'all')}, {record['framework']}"
             where = f"{shape(record)} epsilon={record['epsilon']:g} {record['dtype']}, {record['threads']}"
             where = where if record["n"] else f"everything, {record['threads']}"
-            reasons.setdefault((who, record["reason"]), []).append(where)
-    rows = [
-        [who, reason.replace("|", "/"), "; ".join(dict.fromkeys(where))] for (who, reason), where in reasons.items()
-    ]
-    return (
-        table(["candidate", "reason", "case, threads"], rows, text=3)
-        if rows
-        else "Nothing was skipped, and nothing failed."
-    )
+            found.append((who, record["reason"], where))
+    return reasons(["candidate", "reason", "case, threads"], found)
+
+
+def reasons(header: list[str], found: Iterable[tuple[str, str, str]]) -> str:
+    """Who was not measured, why and where, those together that are so for the same reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for who, reason, where in found:
+        places.setdefault((who, reason), []).append(where)
+    rows = [[who, reason.replace("|", "/"), "; ".join(dict.fromkeys(where))] for (who, reason), where in places.items()]
+    return table(header, rows, text=3) if rows else "Nothing was skipped, and nothing failed."
 
 
 def memory(records: list[Record]) -> str:
@@ -208,11 +214,15 @@ def page(result: dict[str, Any]) -> str:
 
 
 def write_page(path: Path, result: dict[str, Any]) -> None:
-    """Put the tables between the markers of a page, and leave the rest of it as it is."""
-    text = path.read_text()
+    """Put the tables between the markers of a page."""
+    path.write_text(between(path.read_text(), page(result)))
+
+
+def between(text: str, measured: str) -> str:
+    """A page with something else between its markers; the rest of it stays as it is."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{page(result)}\n{END}{after}")
+    return f"{before}{BEGIN}\n\n{measured}\n{END}{after}"
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

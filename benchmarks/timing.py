@@ -11,7 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 Call = Callable[[], object]
-"""Does the work once and returns when it is done, device included."""
+"""Does the work once and returns when it is done, device included, unless the clock waits for the device."""
+
+
+Clock = Callable[[Call, int], float]
+"""Seconds a call, of so many calls one after the other; it returns when their work is done."""
 
 
 class Plan(NamedTuple):
@@ -45,8 +49,20 @@ class Times(NamedTuple):
         return int(np.count_nonzero(~np.isnan(self.seconds)))
 
 
+def host(call: Call, count: int) -> float:
+    """The clock of the processor."""
+    before = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - before) / count
+
+
 def interleaved(
-    calls: Mapping[str, Call], estimates: Mapping[str, float], plan: Plan, deadline: float = math.inf
+    calls: Mapping[str, Call],
+    estimates: Mapping[str, float],
+    plan: Plan,
+    deadline: float = math.inf,
+    clock: Clock = host,
 ) -> dict[str, Times]:
     """Time all of them in turns. `estimates` are seconds a call, from calls that have warmed up everything.
 
@@ -74,11 +90,7 @@ def interleaved(
             for name in names[start:] + names[:start]:
                 if turn % math.ceil(plan.rounds / wanted[name]):
                     continue
-                call, count = calls[name], repeats[name]
-                before = time.perf_counter()
-                for _ in range(count):
-                    call()
-                seconds[name][turn] = (time.perf_counter() - before) / count
+                seconds[name][turn] = clock(calls[name], repeats[name])
     finally:
         gc.enable()
     return {name: Times(values) for name, values in seconds.items()}
@@ -86,6 +98,4 @@ def interleaved(
 
 def once(call: Call) -> float:
     """Seconds of one call."""
-    before = time.perf_counter()
-    call()
-    return time.perf_counter() - before
+    return host(call, 1)

@@ -19,6 +19,7 @@ from typing import Any
 from . import memory, timing, truth
 from .candidates import PEERS, Candidate, Prepared, availability
 from .cases import Case, plan, quick_plan
+from .processes import short
 
 FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
 """What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
@@ -135,13 +136,6 @@ def measure_case(
         if record["status"] == "measured":
             summarise(record, measured)
     yield from records
-
-
-def short(error: Exception) -> str:
-    """The line of a message that says most, for some are pages long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Error: " in line] or lines or [""]
-    return f"{type(error).__name__}: {telling[-1 if 'Error: ' in telling[-1] else 0]}"[:200]
 
 
 def describe(case: Case, threads: str) -> Record:
