@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from softk._solver import STEPS
+
 from ._kernels import (
     HIGHEST,
     INFINITY,
@@ -53,8 +55,9 @@ from ._kernels import (
 )
 
 PIVOTS = tl.constexpr(8)
-#: Passes after which a bracket of all integers is one key.
+#: Passes after which a bracket of all integers is one key, and sweeps after which the search ends.
 PASSES = 11
+SWEEPS = STEPS + 1
 
 
 # --- what programs know, and what they hand on

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from softk._solver import STEPS
-
 from . import _kernels, _kernels_long
 
 #: The longest row that a tile takes, or half of that with weights, and how many scores each of its warps.
@@ -56,13 +54,13 @@ class Problem:
     def mask(self) -> tuple[Tensor, ...]:
         """The mask, the offset and the reference."""
         found = self.per_item(), self.per_row(), self.per_row()
-        self.solve(*found, None, None)
+        self.forward(*found, None, None)
         return found
 
     def settled(self) -> tuple[Tensor, ...]:
         """What the solver settles to."""
         numbers, flags = self.per_row(4), self.per_row(4, dtype=torch.bool)
-        self.solve(None, None, None, numbers, flags)
+        self.forward(None, None, None, numbers, flags)
         return *numbers.unbind(), *flags.unbind()
 
     def cotangents(self, given: tuple[Optional, ...], needed: tuple[bool, ...]) -> tuple[Optional, ...]:
@@ -77,7 +75,9 @@ class Problem:
         self.pull(*(None if value is None else value.contiguous() for value in given), *found)
         return found
 
-    def solve(self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional) -> None:
+    def forward(
+        self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
+    ) -> None:
         raise NotImplementedError
 
     def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
@@ -95,7 +95,7 @@ class Tiles(Problem):
         warps = min(max(tile * block // PER_WARP, 1), 32)
         self.size = {"ROWS": tile, "BLOCK": block, "num_warps": warps}
 
-    def solve(self, *found: Optional) -> None:
+    def forward(self, *found: Optional) -> None:
         self.run(_kernels.solve_tile, *found)
 
     def pull(self, *arrays: Optional) -> None:
@@ -134,7 +134,9 @@ class Segments(Problem):
         """Without weights a mass is a count."""
         return torch.int32 if self.weights is None else torch.float32
 
-    def solve(self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional) -> None:
+    def forward(
+        self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
+    ) -> None:
         kernels, near = _kernels_long, float(mask is not None)
         survey = self.parts(4), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
         self.run(kernels.survey, *survey)
@@ -153,11 +155,11 @@ class Segments(Problem):
         self.run(kernels.frame_rows, flanks, last, outer, facts, *lower, gap, state, grid=self.each)
         tails: Optional = None
         above: Optional = None
-        for steps in range(STEPS + 1):
+        for steps in range(_kernels_long.SWEEPS):
             swept = self.values(6), self.parts(3), self.parts(dtype=self.mass)
             self.run(kernels.sweep_rows, gap, state, tails, above, *swept, steps)
             state, tails, above = swept
-        results = (mask, offset, reference, numbers, flags, STEPS + 1)
+        results = (mask, offset, reference, numbers, flags, _kernels_long.SWEEPS)
         self.run(kernels.mask_rows, gap, facts, state, tails, above, *results)
 
     def select(self, bracket: Tensor, mass: Tensor, near: float, *, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
