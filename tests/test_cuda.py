@@ -112,6 +112,27 @@ def test_nothing_waits_for_the_device(cuda: str, name: str, dtype: Any, rich: di
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("rich", [{}, {"weights": True, "where": True}], ids=["plain", "rich"])
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_read_that_is_not_plain(
+    name: str, rich: dict[str, Any], rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operations, as they are on a device whose values must not be looked at: a tensor of the CPU plays it."""
+    given = problem(rng, "cpu", n=100, **rich)
+    leaves = {key: value.requires_grad_() if value.is_floating_point() else value for key, value in given.items()}
+
+    def both() -> None:
+        found = CALLS[name](**leaves)
+        torch.autograd.grad(found, leaves["x"], torch.ones_like(found))
+
+    if name == "threshold":  # plain values are looked at, and that is seen
+        with _Devices(), pytest.raises(AssertionError, match="a value is read"):
+            both()
+    monkeypatch.setattr("softk_torch._backend._is_plain", lambda x: False)
+    with _Devices():
+        both()
+
+
 @pytest.mark.gpu
 def test_what_counts_as_moving(cuda: str) -> None:
     """The check above sees a copy from the device and one to it."""
