@@ -187,6 +187,12 @@ EDGES: dict[str, dict[str, Any]] = {
         "k": [[1.5], [0], [1.6]],
     },
     "a weight within the rounding of k": {"x": [[5, 4, 3, 2, 1]], "weights": [[1, 1, 1e-8, 1e-8, 1]], "k": [[2]]},
+    "no weight next to the threshold": {
+        "x": [[6, 3.1, 2.9, 0, -1]] * 2,
+        "weights": [[1, 0, 0, 1, 1]] * 2,
+        "k": [[1]] * 2,
+        "epsilon": [[0.6], [0.2]],
+    },
 }
 
 
@@ -198,6 +204,7 @@ EDGES_OF_SEGMENTS = (
     "weights out of range",
     "weights of any size",
     "a weight within the rounding of k",
+    "no weight next to the threshold",
 )
 
 
@@ -290,6 +297,22 @@ def test_derivatives_beside_a_gap(device: str, rows: str, gap: float, rng: Any) 
         assert_near(found[name], expected[name], 2e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_derivatives_where_one_score_dominates(device: str, rows: str, weighted: bool, rng: Any) -> None:
+    """p is 1 for one score, but for 1e-8 to 1e-30: what the others have is all there is of the derivative."""
+    count, n = (60, 4) if rows == "tiles" else (6, 40)
+    x = np.arange(n) * rng.uniform(0.5, 1.7, (count, 1))
+    weights = rng.uniform(0.5, 2.0, (count, n)) if weighted else np.ones((count, n))
+    j = rng.integers(1, 4, (count, 1))
+    inside = (np.arange(n) >= n - j) * weights
+    k = inside.sum(-1, keepdims=True) - np.take_along_axis(weights, n - j, -1) * rng.uniform(0.1, 0.9, (count, 1))
+    values = {"x": x, "k": k, "epsilon": np.full((count, 1), 0.05), **({"weights": weights} if weighted else {})}
+    given = {name: torch.tensor(value).float().to(device) for name, value in values.items()}
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found, expected = differentiated(topk, **given), differentiated(topk, **wide)
+    assert_near(found["x"], expected["x"], 2e-5)
+
+
 def test_second_derivatives_by_the_operations(device: str, rows: str, rng: Any) -> None:
     """The kernel of the rule has no derivative: where one is asked for, the operations do it."""
     x = torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device)
@@ -357,6 +380,22 @@ def test_nothing_given_is_overwritten(device: str, rng: Any) -> None:
 
 
 # --- when they serve
+
+
+def test_hard_masks_of_close_neighbours(device: str, rows: str, rng: Any) -> None:
+    """Scores that are a rounding apart, among others far away: the reference must be the gap itself, none near it."""
+    x = (1.0 + EPS * torch.tensor(rng.permutation(60).reshape(1, 60))).float().to(device)
+    x[0, 7], x[0, 40] = 1e30, -1e30
+    for k in (1, 7, 30):
+        mask = softk.topk(x, k, hard=True, epsilon=10.0)
+        assert torch.equal(mask > 0.5, x > x.sort(descending=True).values[:, k : k + 1])
+
+
+def test_the_gap_beyond_weights_within_the_rounding_of_k(device: str, rows: str) -> None:
+    """Two scores between 4 and 1 weigh less than k is rounded by: the gap goes on to the one below them."""
+    x, weights = (torch.tensor(value, device=device) for value in ([5.0, 4, 3, 2, 1] * 8, [1, 1, 1e-8, 1e-8, 1.0] * 8))
+    threshold = softk.threshold(x, torch.tensor(16.0, device=device), weights=weights, epsilon=1e-3)
+    assert threshold.item() == pytest.approx(2.5, abs=1e-3)
 
 
 def test_which_calls_are_served(device: str, launched: list[str], rng: Any) -> None:
