@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import softk
+import softk.neighbors
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
@@ -607,6 +608,34 @@ def test_what_backward_keeps(rng: Any) -> None:
     kept = jax.tree.leaves(pull)
     assert [value.size for value in kept if value.size >= 4000] == [4000]
     assert sum(value.size for value in kept if value.size < 4000) <= 40
+
+
+def precisions(jaxpr: Any) -> list[Any]:
+    """Of every product of matrices within."""
+    found: list[Any] = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.params["precision"])
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            found += precisions(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("function", ["neighbors", "sorted_topk"])
+def test_products_of_matrices_are_exact(function: str) -> None:
+    """Distances and Newton's steps are small differences, which a GPU's default of 10 bits would lose."""
+
+    def loss(x: Any) -> Any:
+        if function == "neighbors":
+            return jnp.sum(softk.neighbors.weights(x, x, 2, epsilon=0.3) ** 2)
+        return jnp.sum(softk.sorted_topk(x, 3, epsilon=0.3).values ** 2)
+
+    with jax.default_matmul_precision("default"):
+        traced = jax.make_jaxpr(jax.hessian(loss))(jnp.ones((5, 64), jnp.float32))
+    found = precisions(traced.jaxpr)
+    assert found
+    assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 # --- several devices
