@@ -162,7 +162,8 @@ def _exact() -> AbstractContextManager[Any]:
     """Products of float32 matrices as float32. GPUs round the factors to 10 bits unless told otherwise, and distances
     are small differences of such products.
     """
-    return jax.default_matmul_precision("highest")
+    context: AbstractContextManager[Any] = jax.default_matmul_precision("highest")
+    return context
 
 
 @cache

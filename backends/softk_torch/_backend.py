@@ -255,7 +255,8 @@ def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
     """Without a look at whether the matrix is singular, which would wait for the device."""
-    return torch.linalg.solve_ex(matrix, right).result
+    found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
+    return found
 
 
 class _Overwriting:
