@@ -22,8 +22,8 @@ if importlib.util.find_spec("jax") is not None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    # The strictest settings: no implicit promotion of dtypes or ranks, and products of matrices as exact as their dtype,
-    # where the functions made of others leave that to the user.
+    # The strictest settings: no implicit promotion of dtypes or ranks, and products of matrices as exact as their dtype
+    # where a function leaves that to the user.
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")

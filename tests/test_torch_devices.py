@@ -24,7 +24,7 @@ LOOKS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_lina
 
 
 class Foreign(TorchDispatchMode):
-    """Notes every operation that touches a tensor of another device, as an argument or a result, or looks at a value."""
+    """Notes every operation that is given or returns a tensor of another device, or looks at a value."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
