@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import zlib
@@ -24,12 +25,16 @@ if importlib.util.find_spec("torch") is not None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if importlib.util.find_spec("jax") is not None:
+    # JAX shares a GPU with the other libraries and with other workers: it takes memory when it needs some.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    # The strictest settings: no implicit promotion of dtypes or ranks.
+    # The strictest settings: no implicit promotion of dtypes or ranks, and products of matrices as exact as their dtype
+    # where a function leaves that to the user.
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 if importlib.util.find_spec("array_api_strict") is not None:
     import array_api_strict
@@ -40,11 +45,8 @@ if importlib.util.find_spec("array_api_strict") is not None:
 
 
 #: Nine tenths of JAX's time here are XLA compiling each small program once. So it takes a third of the time or less.
-QUICK_XLA = (
-    "--xla_backend_optimization_level=1",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+QUICK_XLA = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
+OLD_XLA = ["--xla_cpu_use_fusion_emitters=false"]  # XLA ends the process where it does not know a flag
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,8 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     XLA reads its flags when JAX makes its first array, which is later.
     """
-    if config.option.markexpr == "not full":
-        os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_XLA))
+    if config.option.markexpr == "not full" and importlib.util.find_spec("jaxlib") is not None:
+        is_old = [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]
+        os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_XLA + OLD_XLA * is_old))
 
 
 @pytest.fixture(
@@ -75,6 +78,16 @@ def eager(lib: Library) -> Library:
     if "traced" in lib.tags:
         pytest.skip(f"{lib.name} computes what its library does, and compiles every call")
     return lib
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """PyTorch's kinds of device in turn."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pytest
 
 from .oracles import EXACT, LONG, Arithmetic
 
@@ -289,7 +290,7 @@ def pot(
     """The plan (n, m) of the POT library."""
     for name in ("PYTORCH", "JAX", "CUPY", "TENSORFLOW"):  # it would import every framework that it finds
         os.environ.setdefault(f"POT_BACKEND_DISABLE_{name}", "1")
-    import ot
+    ot = pytest.importorskip("ot", reason="POT is not installed")
 
     a = np.ones(len(x)) if weights is None else np.asarray(weights)
     c = np.asarray(marginals) * (a.sum() / np.sum(marginals))

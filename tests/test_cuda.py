@@ -1,12 +1,7 @@
-"""On a CUDA device: what waits for nothing, copies nothing, captures, compiles, and gives the same bits every time.
-
-Run with ``python -m pytest tests -m gpu``, with every other test that has a device. What needs no device of its own is
-checked on the CPU too, for it can fail there as well.
-"""
+"""What only CUDA has: nothing waits for the device, nothing leaves it, streams are kept apart, graphs are replayed."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,302 +9,292 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+import softk
+from softk import neighbors
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from .libraries import BY_NAME
+from .torch_cases import CASES, MOVING, PLANS, Case, cotangent, derivatives, tensors
 
-import softk  # noqa: E402
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from .test_kernels import assert_near, differentiated  # noqa: E402
+pytestmark = pytest.mark.gpu
 
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    name: str = request.param
-    return name
+ALL = {**CASES, **PLANS}
 
 
 @pytest.fixture
 def cuda() -> str:
+    """PyTorch's device."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     return "cuda"
 
 
-def problem(rng: Any, device: str, dtype: Any = torch.float32, n: int = 500, **rich: Any) -> dict[str, Any]:
-    """Scores, k and epsilon as tensors, all to be differentiated; with weights and where if they are asked for."""
-    x = torch.tensor(rng.normal(size=(4, n)), dtype=dtype, device=device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    given = {
-        "x": x,
-        "k": torch.tensor(rng.uniform(1.0, n / 2, (4, 1)), dtype=wide, device=device),
-        "epsilon": torch.tensor(rng.uniform(0.1, 1.0, (4, 1)), dtype=wide, device=device),
-    }
-    if rich.get("weights"):
-        given["weights"] = torch.tensor(rng.uniform(0.5, 2.0, (4, n)), dtype=wide, device=device)
-    if rich.get("where"):
-        given["where"] = torch.tensor(rng.random((4, n)) < 0.9, device=device)
-    return given
+def arguments_of(case: Case, device: str, rng: Any, n: int = 200, dtype: Any = torch.float32) -> dict[str, Any]:
+    return tensors(case.values(rng, (4,), n), device, dtype)
 
 
-def topk(x: Any, k: Any, **arguments: Any) -> Any:
-    return softk.topk(x, k, **arguments)
+def refill(arguments: dict[str, Any], values: dict[str, np.ndarray]) -> None:
+    """Other values in the same memory."""
+    with torch.no_grad():
+        for name, tensor in arguments.items():
+            tensor.copy_(torch.asarray(values[name]))
 
 
-CALLS: dict[str, Callable[..., Any]] = {
-    "topk": topk,
-    "topk of a number": lambda x, **_: softk.topk(x, 5, epsilon=0.3),
-    "hard": lambda x, **_: softk.topk(x, 5, hard=True),
-    "smallest along an axis": lambda x, **_: softk.topk(x, 1.5, axis=0, mode="smallest"),
-    "log_topk": lambda x, k, **others: softk.log_topk(x, k, **others),
-    "threshold": lambda x, k, **others: softk.threshold(x, k, **others),
-    "quantile": lambda x, k, epsilon, **others: softk.quantile(x, 0.3, epsilon=epsilon, **others),
-    "sorted_topk": lambda x, **_: softk.sorted_topk(x, 3).values,
-}
+def assert_near(found: Any, wanted: Any, tolerance: float = 2e-5) -> None:
+    """What the same operations find, but for the order of sums; infinite where the other is."""
+    for one, two in zip(found, wanted, strict=True):
+        allowed = max(tolerance, 4.0 * torch.finfo(two.dtype).eps)
+        torch.testing.assert_close(one, two, rtol=allowed, atol=allowed)
 
 
-# --- nothing waits, nothing is copied
+# --- nothing waits
 
 
-class _Devices(TorchDispatchMode):
-    """Fails where an operation reads a value, or moves one between devices."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
-        found = function(*args, **(kwargs or {}))
-        tensors = [value for value in (*args, *(kwargs or {}).values(), found) if isinstance(value, torch.Tensor)]
-        placed = {value.device.type for value in tensors if value.ndim}
-        assert len(placed) <= 1, f"{function} moves values between {placed}"
-        return found
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rich", [{}, {"weights": True, "where": True}], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", CALLS)
-def test_nothing_waits_for_the_device(cuda: str, name: str, dtype: Any, rich: dict[str, Any], rng: Any) -> None:
-    given = problem(rng, cuda, dtype, **rich)
-    leaves = {key: value.requires_grad_() if value.is_floating_point() else value for key, value in given.items()}
-
-    def both() -> None:
-        found = CALLS[name](**leaves)
-        torch.autograd.grad(found, leaves["x"], torch.ones_like(found))
-
-    both()  # kernels are compiled
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.raises(RuntimeError):
-            torch.ones(1, device=cuda).item()
-        both()
-        with _Devices():
-            both()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("rich", [{}, {"weights": True, "where": True}], ids=["plain", "rich"])
-@pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_read_that_is_not_plain(
-    name: str, rich: dict[str, Any], rng: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operations, as they are on a device whose values must not be looked at: a tensor of the CPU plays it."""
-    given = problem(rng, "cpu", n=100, **rich)
-    leaves = {key: value.requires_grad_() if value.is_floating_point() else value for key, value in given.items()}
-
-    def both() -> None:
-        found = CALLS[name](**leaves)
-        torch.autograd.grad(found, leaves["x"], torch.ones_like(found))
-
-    if name == "threshold":  # plain values are looked at, and that is seen
-        with _Devices(), pytest.raises(AssertionError, match="a value is read"):
-            both()
-    monkeypatch.setattr("softk_torch._backend._is_plain", lambda x: False)
-    with _Devices():
-        both()
+NO_NOTICE = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 
 
-@pytest.mark.gpu
-def test_what_counts_as_moving(cuda: str) -> None:
-    """The check above sees a copy from the device and one to it."""
-    with _Devices():
-        for move in (lambda: torch.ones(3, device=cuda).cpu(), lambda: torch.ones(3).to(cuda)):
-            with pytest.raises(AssertionError, match="moves values"):
-                move()
+@NO_NOTICE
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x: x.sum().item(), lambda x: x[x > 0.0], lambda x: x.cpu(), lambda x: torch.tensor(2.0, device=x.device)],
+    ids=["item", "boolean mask", "copy", "number"],
+)
+def test_waiting_would_be_noticed(wait: Callable[[Any], Any], cuda: str) -> None:
+    x = torch.ones(5, device=cuda)
+    wait(x)
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        wait(x)
 
 
-# --- the same everywhere, every time
+@NO_NOTICE
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("n", [20, 5000])
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_waits(name: str, n: int, dtype: str, cuda: str, rng: Any) -> None:
+    """Forward, backward, and twice; after a first call, which loads kernels."""
+    case = ALL[name]
+    arguments = arguments_of(case, cuda, rng, min(n, 300) if name in PLANS else n, getattr(torch, dtype))
+    u = cotangent(case, arguments, rng)
+
+    def twice() -> Any:
+        moving = [value for value in arguments.values() if value.requires_grad]
+        first = torch.autograd.grad(case(arguments), moving, u, create_graph=True)
+        with torch.no_grad():
+            case(arguments)
+        return torch.autograd.grad([value for value in first if value.requires_grad], moving, first, allow_unused=True)
+
+    twice()
+    with waiting_is_an_error():
+        twice()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n", [10, 1000, 40000])
-def test_the_same_bits_every_time(device: str, dtype: Any, n: int, rng: Any) -> None:
-    given = problem(rng, device, dtype, n, weights=True, where=True)
-    first = differentiated(topk, **given)
-    for _ in range(3):
-        again = differentiated(topk, **given)
-        for name, value in first.items():
-            assert torch.equal(again[name], value), name
+@NO_NOTICE
+@pytest.mark.parametrize("d", [3, 64], ids=["differences", "products"])
+def test_neighbors_do_not_wait(d: int, cuda: str) -> None:
+    points = torch.rand(50, d, device=cuda, requires_grad=True)
+    labels = torch.arange(50, device=cuda) % 3
+    every = torch.arange(50, device=cuda)
+
+    def run() -> Any:
+        loss = neighbors.loss(points, points, labels, labels, 3, exclude=every)
+        return torch.autograd.grad(loss + neighbors.weights(points, points, 2.5).square().sum(), points)
+
+    run()
+    with waiting_is_an_error():
+        run()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rich", [{}, {"weights": True, "where": True}], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("n", [10, 127, 1000, 32768, 40000, 100_000])
-def test_what_the_cpu_finds(cuda: str, n: int, dtype: Any, rich: dict[str, Any], rng: Any) -> None:
-    """Found in float64 there, from the same numbers."""
-    given = problem(rng, cuda, dtype, n, **rich)
-    exact = {name: value.cpu().double() if value.is_floating_point() else value.cpu() for name, value in given.items()}
-    found, expected = differentiated(topk, **given), differentiated(topk, **exact)
-    eps, tolerance = float(torch.finfo(dtype).eps), 2e-5 if dtype == torch.float32 else 1e-11
-    assert (found[""].cpu().double() - expected[""]).abs().max() <= 32 * eps
-    for name in ("x", "k", "epsilon", *(["weights"] if "weights" in given else [])):
-        assert_near(found[name], expected[name], tolerance)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_copied_between_devices(name: str, cuda: str, rng: Any) -> None:
+    """As the profiler sees it, below PyTorch's operations."""
+    case = CASES[name]
+    arguments = arguments_of(case, cuda, rng)
+    u = cotangent(case, arguments, rng)
+    derivatives(case, arguments, u)
+    if not transfers(lambda: u.cpu()):
+        pytest.skip("the profiler sees no copies here")
+    assert transfers(lambda: derivatives(case, arguments, u)) == []
 
 
-@pytest.mark.gpu
-def test_more_scores_than_float32_counts(cuda: str) -> None:
-    """2^24 + 8 scores of two levels, the upper one of more than 2^24: a count in float32 would be off."""
-    n = 2**24 + 8
-    x = torch.ones(1, n, device=cuda)
-    x[:, ::4_000_000] = 0.0
-    above = int(x.double().sum().item())
-    mask = softk.topk(x, above, epsilon=0.02)
-    assert mask.double().sum().item() == pytest.approx(above, abs=16 * above * 2.0**-23)
-    assert mask[0, 1].item() == 1.0
-    assert mask[0, 0].item() < 1e-6
+def transfers(f: Callable[[], Any]) -> list[str]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as seen:
+        f()
+        torch.cuda.synchronize()
+    return [event.key for event in seen.key_averages() if "HtoD" in event.key or "DtoH" in event.key]
 
 
-# --- streams, graphs, autocast, the compiler
+# --- streams
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", [500, 40000])
-def test_streams(cuda: str, n: int, rng: Any) -> None:
-    """On a stream behind long work, and on several at once, with nothing that waits but the end."""
-    problems = [problem(rng, cuda, n=n, weights=True) for _ in range(4)]
-    expected = [differentiated(topk, **given) for given in problems]
-    streams = [torch.cuda.Stream() for _ in problems]
-    ballast = torch.randn(4096, 4096, device=cuda)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_streams(name: str, count: int, cuda: str, rng: Any) -> None:
+    """On streams of their own, behind a kernel that takes long: until it ends the scores are NaN."""
+    case = ALL[name]
+    values = [case.values(rng, (4,), 200) for _ in range(count)]
+    given = [tensors(value, cuda, torch.float32) for value in values]
+    u = cotangent(case, given[0], rng)
+    wanted = [derivatives(case, arguments, u) for arguments in given]
+    empty = [
+        {key: torch.full_like(value, True if value.dtype == torch.bool else torch.nan) for key, value in one.items()}
+        for one in given
+    ]
+    for one in empty:
+        for key in MOVING:
+            if key in one:
+                one[key].requires_grad_()
+    streams = [torch.cuda.Stream() for _ in range(count)]
     torch.cuda.synchronize()
     found = []
-    for stream, given in zip(streams, problems, strict=True):
+    for stream, arguments, late in zip(streams, empty, given, strict=True):
         with torch.cuda.stream(stream):
-            for _ in range(10):
-                ballast @ ballast
-            moved = {name: value + 0 for name, value in given.items()}
-            found.append(differentiated(topk, **moved))
+            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            with torch.no_grad():
+                for key, value in arguments.items():
+                    value.copy_(late[key])
+            found.append(derivatives(case, arguments, u))
     torch.cuda.synchronize()
-    for one, other in zip(found, expected, strict=True):
-        for name, value in other.items():
-            assert torch.equal(one[name], value), name
+    for one, two in zip(found, wanted, strict=True):
+        assert_near(one, two)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rich", [{}, {"weights": True, "where": True}], ids=["plain", "rich"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("n", [500, 40000])
-def test_graphs(cuda: str, n: int, dtype: Any, rich: dict[str, Any], rng: Any) -> None:
-    """Forward and backward captured once, and replayed on other numbers."""
-    static = problem(rng, cuda, dtype, n, **rich)
-    leaves = {name: value.requires_grad_() if value.is_floating_point() else value for name, value in static.items()}
-    wanted = [value for value in leaves.values() if value.requires_grad]
-    cotangent = torch.randn(static["x"].shape, device=cuda).to(dtype)
+# --- CUDA graphs
 
-    def both() -> tuple[Any, ...]:
-        mask = topk(**leaves)
-        return mask, *torch.autograd.grad(mask, wanted, cotangent)
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ALL)
+def test_replayed_graph(name: str, dtype: str, cuda: str, rng: Any) -> None:
+    """Captured once, forward and backward, and right for other values."""
+    case = ALL[name]
+    arguments = arguments_of(case, cuda, rng, dtype=getattr(torch, dtype))
+    u = cotangent(case, arguments, rng)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            both()
+            derivatives(case, arguments, u)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = both()
-    for _ in range(2):
-        fresh = problem(rng, cuda, dtype, n, **rich)
-        with torch.no_grad():
-            for name, value in fresh.items():
-                leaves[name].copy_(value)
-        graph.replay()
-        replayed = [value.clone() for value in captured]
-        for one, other in zip(replayed, both(), strict=True):
-            assert torch.equal(one, other)
-
-
-@contextmanager
-def _autocast(device: str, dtype: Any) -> Iterator[None]:
-    with torch.autocast(device, dtype):
-        yield
-
-
-@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_autocast(device: str, dtype: Any, narrow: Any, rng: Any) -> None:
-    """It changes nothing: neither a dtype nor a bit."""
-    given = problem(rng, device, dtype, weights=True)
-    expected = differentiated(topk, **given)
-    with _autocast(device, narrow):
-        found = differentiated(topk, **given)
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_compiled(cuda: str, dtype: Any, mode: str, rng: Any) -> None:
-    given = problem(rng, cuda, dtype, weights=True, where=True)
-    expected = differentiated(topk, **given)
-    compiled = torch.compile(topk, mode=mode)
-    tolerance = 2e-5 if dtype == torch.float32 else 2.0**-7
+        captured = derivatives(case, arguments, u)
+    previous = None
     for _ in range(3):
-        found = {name: copy.copy(value) for name, value in differentiated(compiled, **given).items()}
-        for name, value in expected.items():
-            assert_near(found[name], value, tolerance)
+        refill(arguments, case.values(rng, (4,), 200))
+        graph.replay()
+        found = tuple(value.clone() for value in captured)
+        assert_near(found, derivatives(case, arguments, u))
+        assert previous is None or not torch.equal(previous, found[0])
+        previous = found[0]
 
 
-# --- the other frameworks
+@pytest.mark.parametrize("hard", [False, True])
+def test_graphed_callable(hard: bool, cuda: str, rng: Any) -> None:
+    def f(x: Any, epsilon: Any) -> Any:
+        return softk.topk(x, 3, epsilon=epsilon, hard=hard)
+
+    case = Case(softk.topk, ("epsilon",), k=3, options={"hard": hard})
+    sample = arguments_of(case, cuda, rng)
+    graphed = torch.cuda.make_graphed_callables(f, (sample["x"], sample["epsilon"]))
+    for _ in range(3):
+        arguments = arguments_of(case, cuda, rng)
+        given = tuple(arguments.values())
+        out = graphed(*given)
+        u = torch.randn_like(out)
+        assert_near((out, *torch.autograd.grad(out, given, u)), derivatives(case, arguments, u))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["topk", "log_topk", "threshold"])
-def test_jax_moves_nothing(name: str, rng: Any) -> None:
-    jax = pytest.importorskip("jax")
-    from .libraries import BY_NAME
-
-    library = BY_NAME["jax-gpu"]
-    library.require()
-    x = library.array(rng.normal(size=(3, 100)), np.float32)
-    function = getattr(softk, name)
-    both = jax.jit(jax.value_and_grad(lambda x: (function(x, 5.5, epsilon=0.3) * x[:, :1].sum()).sum()))
-    expected = both(x)
-    with jax.transfer_guard("disallow"):
-        found = both(x)
-    assert np.array_equal(np.asarray(found[1]), np.asarray(expected[1]))
+# --- torch.compile
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["topk", "log_topk", "threshold"])
-def test_cupy_reads_nothing(name: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
-    from .libraries import BY_NAME
+@pytest.fixture
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("name", ["topk", "everything", "hard", "log", "threshold, everything"])
+def test_compiled(name: str, mode: str, cuda: str, rng: Any) -> None:
+    """Often enough for graphs to be recorded and replayed; part of a larger function, which is fused around it."""
+    case = CASES[name]
+
+    def f(arguments: dict[str, Any]) -> Any:
+        return 2.0 * case({**arguments, "x": arguments["x"].sin()})
+
+    compiled = torch.compile(f, mode=mode, fullgraph=True)
+    for _ in range(4):
+        arguments = arguments_of(case, cuda, rng)
+        moving = [arguments[key] for key in MOVING if key in arguments]
+        plain = f(arguments)
+        u = torch.randn_like(plain)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(arguments)
+        assert_near((out, *torch.autograd.grad(out, moving, u)), (plain, *torch.autograd.grad(plain, moving, u)), 2e-4)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("name", ["topk", "threshold", "weights"])
+def test_what_is_kept_for_backward(name: str, cuda: str, rng: Any) -> None:
+    """The result and a few numbers a slice: the scores are the user's own."""
+    case = CASES[name]
+    arguments = tensors(case.values(rng, (4,), 100_000), cuda, torch.float32)
+
+    def requested() -> int:
+        torch.cuda.synchronize()
+        found: int = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        return found
+
+    before = requested()
+    out = case(arguments)
+    assert requested() - before <= out.nbytes + arguments["x"].nbytes // 8
+
+
+# --- CuPy
+
+
+def test_cupy_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    """Forward and backward."""
     library = BY_NAME["cupy"]
     library.require()
-    x = library.array(rng.normal(size=(3, 100)), np.float32)
-    read: list[str] = []
-    monkeypatch.setattr(cupy, "asnumpy", lambda *_, **__: read.append("asnumpy"))
-    monkeypatch.setattr(cupy.cuda.runtime, "deviceSynchronize", lambda *_: read.append("deviceSynchronize"))
-    monkeypatch.setattr(cupy.cuda.runtime, "streamSynchronize", lambda *_: read.append("streamSynchronize"))
-    out, pullback = softk.vjp(getattr(softk, name), x, 5.5, epsilon=0.3)
-    pullback(cupy.ones_like(out))
-    assert not read
+    cupy = pytest.importorskip("cupy")
+    seen: list[str] = []
+    for name in ("get", "item", "tolist", "__bool__", "__int__", "__float__"):
+        watch(monkeypatch, cupy.ndarray, name, seen)
+    for name, case in CASES.items():
+        given: dict[str, Any] = {**case.options}
+        given |= {key: library.array(value) for key, value in case.values(rng).items()}
+        out, pullback = softk.vjp(case.function, given.pop("x"), given.pop("k", case.k), **given)
+        pullback(cupy.ones_like(out))
+        assert seen == [], name
+    assert bool(cupy.ones(()))
+    assert "__bool__" in seen
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, seen: list[str]) -> None:
+    """Notes every call of a method."""
+    plain = getattr(kind, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(kind, name, noted)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 import softk
+import softk.neighbors
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
+from .libraries import BY_NAME
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -607,6 +609,58 @@ def test_what_backward_keeps(rng: Any) -> None:
     kept = jax.tree.leaves(pull)
     assert [value.size for value in kept if value.size >= 4000] == [4000]
     assert sum(value.size for value in kept if value.size < 4000) <= 40
+
+
+def precisions(jaxpr: Any) -> list[Any]:
+    """Of every product of matrices within."""
+    found: list[Any] = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.params["precision"])
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(part, "jaxpr", part)
+            found += precisions(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("function", ["neighbors", "sorted_topk"])
+def test_products_of_matrices_are_exact(function: str) -> None:
+    """Distances and Newton's steps are small differences, which a GPU's default of 10 bits would lose."""
+
+    def loss(x: Any) -> Any:
+        if function == "neighbors":
+            return jnp.sum(softk.neighbors.weights(x, x, 2, epsilon=0.3) ** 2)
+        return jnp.sum(softk.sorted_topk(x, 3, epsilon=0.3).values ** 2)
+
+    with jax.default_matmul_precision("default"):
+        traced = jax.make_jaxpr(jax.hessian(loss))(jnp.ones((5, 64), jnp.float32))
+    found = precisions(traced.jaxpr)
+    assert found
+    assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+@pytest.mark.parametrize("name", ["jax", pytest.param("jax-gpu", marks=pytest.mark.gpu)])
+def test_nothing_is_moved_between_devices(name: str, rng: Any) -> None:
+    """Once compiled. The guard does notice an array of the host."""
+    library = BY_NAME[name]
+    library.require()
+
+    def loss(x: Any, k: Any, epsilon: Any, weights: Any, where: Any, u: Any) -> Any:
+        soft = softk.topk(x, k, epsilon=epsilon, weights=weights, where=where)
+        plain = softk.topk(x, 3, epsilon=0.3) + softk.topk(x, 3, epsilon=0.3, hard=True)
+        return (u * (soft + plain)).sum() + softk.threshold(x, 2.5, epsilon=epsilon).sum()
+
+    x, k, epsilon = rng.standard_normal((3, 40)), rng.uniform(1, 5, (3, 1)), rng.uniform(0.2, 0.6, (3, 1))
+    weights, where = rng.uniform(0.5, 1.5, (3, 40)), rng.uniform(size=(3, 40)) > 0.2
+    given = [library.array(value) for value in (x, k, epsilon, weights, where, rng.standard_normal((3, 40)))]
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+    wanted = step(*given)
+    with jax.transfer_guard("disallow"):
+        found = step(*given)
+        with pytest.raises(Exception, match="transfer"):
+            step(x, *given[1:])
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 # --- several devices

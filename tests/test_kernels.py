@@ -456,3 +456,45 @@ def test_they_compile_for_a_device(capability: int) -> None:
     for line in lines:
         if "BLOCK=32768" not in line:
             assert int(line.split("stack=")[1]) <= 32, line
+
+
+# --- on a device alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("n", [10, 127, 1000, 16384, 32768, 40000, 1_000_000])
+def test_what_the_cpu_finds(n: int, rich: bool, launched: list[str], rng: Any) -> None:
+    """Found in float64 there, from the same numbers; and bit by bit the same when asked again."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    values = {
+        "x": rng.normal(size=(3, n)),
+        "k": rng.uniform(1.0, n / 2, (3, 1)),
+        "epsilon": rng.uniform(0.1, 1.0, (3, 1)),
+        **({"weights": rng.uniform(0.5, 2.0, (3, n))} if rich else {}),
+    }
+    given = {name: torch.tensor(value).float().cuda() for name, value in values.items()}
+    where = {"where": torch.tensor(rng.random((3, n)) < 0.9)} if rich else {}
+    found = differentiated(topk, **given, **{name: value.cuda() for name, value in where.items()})
+    assert launched
+    again = differentiated(topk, **given, **{name: value.cuda() for name, value in where.items()})
+    expected = differentiated(topk, **{name: value.double().cpu() for name, value in given.items()}, **where)
+    assert (found[""].cpu().double() - expected[""]).abs().max() <= MASK * EPS
+    for name in values:
+        assert_near(found[name], expected[name], 2e-5)
+        assert torch.equal(found[name], again[name])
+
+
+@pytest.mark.gpu
+def test_more_scores_than_float32_counts() -> None:
+    """2^24 + 8 scores of two levels, and more than 2^24 of the upper one: a count in float32 would be off."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    x = torch.ones(1, 2**24 + 8, device="cuda")
+    x[:, ::4_000_000] = 0.0
+    above = int(x.double().sum().item())
+    mask = softk.topk(x, above, epsilon=0.02)
+    assert mask.double().sum().item() == pytest.approx(above, abs=MASS * EPS * above)
+    assert mask[0, 1].item() == 1.0
+    assert mask[0, 0].item() < 1e-6

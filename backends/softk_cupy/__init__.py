@@ -21,7 +21,12 @@ class CupyBackend(Backend):
     def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple) or x.size == 0:
             return super().order_statistics(x, ranks)
-        places = [x.shape[-1] - rank for rank in ranks]
+        n = x.shape[-1]
+        if 2 * max(ranks) <= n:
+            # CuPy selects from the lower end, and sorts everything to get far from it.
+            places = [rank - 1 for rank in ranks]
+            return -self.pick(cp.partition(-x, sorted(set(places)), axis=-1), places)
+        places = [n - rank for rank in ranks]
         return self.pick(cp.partition(x, sorted(set(places)), axis=-1), places)
 
 

@@ -158,10 +158,19 @@ def _by_bits(x: Array, ranks: Array) -> Array:
 _barrier = jax.lax.optimization_barrier
 
 
+def _exact() -> AbstractContextManager[Any]:
+    """Products of float32 matrices as float32. GPUs round the factors to 10 bits unless told otherwise, and distances
+    are small differences of such products.
+    """
+    context: AbstractContextManager[Any] = jax.default_matmul_precision("highest")
+    return context
+
+
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
     def forward(*inputs: Array | None) -> tuple[Array, ...]:
-        return primitive.forward(backend, *inputs, **dict(options))
+        with _exact():
+            return primitive.forward(backend, *inputs, **dict(options))
 
     forward.__name__ = primitive.name.replace(" ", "_").replace("-", "_")
     operator = jax.custom_jvp(forward)
@@ -185,7 +194,8 @@ def _tangents(
 
     @jax.checkpoint
     def push(inputs: Any, outputs: Any, tangents: Any) -> tuple[Array, ...]:
-        found = primitive.jvp(backend, inputs, (*(None,) * primitive.results, *outputs), tangents)
+        with _exact():
+            found = primitive.jvp(backend, inputs, (*(None,) * primitive.results, *outputs), tangents)
         return tuple(jnp.asarray(value) for value in found)
 
     found: tuple[Array, ...] = push(inputs, outputs[primitive.results :], tangents)

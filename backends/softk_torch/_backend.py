@@ -179,8 +179,9 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
-        found = _fused.forward(name, inputs)
-        return PRIMITIVES[name].forward(backend, *inputs, **dict(options)) if found is None else found
+        with _as_given(inputs):
+            found = _fused.forward(name, inputs)
+            return PRIMITIVES[name].forward(backend, *inputs, **dict(options)) if found is None else found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -197,8 +198,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        given = (*_saved(ctx), cotangents[: ctx.differentiable], needed)
-        found = _fused.pull(ctx.primitive.name, *given) or ctx.primitive.vjp(backend, *given)
+        inputs, outputs = _saved(ctx)
+        given = (inputs, outputs, cotangents[: ctx.differentiable], needed)
+        with _as_given(inputs):
+            found = _fused.pull(ctx.primitive.name, *given) or ctx.primitive.vjp(backend, *given)
         return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
 
     @staticmethod
@@ -206,7 +209,7 @@ class _Function(torch.autograd.Function):
         # Autograd takes the jvp with forward mode switched off, and a derivative of it would be zero without a word.
         # The saved values are those of this level: its own tangents are the arguments.
         inputs, outputs = (tuple(_primal(value) for value in values) for values in _saved(ctx))
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True), _as_given(inputs):
             found = ctx.primitive.jvp(backend, inputs, outputs, tangents)
         return (*found, *(None,) * ctx.primitive.constants)
 
@@ -218,6 +221,13 @@ class _Function(torch.autograd.Function):
         batched = [None if value is None else _lead(value, dim, axes, info.batch_size) for value, dim in pairs]
         outputs = _apply(name, options, *batched)
         return outputs, (0,) * len(outputs)
+
+
+def _as_given(inputs: tuple[torch.Tensor | None, ...]) -> AbstractContextManager[Any]:
+    """Autocast lowers every product of matrices, of which distances and derivatives here are the small differences."""
+    kind = next(value.device.type for value in inputs if value is not None)
+    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if lowered else nullcontext()
 
 
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -255,6 +265,12 @@ def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> 
     return found.unsqueeze(axis) if keepdims else found
 
 
+def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
+    """Without a look at whether the matrix is singular, which would wait for the device."""
+    found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
+    return found
+
+
 class _Overwriting:
     """The methods of a tensor that end in an underscore, by the names of the standard."""
 
@@ -281,9 +297,10 @@ _LOG2_E = 1.4426950408889634
 _OVERWRITING = _Overwriting()
 
 #: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
-#: tensor made of them, and a count in fewer operations.
-xp = ModuleType(compat.__name__)
-_own = {"concat": _concat, "maximum": _maximum, "minimum": _minimum, "count_nonzero": _count_nonzero}
+#: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.
+xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
+vars(linalg).update({**vars(compat.linalg), "solve": _solve})
+_own = {"concat": _concat, "maximum": _maximum, "minimum": _minimum, "count_nonzero": _count_nonzero, "linalg": linalg}
 vars(xp).update({**vars(compat), **_own})
 
 backend = TorchBackend(xp, "torch")
