@@ -282,7 +282,7 @@ def _approach_within(
         reference,
         offset + middle(gap),
         *gap,
-        ends.nothing,
+        xp.broadcast_to(ends.nothing, offset.shape),
         ends.everything,
         settled,
         ends.high > bound.largest,

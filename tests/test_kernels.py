@@ -23,6 +23,8 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import softk  # noqa: E402
 from softk_torch import _fused, _launch  # noqa: E402
@@ -176,6 +178,12 @@ EDGES: dict[str, dict[str, Any]] = {
         "weights": [[1, math.nan, 1, 1, 1], [1, -1, 1, 1, 1]],
         "where": [[True] * 5, [True, False, True, True, True]],
     },
+    "weights of fewer than k": {
+        "x": [[1, 2, 3, 4, 5], [1, 2, -math.inf, -math.inf, -math.inf], [1, 2, 3, 4, 5]],
+        "weights": [[1] * 5] * 3,
+        "where": [[True, True, False, False, False], [True] * 5, [True, True, False, False, False]],
+        "k": [[3], [3], [5.1]],
+    },
     "weights of any size": {
         "x": [[1, 2, 3, 4, 5]] * 4,
         "weights": [[1e30] * 5, [1e-30] * 5, [1e-30, 1, 1e30, 1, 1], [0, 0, 1, 1, 0]],
@@ -203,6 +211,7 @@ EDGES_OF_SEGMENTS = (
     "fewer than k",
     "weights out of range",
     "weights of any size",
+    "weights of fewer than k",
     "a weight within the rounding of k",
     "no weight next to the threshold",
 )
@@ -424,22 +433,60 @@ def test_which_calls_are_served(device: str, launched: list[str], rng: Any) -> N
     assert isinstance(_launch.problem((full, torch.ones(()), torch.ones(()), None, None)), _launch.Tiles)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # torch's own forward mode
-def test_transforms_around_the_kernels(device: str, rng: Any) -> None:
+def _hessian_product(x: Any) -> Any:
+    """Forward over reverse, by dual numbers."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0].clone().requires_grad_(), x[1])
+        (first,) = torch.autograd.grad((softk.topk(dual, 5.5, epsilon=0.6) * x[2]).sum(), dual)
+        return forward_ad.unpack_dual(first).tangent
+
+
+def _batched(x: Any) -> Any:
+    """Several cotangents at once."""
+    y = x[0].clone().requires_grad_()
+    return torch.autograd.grad(softk.topk(y, 5.5, epsilon=0.6), y, x, is_grads_batched=True)[0]
+
+
+def _loss(x: Any) -> Any:
+    return (softk.topk(x, 5.5, epsilon=0.6) * torch.linspace(-1.0, 1.0, 40, device=x.device).sin()).sum()
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "vmap of grad": torch.func.vmap(torch.func.grad(_loss)),
+    "vmap": torch.func.vmap(_loss),
+    "jvp": lambda x: torch.func.jvp(_loss, (x[0],), (x[1],))[1],
+    "hessian": lambda x: torch.func.hessian(_loss)(x[0]).sum(0),
+    "forward over reverse": _hessian_product,
+    "batched cotangents": _batched,
+    "jit.trace": lambda x: torch.jit.trace(lambda x: softk.topk(x, 5.5), (x,), check_trace=False)(1.0 - x),
+    "make_fx": lambda x: make_fx(lambda x: softk.topk(x, 5.5))(x)(1.0 - x),
+    "negative views": lambda x: softk.topk(torch._neg_view(x), 5.5),
+    "inference mode": torch.inference_mode()(lambda x: softk.topk(x, 5.5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # also in torch's own forward mode
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", AROUND)
+def test_around_the_kernels(device: str, name: str, rng: Any) -> None:
     x = torch.tensor(rng.normal(size=(3, 2, 40)), dtype=torch.float32, device=device)
-    u = torch.tensor(rng.normal(size=(2, 40)), dtype=torch.float32, device=device)
+    found = AROUND[name](x)
+    with by_operations():
+        assert_near(found, AROUND[name](x), 2e-5)
 
-    def loss(x: Any) -> Any:
-        return (softk.topk(x, 5.5, epsilon=0.6) * u).sum()
 
-    for function in (
-        torch.func.vmap(torch.func.grad(loss)),
-        torch.func.vmap(loss),
-        lambda x: torch.func.jvp(loss, (x[0],), (x[1],))[1],
-    ):
-        found = function(x)
-        with by_operations():
-            assert_near(found, function(x), 2e-5)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiled_around_the_kernels(device: str, launched: list[str], rng: Any) -> None:
+    """The compiler asks beforehand of what shapes the solver's results are: the kernel's must be those."""
+    x = torch.tensor(rng.normal(size=(3, 40)), dtype=torch.float32, device=device)
+
+    def both(x: Any) -> Any:
+        return softk.topk(x, 3.5) + softk.threshold(x, 2, keepdims=True)
+
+    found = torch.compile(both)(x)
+    assert launched
+    with by_operations():
+        assert_near(found, both(x), 2e-5)
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.full)])

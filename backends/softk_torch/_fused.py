@@ -12,10 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 #: The devices whose tensors the kernels are for, and the capability that Triton asks of them.
 DEVICES = {"cuda"}
 CAPABILITY = (8, 0)
+#: What kernels count to.
+MOST_SCORES, MOST_ROWS = 1 << 30, 1 << 29
 
 Tensors = tuple[torch.Tensor, ...]
 Inputs = tuple[torch.Tensor | None, ...]
@@ -24,23 +27,39 @@ Inputs = tuple[torch.Tensor | None, ...]
 @cache
 def _available(device: torch.device) -> bool:
     """Whether kernels can run there."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
+    if device.type != "cuda":
+        return True
+    able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    return able and importlib.util.find_spec("triton") is not None
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether its memory holds its values, and nobody is there to be told of what becomes of them."""
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and not torch._C._functorch.is_legacy_batchedtensor(value)
+        and not value.is_neg()
+    )
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or a tracer records the operations."""
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return torch.compiler.is_compiling() or proxy is not None or torch._C._get_tracing_state() is not None
 
 
 def _problem(inputs: Inputs, *others: torch.Tensor | None) -> Any:
     """The inputs of a primitive, the scores first, as the kernels see them; None if they do not serve."""
-    x, given = inputs[0], [value for value in (*inputs, *others) if value is not None]
+    x = inputs[0]
     if (
         x is None
         or x.device.type not in DEVICES
         or x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
-        or not 0 < x.shape[-1] < 1 << 30
-        or x.numel() == 0
-        or any(type(value) not in (torch.Tensor, torch.nn.Parameter) for value in given)
-        or any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in given)
-        or torch.compiler.is_compiling()
+        or _is_traced()
+        or not all(_is_plain(value) for value in (*inputs, *others) if value is not None)
+        or not 0 < x.shape[-1] <= MOST_SCORES
+        or not 0 < x.numel() // x.shape[-1] <= MOST_ROWS
         or not _available(x.device)
     ):
         return None
@@ -67,7 +86,8 @@ def forward(name: str, inputs: Inputs) -> Tensors | None:
 
 def pull(name: str, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...]) -> Inputs | None:
     """The cotangents of a primitive's inputs, if it has the rule of the mask and nobody differentiates it again."""
-    if name not in ("topk_mask", "topk_hard_mask") or cotangents[0] is None or torch.is_grad_enabled():
+    again = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if name not in ("topk_mask", "topk_hard_mask") or cotangents[0] is None or again:
         return None
     given = (*outputs[1:], *cotangents)  # the offset, the reference, u and c
     problem = _problem(inputs, *given)

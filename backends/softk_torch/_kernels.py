@@ -147,11 +147,11 @@ def select(keys, weights, low, high, mass, bar, lower_bar, near, total, little):
         else:
             found = tl.sum(tl.where(above, weights, 0.0), axis=1)
         rare = rarity(found.to(tl.float32), total, little)
-        enough, width = found > bar, high.to(tl.float32) - low.to(tl.float32)
+        enough, width = found > bar, high.to(tl.int64) - low.to(tl.int64)
         raised, lowered = going & enough, going & ~enough
         low, mass, first = tl.where(raised, pivot, low), tl.where(raised, found, mass), tl.where(raised, rare, first)
         high, last = tl.where(lowered, pivot - 1, high), tl.where(lowered, rare, last)
-        halve = 2.0 * (high.to(tl.float32) - low.to(tl.float32)) > width
+        halve = 2 * (high.to(tl.int64) - low.to(tl.int64)) > width
         going = going_on(low, high, mass, bar, lower_bar, near, weights)
     return low, mass
 
@@ -175,20 +175,21 @@ def bars(k, weights):
 
 
 @triton.jit
-def extent(k, total, n, weights):
-    """Whether everything is selected, and whether there is as much, for a mass of k > 0 of a total."""
+def extent(k, total, of_all, n, weights):
+    """Whether everything is selected, and whether there is as much: of what can be selected, and of all items."""
     if weights is None:
         everything, valid = tl.floor(k).to(tl.int32) >= total, k <= n
     else:
-        everything, valid = k >= total * (1.0 - 4.0 * EPS), k <= total * (1.0 + 16.0 * EPS)
+        everything, valid = k >= total * (1.0 - 4.0 * EPS), k <= of_all * (1.0 + 16.0 * EPS)
     return (k > 0.0) & everything, valid
 
 
 @triton.jit
-def find_ends(x, weights, able, k, n, near):
+def find_ends(x, weights, able, of_all, k, n, near):
     """The scores on either side of the gap; whether nothing is selected, everything, and there is an answer.
 
-    `able` are the items that can be selected. Where both sides are nearer than `near`, any score next to them will do.
+    `able` are the items that can be selected, and `of_all` is the weight of all. Where both sides are nearer than
+    `near`, any score next to them will do.
     """
     nothing = k <= 0.0
     lowest = tl.min(tl.where(able, x, INFINITY), axis=1)
@@ -198,7 +199,6 @@ def find_ends(x, weights, able, k, n, near):
         counted = able
         total = tl.sum(able.to(tl.int32), axis=1)
         first, last = key_of(lowest), key_of(highest)
-        lowest = tl.where(bar < total, lowest, -INFINITY)
         little = 0.5 + 0.0 * k
     else:
         counted = able & (weights > 0.0)
@@ -206,16 +206,17 @@ def find_ends(x, weights, able, k, n, near):
         first = key_of(tl.min(tl.where(counted, x, INFINITY), axis=1))
         last = key_of(tl.max(tl.where(counted, x, -INFINITY), axis=1))
         little = 0.5 * total / n
-    everything, valid = extent(k, total, n, weights)
+    lowest = tl.where(bar < total, lowest, -INFINITY)
+    everything, valid = extent(k, total, of_all, n, weights)
     keys = tl.where(counted, key_of(x), LOWEST)
-    first = tl.where(valid & ~nothing & ~everything, first, last)
+    start = tl.where(valid & ~nothing & ~everything, first, last)
     mass = total.to(tl.float32)
-    low, reached = select(keys, weights, first, last, total, bar, lower_bar, near, mass, little)
+    low, reached = select(keys, weights, start, last, total, bar, lower_bar, near, mass, little)
     upper, lower = beside(keys, low)
     apart = reached <= lower_bar
     if weights is not None:
-        first = tl.where(apart & (first < last), first, lower)
-        lower, _ = select(keys, weights, first, lower, total, lower_bar, lower_bar, 0.0 * near, mass, little)
+        start = tl.where(apart & (first < lower), first, lower)
+        lower, _ = select(keys, weights, start, lower, total, lower_bar, lower_bar, 0.0 * near, mass, little)
     high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
     low_score = tl.where(nothing | everything | ~apart, high, score_of(lower))
     return high, low_score, nothing, everything, valid
@@ -272,8 +273,9 @@ def sweep(odds, weights, level):
         above = tl.sum(tl.where(side, weights, 0.0), axis=1)
     both = tl.sum(weighted, axis=1)
     upper = tl.sum(tl.where(side, weighted, 0.0), axis=1)
-    # At the root neither tail is lost in their sum, or what it lacks is nothing beside k.
-    return above, tl.maximum(both - upper, 0.0), upper, both - tl.sum(weighted * tail, axis=1)
+    # At the root neither tail is lost in their sum, or what it lacks is nothing beside k. A maximum would hide a NaN.
+    lower = both - upper
+    return above, tl.where(lower < 0.0, 0.0, lower), upper, both - tl.sum(weighted * tail, axis=1)
 
 
 @triton.jit
@@ -306,32 +308,32 @@ def newton(offset, least, most, done, last, steps, above, lower, upper, slope, h
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
     moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
-    offset = tl.where(done, offset, moved)
+    offset = tl.where(done, offset, tl.where(size == size, moved, float("nan")))
     return offset, least, most, done | last, last | ~(tl.abs(size) > TOLERANCE) | (steps + 1 >= LIMIT)
 
 
 @triton.jit
 def search(odds, weights, half, k, fixed):
-    """The offset from the middle of the gap; and whether there is one."""
+    """The offset from the middle of the gap, NaN where there is none."""
     offset = half - half
-    least, most, done, last, sound = offset - INFINITY, offset + INFINITY, fixed, fixed, half == half
+    least, most, done, last = offset - INFINITY, offset + INFINITY, fixed, fixed
     steps = 0
     while tl.min(done.to(tl.int32), axis=0) == 0:
         above, lower, upper, slope = sweep(odds, weights, tl.exp(offset))
-        sound = tl.where(done, sound, lower == lower)
         offset, least, most, done, last = newton(
             offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights
         )
         steps += 1
-    return offset, sound
+    return offset
 
 
 @triton.jit
 def mask_of(odds, level, excess):
-    """The mask from the odds, on either side of a gap that was narrowed; nothing lies within it."""
-    side, shrunk = odds > level[:, None], tl.exp(-excess)[:, None]
-    odds = tl.where(side, odds, odds * shrunk)
-    return quotient(odds, odds + tl.where(side, level[:, None] * shrunk, level[:, None]))
+    """The mask from the odds, on either side of a gap that was narrowed; nothing lies within it. Never more than 1."""
+    side, shrunk, level = odds > level[:, None], tl.exp(-excess)[:, None], level[:, None]
+    smaller = tl.where(side, level, odds) * shrunk
+    tail = quotient(smaller, smaller + tl.where(side, odds, level))
+    return tl.where(side, 1.0 - tail, tail)
 
 
 # --- tiles of rows
@@ -373,11 +375,12 @@ def load_scores(x_given, where, row, column, inside, n, where_step):
 
 
 @triton.jit
-def load_weights(weights_given, row, column, able, step):
-    """Weights, 0 for what cannot be selected, and whether they are within their range."""
-    weights = load_tile(weights_given, row, column, able, step, 0.0)
+def load_weights(weights_given, row, column, inside, able, step):
+    """Weights, 0 for what cannot be selected; those of all items; and which are sound: in range, or of no matter."""
+    weights = load_tile(weights_given, row, column, inside, step, 0.0)
     usable = (weights >= 0.0) & (weights < INFINITY)
-    return tl.where(usable, weights, 0.0), usable
+    weights = tl.where(usable, weights, 0.0)
+    return tl.where(able, weights, 0.0), weights, usable | ~able
 
 
 @triton.jit
@@ -421,7 +424,7 @@ def finish(x, odds, level, excess, weights, able, reference, tau, offset, nothin
     return soft
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def solve_tile(
     x_given,
     k_given,
@@ -447,23 +450,23 @@ def solve_tile(
     present = row < rows
     inside = present[:, None] & (column < n)[None, :]
     x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
-    weights = None
+    weights, of_all = None, 0.0 * row
     if weights_given is not None:
-        weights, usable = load_weights(weights_given, row, column, able, weights_step)
-        sound = sound & usable
+        weights, all_weights, usable = load_weights(weights_given, row, column, inside, able, weights_step)
+        sound, of_all = sound & usable, tl.sum(all_weights, axis=1)
     k, tau, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     valid = valid & (tl.max((~sound).to(tl.int32), axis=1) == 0)
     k = tl.where(valid, k, 0.0)
     near = tau  # a score that near is as good a reference as the one at the gap, but not for the hard mask
     if mask is None:
         near = 0.0 * tau
-    high, low, nothing, everything, answered = find_ends(x, weights, able, k, n, near)
+    high, low, nothing, everything, answered = find_ends(x, weights, able, of_all, k, n, near)
     most = high > LARGEST
     high, low, reference, z_high, z_low = frame(high, low, tau)
     half, excess = narrowed(z_high, z_low)
     odds = closer(x, able, high, low, reference, z_high, z_low, tau)
-    offset, sound = search(odds, weights, half, k, nothing | everything | ~(valid & answered))
-    valid = valid & answered & sound
+    offset = search(odds, weights, half, k, nothing | everything | ~(valid & answered))
+    valid = valid & answered & (offset == offset)
     level = tl.exp(offset)
     offset += 0.5 * (z_high + z_low)
     if mask is None:
@@ -567,7 +570,7 @@ def cotangent_of(x, u, gain, scaled, weights, normal, g, tau):
     return tl.where(x < INFINITY, xbar / tau[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pull_tile(
     x_given,
     k_given,
@@ -639,6 +642,7 @@ def pull_tile(
         unit = tl.where(held, tl.sum(tl.where(most, share, 0.0), axis=1), tl.max(share, axis=1))
         share /= nonzero(unit)[:, None]  # weights may be of any size
         level = share * tl.where(held, at_most, pulled / nonzero(tl.sum(scaled * share, axis=1)))[:, None]
+        level = tl.where(most, u, level)  # exactly, which a quotient of equal numbers need not be
     gain = gain_of(z, scaled, height, weights)
     g = c - tl.sum((u - level) * gain, axis=1)
     if AGAIN:

@@ -114,7 +114,7 @@ def no_mass(weights, SIZE: tl.constexpr):
 # --- the scores at the gap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def survey(
     x_given,
     k_given,
@@ -139,6 +139,7 @@ def survey(
     row, segment = this_place(segments)
     lowest, highest = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
     first, last, total, bad = lowest, highest, no_mass(weights_given, 1), tl.zeros([1], tl.int32)
+    of_all = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -146,8 +147,8 @@ def survey(
         x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
-            weights, usable = load_weights(weights_given, row, column, able, weights_step)
-            sound = sound & usable
+            weights, all_weights, usable = load_weights(weights_given, row, column, inside, able, weights_step)
+            sound, of_all = sound & usable, of_all + tl.sum(all_weights, axis=1)
         lowest = tl.minimum(lowest, tl.min(tl.where(able, x, INFINITY), axis=1))
         highest = tl.maximum(highest, tl.max(tl.where(able, x, -INFINITY), axis=1))
         bad = tl.maximum(bad, tl.max((~sound).to(tl.int32), axis=1))
@@ -163,11 +164,12 @@ def survey(
     hand_on(scores, 1, row, rows, segment, segments, highest)
     hand_on(scores, 2, row, rows, segment, segments, first)
     hand_on(scores, 3, row, rows, segment, segments, last)
+    hand_on(scores, 4, row, rows, segment, segments, of_all)
     hand_on(totals, 0, row, rows, segment, segments, total)
     hand_on(unsound, 0, row, rows, segment, segments, bad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def open_bracket(
     x_given,
     k_given,
@@ -203,10 +205,10 @@ def open_bracket(
     valid = valid & (tl.max(parts_of(unsound, 0, row, rows, segments, SEGMENTS, 0), axis=1) == 0)
     k = tl.where(valid, k, 0.0)
     nothing = k <= 0.0
-    everything, enough = extent(k, total, n, weights_given)
-    if weights_given is None:
-        bar, _ = bars(k, weights_given)
-        lowest = tl.where(bar < total, lowest, -INFINITY)
+    of_all = tl.sum(parts_of(scores, 4, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    everything, enough = extent(k, total, of_all, n, weights_given)
+    bar, _ = bars(k, weights_given)
+    lowest = tl.where(bar < total, lowest, -INFINITY)
     valid = valid & enough
     keep(outer, 0, row, rows, lowest, 0)
     keep(outer, 1, row, rows, highest, 0)
@@ -246,7 +248,7 @@ def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near,
     return low, high, reached, going
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def count(
     x_given,
     k_given,
@@ -292,7 +294,7 @@ def count(
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
-            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
         above = tl.where(able, key_of(x), LOWEST) >= pivots
         if weights_given is None:
             found += tl.sum(above.to(tl.int32), axis=1)
@@ -301,7 +303,7 @@ def count(
     hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def flank(
     x_given,
     k_given,
@@ -341,7 +343,7 @@ def flank(
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
-            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
         if weights_given is not None:
             able = able & (weights > 0.0)
         above, below = beside(tl.where(able, key_of(x), LOWEST), low)
@@ -350,7 +352,7 @@ def flank(
     hand_on(flanks, 1, row, rows, segment, segments, lower)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def open_lower_bracket(
     x_given,
     k_given,
@@ -385,7 +387,7 @@ def open_lower_bracket(
 # --- the threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def frame_rows(
     x_given,
     k_given,
@@ -442,28 +444,25 @@ def frame_rows(
     keep(state, 2, row, rows, 0.0 * tau + INFINITY, 0)
     keep(state, 3, row, rows, fixed, 0)
     keep(state, 4, row, rows, fixed, 0)
-    keep(state, 5, row, rows, 1.0 + 0.0 * tau, 0)
 
 
 @triton.jit
 def search_of(state, tails, above, steps, half, k, row, rows, segments, weights, SEGMENTS: tl.constexpr):
-    """Where the pass before has led to: the offset, its bracket, whether it is done, and whether it is sound."""
+    """Where the pass before has led to: the offset, its bracket, and whether it is done."""
     offset, least, most = field_of(state, 0, row, rows), field_of(state, 1, row, rows), field_of(state, 2, row, rows)
     done, last = field_of(state, 3, row, rows) != 0.0, field_of(state, 4, row, rows) != 0.0
-    sound = field_of(state, 5, row, rows) != 0.0
     if tails is not None:
         mass = tl.sum(parts_of(above, 0, row, rows, segments, SEGMENTS, 0), axis=1)
         lower = tl.sum(parts_of(tails, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
         upper = tl.sum(parts_of(tails, 1, row, rows, segments, SEGMENTS, 0.0), axis=1)
         slope = tl.sum(parts_of(tails, 2, row, rows, segments, SEGMENTS, 0.0), axis=1)
-        sound = tl.where(done, sound, lower == lower)
         offset, least, most, done, last = newton(
             offset, least, most, done, last, steps, mass, lower, upper, slope, half, k, weights
         )
-    return offset, least, most, done, last, sound
+    return offset, least, most, done, last
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["rows", "segments", "steps"])
 def sweep_rows(
     x_given,
     k_given,
@@ -495,7 +494,7 @@ def sweep_rows(
     reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
     half, _ = narrowed(z_high, z_low)
-    offset, least, most, done, last, whole = search_of(
+    offset, least, most, done, last = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
     )
     keep(next_state, 0, row, rows, offset, segment)
@@ -503,7 +502,6 @@ def sweep_rows(
     keep(next_state, 2, row, rows, most, segment)
     keep(next_state, 3, row, rows, done.to(tl.float32), segment)
     keep(next_state, 4, row, rows, last.to(tl.float32), segment)
-    keep(next_state, 5, row, rows, whole.to(tl.float32), segment)
     level, number = tl.exp(offset), no_mass(weights_given, 1)
     lower, upper, slope = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, ~done, LENGTH)
@@ -513,7 +511,7 @@ def sweep_rows(
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
-            weights, _usable = load_weights(weights_given, row, column, able, weights_step)
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
         odds = closer(x, able, high, low, reference, z_high, z_low, tau)
         found = sweep(odds, weights, level)
         number += found[0]
@@ -526,7 +524,7 @@ def sweep_rows(
     hand_on(next_tails, 2, row, rows, segment, segments, slope)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["rows", "segments", "steps"])
 def mask_rows(
     x_given,
     k_given,
@@ -562,22 +560,22 @@ def mask_rows(
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
     nothing, everything = field_of(flags, 0, row, rows) != 0, field_of(flags, 1, row, rows) != 0
     half, excess = narrowed(z_high, z_low)
-    offset, _least, _most, _done, _last, whole = search_of(
+    offset, _, _, _, _ = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
     )
-    valid = (field_of(flags, 2, row, rows) != 0) & whole
+    valid = (field_of(flags, 2, row, rows) != 0) & (offset == offset)
     level = tl.exp(offset)
     offset += 0.5 * (z_high + z_low)
-    first = segment + tl.arange(0, 1) == 0
+    leads = segment + tl.arange(0, 1) == 0
     if mask is None:
         most = field_of(flags, 3, row, rows) != 0
         store_settled(
-            settled, settled_flags, row, rows, first, reference, offset, z_high, z_low, nothing, everything, valid, most
+            settled, settled_flags, row, rows, leads, reference, offset, z_high, z_low, nothing, everything, valid, most
         )
     else:
         offset = final_offset(offset, nothing, everything, valid)
-        tl.store(reference_found + row, reference, mask=first)
-        tl.store(offset_found + row, offset, mask=first)
+        tl.store(reference_found + row, reference, mask=leads)
+        tl.store(offset_found + row, offset, mask=leads)
         begin, end = segment_of(segment, n, row >= 0, LENGTH)
         for start in range(begin, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -585,7 +583,7 @@ def mask_rows(
             x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
             weights = None
             if weights_given is not None:
-                weights, _usable = load_weights(weights_given, row, column, able, weights_step)
+                weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
             odds = closer(x, able, high, low, reference, z_high, z_low, tau)
             soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
             tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
@@ -594,7 +592,7 @@ def mask_rows(
 # --- the rule in reverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def nearest_rows(
     x_given,
     k_given,
@@ -654,7 +652,7 @@ def greatest(values, u, share, best, u_best, share_best):
     return tl.maximum(here, best), u_best, share_best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def sum_rows(
     x_given,
     k_given,
@@ -761,7 +759,7 @@ def greatest_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
     return greatest(values, u, share, zero, zero, zero)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def join_rows(
     x_given,
     k_given,
@@ -819,15 +817,17 @@ def join_rows(
     keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
     keep(joined, 4, row, rows, unit, 0)
     keep(joined, 5, row, rows, hbar, 0)
+    keep(joined, 6, row, rows, (lower | upper).to(tl.float32), 0)
     if of_k is not None:
         keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
 
 
 @triton.jit
-def rule_of(z, inside, weights, joined, row, rows):
+def rule_of(z, u, inside, weights, joined, row, rows):
     """Of a tile: v', v, and the multiple of the weights that u is measured from."""
     nearest, slip = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows)
-    level, unit = field_of(joined, 3, row, rows), field_of(joined, 4, row, rows)
+    normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
+    unit, held = field_of(joined, 4, row, rows), field_of(joined, 6, row, rows) != 0.0
     height = tl.exp(-nearest)
     scaled, larger = tail_of(z, inside, weights, nearest, height)
     scaled = scaled * tl.exp(tl.where(z > 0.0, slip[:, None], -slip[:, None])) / larger
@@ -835,10 +835,12 @@ def rule_of(z, inside, weights, joined, row, rows):
         level = tl.where(inside, level[:, None], 0.0)
     else:
         level = tl.where(scaled > 0.0, weights, 0.0) / unit[:, None] * level[:, None]
-    return scaled, gain_of(z, scaled, height, weights), level
+    # At the item that dominates exactly u. If there is one it has three quarters, and no other more than one.
+    most = held[:, None] & (weigh(weights, scaled) > (0.5 * normal)[:, None])
+    return scaled, gain_of(z, scaled, height, weights), tl.where(most, u, level)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def gain_rows(
     x_given,
     k_given,
@@ -877,12 +879,12 @@ def gain_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        _, gain, level = rule_of(z, inside, weights, joined, row, rows)
+        _, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
         gained += tl.sum((u - level) * gain, axis=1)
     hand_on(gains, 0, row, rows, segment, segments, gained)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def pull_rows(
     x_given,
     k_given,
@@ -930,7 +932,7 @@ def pull_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        scaled, gain, level = rule_of(z, inside, weights, joined, row, rows)
+        scaled, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
         place = row.to(tl.int64)[:, None] * n + column[None, :]
         if of_x is not None:
@@ -942,7 +944,7 @@ def pull_rows(
     hand_on(moments, 0, row, rows, segment, segments, moment)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments"])
 def temperature_rows(
     x_given,
     k_given,

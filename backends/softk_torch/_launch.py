@@ -92,7 +92,7 @@ class Tiles(Problem):
         block = max(1 << (self.n - 1).bit_length(), 16)
         tile = max(PER_WARP // 4 // block, 1)  # what belongs to a row takes registers too
         self.grid = (-(-self.rows // tile),)
-        warps = min(max(tile * block // PER_WARP, 1), 32)
+        warps = min(max((1 if self.weights is None else 2) * tile * block // PER_WARP, 1), 32)
         self.size = {"ROWS": tile, "BLOCK": block, "num_warps": warps}
 
     def forward(self, *found: Optional) -> None:
@@ -138,7 +138,7 @@ class Segments(Problem):
         self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
     ) -> None:
         kernels, near = _kernels_long, float(mask is not None)
-        survey = self.parts(4), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
+        survey = self.parts(5), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
         self.run(kernels.survey, *survey)
         outer, facts = self.values(2), self.values(4, dtype=torch.int32)
         first = self.values(2, dtype=torch.int32), self.values(dtype=self.mass)
@@ -151,12 +151,12 @@ class Segments(Problem):
             bracket = self.values(2, dtype=torch.int32)
             self.run(kernels.open_lower_bracket, flanks, first[0], last, bracket, grid=self.each)
             lower = self.select(bracket, first[1], 0.0, upper=False)
-        gap, state = self.values(5), self.values(6)
+        gap, state = self.values(5), self.values(5)
         self.run(kernels.frame_rows, flanks, last, outer, facts, *lower, gap, state, grid=self.each)
         tails: Optional = None
         above: Optional = None
         for steps in range(_kernels_long.SWEEPS):
-            swept = self.values(6), self.parts(3), self.parts(dtype=self.mass)
+            swept = self.values(5), self.parts(3), self.parts(dtype=self.mass)
             self.run(kernels.sweep_rows, gap, state, tails, above, *swept, steps)
             state, tails, above = swept
         results = (mask, offset, reference, numbers, flags, _kernels_long.SWEEPS)
@@ -182,7 +182,7 @@ class Segments(Problem):
         distances, sums, masses = self.parts(2), self.parts(14), self.parts(dtype=self.mass)
         self.run(kernels.nearest_rows, offset, reference, distances)
         self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
-        joined, gains, moments = self.values(6), self.parts(), self.parts()
+        joined, gains, moments = self.values(7), self.parts(), self.parts()
         balanced = of_tau is not None
         self.run(kernels.join_rows, offset, c, distances, sums, masses, of_k, joined, grid=self.each, BALANCED=balanced)
         self.run(kernels.gain_rows, offset, reference, u, joined, gains)
