@@ -39,9 +39,15 @@ def problem(rng: Any, case: str = "soft", *, batch: tuple[int, ...] = (), n: int
     }
 
 
+def host(tensor: Any) -> np.ndarray:
+    """The values of a tensor, on whichever device it is."""
+    values: np.ndarray = tensor.numpy(force=True)
+    return values
+
+
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
-    """Equal relative to the largest entry, in shape as well."""
-    found, expected = np.asarray(found), np.asarray(expected)
+    """Equal relative to the largest entry, in shape as well. Tensors may be on any device."""
+    found, expected = (host(value) if hasattr(value, "cpu") else np.asarray(value) for value in (found, expected))
     assert found.shape == expected.shape
     largest = np.max(np.abs(expected), initial=0.0)
     np.testing.assert_allclose(found, expected, rtol=0.0, atol=float(tolerance * largest))

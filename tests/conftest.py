@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -88,6 +89,21 @@ def device(request: pytest.FixtureRequest) -> str:
         pytest.skip("torch sees no CUDA device")
     kind: str = request.param
     return kind
+
+
+@pytest.fixture
+def on_device(device: str) -> Iterator[None]:
+    """What a test makes is on each of PyTorch's devices in turn.
+
+    So is what the library makes without naming a device: the tests on the meta device notice that.
+    """
+    if device == "cpu":
+        yield
+        return
+    import torch
+
+    with torch.device(device):
+        yield
 
 
 @pytest.fixture

@@ -13,12 +13,15 @@ import pytest
 import softk
 
 from . import closed_form
-from .closed_form import ARGUMENTS, CASES, assert_close
+from .closed_form import ARGUMENTS, CASES, assert_close, host
 
 torch = pytest.importorskip("torch")
 
-# torch compiles its own forward-mode formulas with torch.jit.script, which it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+pytestmark = [
+    # torch compiles its own forward-mode formulas with torch.jit.script, which it has deprecated.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning"),
+    pytest.mark.usefixtures("on_device"),
+]
 
 FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold}
 
@@ -48,7 +51,7 @@ def test_backward_in_every_argument(function: str, case: str, rng: Any) -> None:
     out = call(function, arguments)
     u = cotangent(rng, out)
     (out * u).sum().backward()
-    expected = closed_form.pullback(function, u.numpy(), values)
+    expected = closed_form.pullback(function, host(u), values)
     for name, leaf in arguments.items():
         assert_close(leaf.grad, expected[name])
 
@@ -64,7 +67,7 @@ def test_backward_against_central_differences(function: str, case: str, rng: Any
 
     def loss(name: str, value: np.ndarray) -> Any:
         found = getattr(closed_form, function)(**{**values, name: value})
-        return np.sum(found * u.numpy())
+        return np.sum(found * host(u))
 
     for name, leaf in arguments.items():
         expected = closed_form.differences(partial(loss, name), values[name], 1e-3 * CASES[case][1])
@@ -88,7 +91,7 @@ def test_quantile(case: str, weighted: bool, rng: Any) -> None:
     def loss(name: str, value: np.ndarray) -> Any:
         given = {**values, name: value}
         q = given.pop("q")
-        return sum(u.numpy()[i] * closed_form.quantile(q=q[i], **given)[0] for i in range(2))
+        return sum(host(u)[i] * closed_form.quantile(q=q[i], **given)[0] for i in range(2))
 
     for name, leaf in arguments.items():
         expected = closed_form.differences(partial(loss, name), values[name], 1e-4 * CASES[case][1])
@@ -104,8 +107,8 @@ def test_lower_precision(function: str, dtype: str, rng: Any) -> None:
     assert out.dtype == kind
     u = cotangent(rng, out)
     out.backward(u)
-    rounded = {name: leaf.detach().double().numpy() for name, leaf in arguments.items()}
-    expected = closed_form.pullback(function, u.double().numpy(), rounded)
+    rounded = {name: host(leaf.double()) for name, leaf in arguments.items()}
+    expected = closed_form.pullback(function, host(u.double()), rounded)
     for name, leaf in arguments.items():
         assert leaf.grad.dtype == kind
         tolerance = 2e-5 if dtype == "float32" else 2.0 * torch.finfo(kind).eps
@@ -120,8 +123,8 @@ def test_float32_scores_with_float64_arguments(rng: Any) -> None:
     assert out.dtype == torch.float32
     u = cotangent(rng, out)
     out.backward(u)
-    values = {name: leaf.detach().double().numpy() for name, leaf in arguments.items()}
-    expected = closed_form.pullback("topk", u.double().numpy(), values)
+    values = {name: host(leaf.double()) for name, leaf in arguments.items()}
+    expected = closed_form.pullback("topk", host(u.double()), values)
     for name, leaf in arguments.items():
         assert leaf.grad.dtype == leaf.dtype
         assert_close(leaf.grad.double(), expected[name], 2e-5)
@@ -138,7 +141,7 @@ def test_removed_items(function: str, rng: Any) -> None:
     out = call(function, arguments, where=torch.tensor(where))
     u = cotangent(rng, out)
     (out * u).sum().backward()
-    expected = closed_form.pullback(function, u.numpy() * where if function == "topk" else u.numpy(), values, where)
+    expected = closed_form.pullback(function, host(u) * where if function == "topk" else host(u), values, where)
     for name, leaf in arguments.items():
         assert_close(leaf.grad, expected[name])
     assert (arguments["x"].grad[torch.tensor(~where)] == 0).all()
@@ -158,7 +161,7 @@ def test_hard_mask_has_the_soft_derivative(mode: str, rng: Any) -> None:
     first = torch.autograd.grad((out * u).sum(), [hard["x"], kh, hard["epsilon"]], create_graph=True)
     second = torch.autograd.grad((like * u).sum(), [soft["x"], ks, soft["epsilon"]], create_graph=True)
     sign = 1.0 if mode == "largest" else -1.0
-    expected = closed_form.pullback("topk", u.numpy(), {**values, "x": sign * values["x"], "k": k.numpy()})
+    expected = closed_form.pullback("topk", host(u), {**values, "x": sign * values["x"], "k": host(k)})
     assert_close(first[0].detach(), sign * expected["x"])
     for one, two in zip(first, second, strict=True):
         assert_close(one.detach(), two.detach())
@@ -232,8 +235,8 @@ def test_double_backward_in_every_pair_of_arguments(function: str, case: str, rn
         w = cotangent(rng, gradient)
         found = torch.autograd.grad((gradient * w).sum(), list(arguments.values()), retain_graph=True)
         for other, twice in zip(ARGUMENTS, found, strict=True):
-            block = np.tensordot(u.numpy(), at.get(function, 2, name, other), u.ndim)
-            expected = (w.numpy().reshape(-1) @ block).reshape(twice.shape)
+            block = np.tensordot(host(u), at.get(function, 2, name, other), u.ndim)
+            expected = (host(w).reshape(-1) @ block).reshape(twice.shape)
             assert_close(twice, expected, 1e-9)
 
 
@@ -251,10 +254,10 @@ def small(names: str) -> dict[str, Any]:
     )
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "smallest": {"mode": "smallest"},
-    "where": {"where": torch.tensor([[True, True, False, True], [True, True, True, True]])},
+OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": dict,
+    "smallest": lambda: {"mode": "smallest"},
+    "where": lambda: {"where": torch.tensor([[True, True, False, True], [True, True, True, True]])},
 }
 
 
@@ -262,10 +265,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("names", ["x", "k epsilon", "x k epsilon weights"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradcheck(function: str, names: str, options: str) -> None:
-    arguments = small(names)
+    arguments, others = small(names), OPTIONS[options]()
 
     def f(*values: Any) -> Any:
-        return call(function, dict(zip(ARGUMENTS, values, strict=True)), **OPTIONS[options])
+        return call(function, dict(zip(ARGUMENTS, values, strict=True)), **others)
 
     given = tuple(arguments.values())
     assert torch.autograd.gradcheck(
@@ -305,7 +308,7 @@ def test_only_what_is_wanted_is_differentiated(function: str, wanted: str, rng: 
         return
     u = cotangent(rng, out)
     out.backward(u)
-    expected = closed_form.pullback(function, u.numpy(), values)
+    expected = closed_form.pullback(function, host(u), values)
     for name, leaf in arguments.items():
         if name in frozen:
             assert leaf.grad is None
@@ -326,18 +329,16 @@ def test_unwanted_gradients_are_not_handed_to_autograd(rng: Any) -> None:
     assert [True, False, True, False] in [flags[-4:] for flags in seen]
 
 
-@pytest.mark.parametrize(
-    "k", [2, torch.tensor(2), torch.tensor([[1], [2], [3]])], ids=["number", "integer", "integers"]
-)
+@pytest.mark.parametrize("k", [2, np.asarray(2), np.asarray([[1], [2], [3]])], ids=["number", "integer", "integers"])
 def test_whole_k_has_no_gradient(k: Any, rng: Any) -> None:
     values = closed_form.problem(rng, batch=(3,))
     arguments = leaves(values)
-    arguments["k"] = k
+    arguments["k"] = k if isinstance(k, int) else torch.tensor(k)
     out = call("topk", arguments)
     u = cotangent(rng, out)
     out.backward(u)
     del arguments["k"]
-    expected = closed_form.pullback("topk", u.numpy(), {**values, "k": np.asarray(k, float)})
+    expected = closed_form.pullback("topk", host(u), {**values, "k": np.asarray(k, float)})
     for name, leaf in arguments.items():
         assert_close(leaf.grad, expected[name])
 
@@ -398,7 +399,7 @@ def test_result_may_be_overwritten(rng: Any) -> None:
     u = cotangent(rng, out)
     out.mul_(2.0)
     out.backward(u)
-    expected = closed_form.pullback("topk", 2.0 * u.numpy(), values)
+    expected = closed_form.pullback("topk", 2.0 * host(u), values)
     assert_close(arguments["x"].grad, expected["x"])
 
 
@@ -434,7 +435,7 @@ def test_non_leaves_views_and_strides(rng: Any) -> None:
     u = cotangent(rng, out)
     out.backward(u)
     given = {"x": values["x"], "k": values["k"], "epsilon": np.asarray(0.7)}
-    expected = closed_form.pullback("topk", u.numpy(), given)
+    expected = closed_form.pullback("topk", host(u), given)
     assert_close(base.grad[..., 0], expected["x"].T)
     assert (base.grad[..., 1] == 0).all()
     assert_close(k.grad, expected["k"])
@@ -473,27 +474,27 @@ def test_checkpoint(function: str, reentrant: bool, rng: Any) -> None:
     out = checkpoint(f, *arguments.values(), use_reentrant=reentrant)
     u = cotangent(rng, out)
     out.backward(u)
-    expected = closed_form.pullback(function, u.numpy(), values)
+    expected = closed_form.pullback(function, host(u), values)
     for name, leaf in arguments.items():
         assert_close(leaf.grad, expected[name])
 
 
-def test_autocast(rng: Any) -> None:
+def test_autocast(device: str, rng: Any) -> None:
     """A layer that autocast lowers gives bfloat16 scores and gets bfloat16 gradients; float32 scores stay float32."""
     features = torch.tensor(rng.standard_normal((3, 5)), dtype=torch.float32)
     layer = torch.nn.Linear(5, 7)
     k = torch.tensor(2.4, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         scores = layer(features)
         scores.retain_grad()
         low = softk.topk(scores, k, epsilon=0.7)
         high = softk.topk(scores.detach().float().requires_grad_(), k, epsilon=0.7)
     assert (scores.dtype, low.dtype, high.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    values = {"x": scores.detach().double().numpy(), "k": k.detach().double().numpy(), "epsilon": np.asarray(0.7)}
-    np.testing.assert_allclose(high.detach(), closed_form.topk(**values).astype(float), rtol=0, atol=1e-6)
+    values = {"x": host(scores.double()), "k": host(k.double()), "epsilon": np.asarray(0.7)}
+    np.testing.assert_allclose(host(high), closed_form.topk(**values).astype(float), rtol=0, atol=1e-6)
     u = cotangent(rng, low)
     low.backward(u)
-    expected = closed_form.pullback("topk", u.double().numpy(), values)
+    expected = closed_form.pullback("topk", host(u.double()), values)
     assert scores.grad.dtype == torch.bfloat16
     assert_close(scores.grad.double(), expected["x"], 1e-2)
     assert_close(k.grad.double(), expected["k"], 1e-5)
@@ -519,4 +520,4 @@ def test_no_grad_and_inference_mode(rng: Any) -> None:
         assert not call("topk", arguments).requires_grad
     with torch.inference_mode():
         found = call("topk", arguments)
-    assert_close(found.numpy(), closed_form.topk(**values).astype(float), 1e-14)
+    assert_close(host(found), closed_form.topk(**values).astype(float), 1e-14)

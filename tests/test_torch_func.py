@@ -13,12 +13,15 @@ import pytest
 import softk
 
 from . import closed_form
-from .closed_form import ARGUMENTS, CASES, assert_close
+from .closed_form import ARGUMENTS, CASES, assert_close, host
 
 torch = pytest.importorskip("torch")
 
-# torch compiles its own forward-mode formulas with torch.jit.script, which it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+pytestmark = [
+    # torch compiles its own forward-mode formulas with torch.jit.script, which it has deprecated.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning"),
+    pytest.mark.usefixtures("on_device"),
+]
 
 FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold}
 
@@ -57,7 +60,7 @@ def test_grad_and_vjp(function: str, case: str, rng: Any) -> None:
     given, f = tensors(values), positional(function)
     out, pull = torch.func.vjp(f, *given)
     u = random(rng, *out.shape)
-    expected = closed_form.pullback(function, u.numpy(), values)
+    expected = closed_form.pullback(function, host(u), values)
     for found in (pull(u), torch.func.grad(weighted(f, u), ALL)(*given)):
         for name, gradient in zip(ARGUMENTS, found, strict=True):
             assert_close(gradient, expected[name])
@@ -123,11 +126,11 @@ def test_jacobian_of_the_quantile(transform: str, weights: bool, rng: Any) -> No
 def test_tangents_and_cotangents_of_lower_precision(rng: Any) -> None:
     values = closed_form.problem(rng, batch=(3,))
     given = tuple(value.to(torch.bfloat16) for value in tensors(values))
-    rounded = {name: value.double().numpy() for name, value in zip(ARGUMENTS, given, strict=True)}
+    rounded = {name: host(value.double()) for name, value in zip(ARGUMENTS, given, strict=True)}
     tangents = tuple(random(rng, *value.shape).to(torch.bfloat16) for value in given)
     _, found = torch.func.jvp(positional("topk"), given, tangents)
     assert found.dtype == torch.bfloat16
-    named = {name: value.double().numpy() for name, value in zip(ARGUMENTS, tangents, strict=True)}
+    named = {name: host(value.double()) for name, value in zip(ARGUMENTS, tangents, strict=True)}
     assert_close(found.double(), closed_form.push("topk", named, rounded), 2.0 * torch.finfo(torch.bfloat16).eps)
 
 
@@ -176,7 +179,7 @@ def test_hessian(rng: Any) -> None:
     found = torch.func.hessian(weighted(positional("topk"), u), ALL)(*tensors(values))
     for name, row in zip(ARGUMENTS, found, strict=True):
         for other, block in zip(ARGUMENTS, row, strict=True):
-            expected = np.tensordot(u.numpy(), at.get("topk", 2, name, other), 1)
+            expected = np.tensordot(host(u), at.get("topk", 2, name, other), 1)
             assert_close(block, expected.reshape(block.shape), 1e-9)
 
 
@@ -216,7 +219,7 @@ def test_third_derivatives(modes: tuple[str, ...], rng: Any) -> None:
 
         def second(value: np.ndarray, i: int = i, name: str = name) -> Any:
             at = closed_form.Slice(**{**values, name: value})
-            return np.tensordot(u.numpy(), at.mask2, 1)
+            return np.tensordot(host(u), at.mask2, 1)
 
         expected = closed_form.differences(second, values[name], 1e-3)
         at = closed_form.Slice(**values)
@@ -261,9 +264,9 @@ def test_vmap_over_any_axes(function: str, shape: tuple[int, ...], rng: Any) -> 
         found = torch.func.vmap(f, dims)(*given)
         for i in range(3):
             one = pick(given, dims, i)
-            expected = getattr(closed_form, function)(*(value.numpy() for value in one))
+            expected = getattr(closed_form, function)(*(host(value) for value in one))
             expected = expected if function == "topk" else expected[..., 0]
-            np.testing.assert_allclose(found[i], expected.astype(float), rtol=0, atol=1e-13)
+            np.testing.assert_allclose(host(found[i]), expected.astype(float), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,9 @@ def test_vmap_of_grad_and_grad_of_vmap(function: str, dims: tuple[int | None, ..
     for i in range(3):
         one = pick(given, dims, i)
         expected = closed_form.pullback(
-            function, u[i].numpy(), {name: value.numpy() for name, value in zip(ARGUMENTS, one, strict=True)}
+            function,
+            host(u[i]),
+            {name: host(value) for name, value in zip(ARGUMENTS, one, strict=True)},
         )
         for name, gradient, total, dim in zip(ARGUMENTS, inner, sums, dims, strict=True):
             assert_close(gradient[i], expected[name])
@@ -301,7 +306,7 @@ def test_vmap_of_jvp_and_jvp_of_vmap(dims: tuple[int | None, ...], rng: Any) -> 
     inner = torch.func.vmap(push, (dims, dims))(given, tangents)
     _, outer = torch.func.jvp(torch.func.vmap(f, dims), given, tangents)
     for i in range(3):
-        values, moved = ([value.numpy() for value in pick(some, dims, i)] for some in (given, tangents))
+        values, moved = ([host(value) for value in pick(some, dims, i)] for some in (given, tangents))
         named = dict(zip(ARGUMENTS, moved, strict=True)), dict(zip(ARGUMENTS, values, strict=True))
         expected = closed_form.push("topk", *named)
         assert_close(inner[i], expected)
@@ -314,8 +319,8 @@ def test_vmap_of_the_hessian(rng: Any) -> None:
     u = random(rng, 5)
     found = torch.func.vmap(torch.func.hessian(weighted(positional("topk"), u)), dims)(*given)
     for i in range(3):
-        at = closed_form.Slice(*(value.numpy() for value in pick(given, dims, i)))
-        assert_close(found[i], np.tensordot(u.numpy(), at.get("topk", 2, "x", "x"), 1), 1e-9)
+        at = closed_form.Slice(*(host(value) for value in pick(given, dims, i)))
+        assert_close(found[i], np.tensordot(host(u), at.get("topk", 2, "x", "x"), 1), 1e-9)
 
 
 def test_nested_vmap(rng: Any) -> None:
@@ -325,7 +330,10 @@ def test_nested_vmap(rng: Any) -> None:
     f = partial(positional("topk"), weights=torch.tensor([0.5, 1.0, 1.0, 2.0, 1.0, 1.5]).double())
     found = vmap(vmap(vmap(f, (None, None, 0)), (None, 0, None)), (0, None, None))(x, k, epsilon)
     expected = closed_form.topk(
-        x[:, None, None].numpy(), k[:, None, None].numpy(), epsilon[:, None].numpy(), f.keywords["weights"].numpy()
+        host(x[:, None, None]),
+        host(k[:, None, None]),
+        host(epsilon[:, None]),
+        host(f.keywords["weights"]),
     )
     assert_close(found, expected.astype(float), 1e-14)
 
@@ -394,7 +402,7 @@ def test_backward_of_a_dual_number(rng: Any) -> None:
         (gradient,) = torch.autograd.grad(out, x, u)
         found = forward_ad.unpack_dual(gradient).tangent
     at = closed_form.Slice(**values)
-    assert_close(found, np.tensordot(u.numpy(), at.get("topk", 2, "x", "x"), 1) @ direction.numpy(), 1e-9)
+    assert_close(found, np.tensordot(host(u), at.get("topk", 2, "x", "x"), 1) @ host(direction), 1e-9)
 
 
 # torch's linearize reads constants through a graph module that does not hold them yet.

@@ -12,10 +12,12 @@ import pytest
 import softk
 
 from . import closed_form
-from .closed_form import assert_close
+from .closed_form import assert_close, host
 
 torch = pytest.importorskip("torch")
 softk_torch = pytest.importorskip("softk_torch")
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 TopK = softk_torch.TopK
 
@@ -155,8 +157,8 @@ def test_moved_to_another_dtype(dtype: str, rng: Any) -> None:
     assert out.dtype == kind
     u = torch.tensor(rng.standard_normal((3, 7))).to(kind)
     out.backward(u)
-    values = {"x": x.detach().double().numpy(), "k": np.asarray(2.5), "epsilon": np.asarray(0.75)}
-    expected = closed_form.pullback("topk", u.double().numpy(), values)
+    values = {"x": host(x.double()), "k": np.asarray(2.5), "epsilon": np.asarray(0.75)}
+    expected = closed_form.pullback("topk", host(u.double()), values)
     tolerance = 2e-5 if dtype == "float32" else 2.0 * torch.finfo(kind).eps
     for gradient, name in ((x.grad, "x"), (layer.k.grad, "k"), (layer.epsilon.grad, "epsilon")):
         assert gradient.dtype == kind
