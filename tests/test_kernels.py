@@ -489,6 +489,28 @@ def test_compiled_around_the_kernels(device: str, launched: list[str], rng: Any)
         assert_near(found, both(x), 2e-5)
 
 
+def test_where_kernels_do_not_run(device: str, launched: list[str], rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said once, and the operations do it."""
+
+    class Broken:
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    x = torch.tensor(rng.normal(size=(3, 40)), dtype=torch.float32, device=device)
+    expected = softk.topk(x, 5)
+    assert launched
+    launched.clear()
+    monkeypatch.setattr("softk_torch._kernels.probe", Broken())
+    _fused._available.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="Failed to find C compiler"):
+            assert_near(softk.topk(x, 5), expected, 2e-5)
+        softk.topk(x, 5)
+    finally:
+        _fused._available.cache_clear()
+    assert not launched
+
+
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.full)])
 def test_they_compile_for_a_device(capability: int) -> None:
     """To machine code, with no device there; and but for the longest rows nearly everything stays in registers."""

@@ -27,10 +27,13 @@ Inputs = tuple[torch.Tensor | None, ...]
 @cache
 def _available(device: torch.device) -> bool:
     """Whether kernels can run there."""
-    if device.type != "cuda":
-        return True
-    able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
-    return able and importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return False
+    from . import _launch  # imports Triton, which not everybody has
+
+    return _launch.runs_on(device)
 
 
 def _is_plain(value: torch.Tensor) -> bool:
@@ -63,7 +66,7 @@ def _problem(inputs: Inputs, *others: torch.Tensor | None) -> Any:
         or not _available(x.device)
     ):
         return None
-    from . import _launch  # imports Triton, which not everybody has
+    from . import _launch
 
     return _launch.problem(inputs)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ class Problem:
 
     def run(self, kernel: Any, *arrays: Any, grid: tuple[int] | None = None, **options: Any) -> None:
         """A kernel, on the device of the scores and its current stream."""
-        on_device = torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
-        with on_device:
+        with _on(self.x.device):
             kernel[grid or self.grid](
                 *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size, **options
             )
@@ -191,10 +191,29 @@ class Segments(Problem):
             self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run there: Triton needs a C compiler, among other things."""
+    try:
+        with _on(device):
+            _kernels.probe[(1,)](torch.empty(1, device=device))
+    except Exception as reason:
+        warnings.warn(
+            f"kernels do not run on {device} here, so softk leaves their work to PyTorch's operations: {reason!r}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def problem(inputs: tuple[Any, ...]) -> Problem:
     """The inputs of a primitive as tiles, where registers hold a row."""
     x, weights = inputs[0], inputs[3]
     return (Tiles if x.shape[-1] <= (LONGEST if weights is None else LONGEST // 2) else Segments)(*inputs)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _per_row(value: Tensor) -> tuple[Tensor, int]:
