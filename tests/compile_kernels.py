@@ -76,6 +76,7 @@ def main() -> None:
         compile_for(capability, kernel, grid, {**dict(zip(names, (*problem.arrays, *arrays), strict=False)), **numbers})
 
     _fused.DEVICES.add("cpu")
+    _launch.runs_on = lambda device: True
     _launch.Problem.run = run  # type: ignore[method-assign]
     for n, dtype, riches in (
         (128, torch.float32, (False,)),

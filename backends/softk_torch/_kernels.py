@@ -6,7 +6,7 @@ the names there. What differs is how things are found, not what is found:
 
 - **The scores at the gap** are selected by counting. Floats ordered as integers are bracketed; the pivot is where the
   log-odds of the mass above it would be right were they linear in between, or the middle of the bracket where the last
-  one did not halve it. Both ends are always scores, so that ties end it at once.
+  one did not halve it. It ends where the count is right, or the bracket is narrow beside the temperature.
 - **Counts** are integers, and so is the whole part of k: a float32 does not count beyond 2^24.
 - **The logarithm** near 1 is a series, for the processor's own has an absolute error there.
 
