@@ -548,7 +548,11 @@ def test_views(eager: Library, view: str) -> None:
     }[view]()
     for f in (softk.topk, softk.threshold):
         found = eager.numpy(eager.call(f, x, 2, epsilon=0.5))
-        np.testing.assert_array_equal(found, eager.evaluate(f, ROWS, 2, epsilon=0.5))
+        expected = eager.evaluate(f, ROWS, 2, epsilon=0.5)
+        if "gpu" in eager.tags:  # sums follow the layout of the memory there
+            np.testing.assert_allclose(found, expected, rtol=16 * EPS["float64"], atol=EPS["float64"])
+        else:
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_empty_batch(eager: Library) -> None:
