@@ -20,7 +20,6 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
 from softk._solver import STEPS, least, limits, narrow
 
@@ -55,8 +54,9 @@ def probe(place):
 
 @triton.jit
 def columns(start, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns of a tile. The threads of a warp lie along the last axis, then along the first: few columns in a chunk
-    give it several rows.
+    """The columns of a tile.
+
+    The threads of a warp lie along the last axis, then along the first: few columns in a chunk give it several rows.
     """
     return start + tl.arange(0, CHUNKS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 

@@ -93,10 +93,11 @@ class Tiles(Problem):
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         block = max(1 << (self.n - 1).bit_length(), 16)
-        rows = max(PER_WARP // block, 1)
+        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # where rows are short, more warps are faster
+        rows = max(scores // block, 1)
         width = min(WIDTH, block) if rows > 1 else block
         self.grid = (-(-self.rows // rows),)
-        warps = min(max((1 if self.weights is None else 2) * rows * block // PER_WARP, 1), 32)
+        warps = min(max((1 if self.weights is None else 2) * rows * block // scores, 1), 32)
         self.size = {
             "ROWS": rows,
             "CHUNKS": block // width,
