@@ -150,6 +150,8 @@ def _hard_forward(
     reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
     wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
+    if ranks is not None:
+        wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
     # score has a finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
