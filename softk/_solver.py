@@ -82,15 +82,17 @@ def counted(xp: Any, k: Array, n: Any) -> Array:
 def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Array | None = None) -> Array:
     """(x - reference) / tau, clipped to the farthest distance that a derivative still sees, less the offset.
 
-    +inf counts as the largest score: many of them tie, and share k when they are more than k. The difference of two
-    scores may overflow, which halves do not; only beside a small tau, where it is clipped, are they left whole.
+    +inf counts as the largest score: many of them tie, and share k when they are more than k. Beside a large tau scores
+    are made smaller first, by a power of two: neither does the difference of two overflow there, nor what clips it.
     """
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, x.dtype)
-    part = xp.where(tau > 1.0, 0.5, xp.ones_like(tau))
+    part = xp.where(tau > 1.0, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
+    tau = tau * part
+    reach = bound.farthest * tau
     x = xp.minimum(x, bound.largest)
     x = x * part - reference * part
-    z = between(over, over.divide(x, tau * part), -bound.farthest, bound.farthest)
+    z = over.divide(between(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)
 
 
@@ -148,13 +150,15 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
 def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
     """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
     both = tails.lower + tails.upper
-    # A tail may be nothing at all beside the other. A mass, however small, is a number and needs no floor.
-    floor = float(xp.finfo(delta.dtype).smallest_normal)
+    # A tail may be nothing at all beside the other; and weights may be as small as numbers are. A mass, however small,
+    # is not below the floor.
+    info = xp.finfo(delta.dtype)
+    floor = xp.minimum(float(info.eps) * both, float(info.smallest_normal))
     more = xp.maximum(delta, 0.0)
     rising = xp.maximum(tails.upper + more, floor)
     falling = xp.maximum(tails.lower + (more - delta), floor)
     rate = (tails.lower / falling + tails.upper / rising) * tails.slope
-    return xp.log(falling / rising) * (both / xp.maximum(rate, floor))
+    return xp.log(falling / rising) * (both / nonzero(xp, rate))
 
 
 class Solution(NamedTuple):
