@@ -105,21 +105,21 @@ class Linearisation:
         below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
         high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
         del above, below
+        no_high, no_low = high == math.inf, low == -math.inf
         both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
         near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
         near = xp.minimum(near, 0.5 * bound.farthest)
-        self.above, self.below = near[..., :1], near[..., 1:]
-        # Where there is none, weightless items are measured from the other side.
-        self.above, self.below = (
-            xp.where(high == math.inf, self.below, self.above),
-            xp.where(low == -math.inf, self.above, self.below),
+        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
+        # Where there is none, weightless items are measured from the nearest on the other side.
+        self.above, self.below = xp.where(no_high, below, above), xp.where(no_low, above, below)
+        distance = logits(
+            self.backend, x, xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low)), self.tau
         )
-        distance = logits(self.backend, x, xp.where(upper, both[..., :1], both[..., 1:]), self.tau)
         del x
         distance = xp.where(upper, distance, -distance)  # an absolute value has no derivative at the nearest itself
         if weightless is not None:
-            free = over.subtract(over.abs(z), xp.where(upper, self.above, self.below))
-            distance = xp.where(weightless, xp.maximum(free, -math.log(bound.farthest)), distance)
+            across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
+            distance = xp.maximum(distance - across, -math.log(bound.farthest))
         return distance, xp.where(upper, xp.exp(-self.above), xp.exp(-self.below))
 
     def balance(self, tail: Array) -> Array:
