@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from softk._solver import STEPS, least, limits, narrow
+from softk._solver import ROUNDINGS, STEPS, least, limits, narrow
 
 _BOUND = limits(torch, torch.float32)
 EPS = tl.constexpr(_BOUND.eps)
@@ -35,7 +35,8 @@ NARROW = tl.constexpr(narrow(_BOUND))
 LEAST = tl.constexpr(least(torch, torch.float32))
 LOG_LEAST = tl.constexpr(math.log(least(torch, torch.float32)))
 TOLERANCE = tl.constexpr(_BOUND.eps**0.25)
-CEILING = tl.constexpr(86.0)  # exp of the offset, of which there is an inverse too
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).smallest_normal)
+ROUNDING = tl.constexpr(ROUNDINGS * _BOUND.eps)
 LIMIT = tl.constexpr(STEPS)
 INFINITY = tl.constexpr(math.inf)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -85,7 +86,8 @@ def inverse(tau):
 def logits(x, reference, tau):
     """(x - reference) / tau, not clipped: what is far away is as good as infinite, in either direction."""
     factor, scale = inverse(tau)
-    return (tl.minimum(x, LARGEST) - reference) * factor * scale
+    small = tl.minimum(scale, 1.0)  # beside a large tau scores are made smaller before their difference overflows
+    return (tl.minimum(x, LARGEST) * small - reference * small) * factor * tl.maximum(scale, 1.0)
 
 
 @triton.jit
@@ -176,7 +178,7 @@ def bars(k, weights):
         upper, lower = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
     else:
         # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
-        upper, lower = score_of(key_of(k * (1.0 - 4.0 * EPS)) - 1), k
+        upper, lower = score_of(key_of(k * (1.0 - ROUNDING)) - 1), k * (1.0 + ROUNDING)
     return upper, lower
 
 
@@ -184,9 +186,11 @@ def bars(k, weights):
 def extent(k, total, of_all, n, weights):
     """Whether everything is selected, and whether there is as much: of what can be selected, and of all items."""
     if weights is None:
-        everything, valid = tl.floor(k).to(tl.int32) >= total, k <= n
+        everything, valid = tl.floor(k).to(tl.int32) >= total, (k >= 0.0) & (k <= n)
     else:
-        everything, valid = k >= total * (1.0 - 4.0 * EPS), k <= of_all * (1.0 + 16.0 * EPS)
+        # Two sums of n weights, each added up in an order of its own, are apart by at most a rounding an item.
+        everything = k >= total * (1.0 - ROUNDING)
+        valid = (k >= of_all * -ROUNDING) & (k - of_all <= of_all * (ROUNDING + n * EPS))
     return (k > 0.0) & everything, valid
 
 
@@ -292,19 +296,18 @@ def lacking(above, k, offset, half, weights):
         delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
     else:
         delta = k - above
-        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * (4.0 * EPS)), 0.0, delta)
+        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * ROUNDING), 0.0, delta)
     return delta
 
 
 @triton.jit
 def step_size(lower, upper, slope, delta):
     both = lower + upper
-    floor = tl.minimum(both * EPS, LEAST)
-    lower, upper = tl.maximum(lower, floor), tl.maximum(upper, floor)
+    floor = tl.minimum(both * EPS, SMALLEST)
     more = tl.maximum(delta, 0.0)
-    rising, falling = upper + more, lower + (more - delta)
+    rising, falling = tl.maximum(upper + more, floor), tl.maximum(lower + (more - delta), floor)
     rate = (lower / falling + upper / rising) * slope
-    return log_ratio(falling, rising) * both / rate
+    return log_ratio(falling, rising) * (both / nonzero(rate))
 
 
 @triton.jit
@@ -313,7 +316,10 @@ def newton(offset, least, most, done, last, steps, above, lower, upper, slope, h
     size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
-    moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
+    # Beyond it on either side all tails are exponentials, of which the last step is exact.
+    ceiling = tl.where(last, INFINITY, LOG_FARTHEST)
+    moved = offset + tl.minimum(tl.maximum(size, -reach), reach)
+    moved = tl.minimum(tl.maximum(moved, -ceiling), ceiling)
     offset = tl.where(done, offset, tl.where(size == size, moved, float("nan")))
     return offset, least, most, done | last, last | ~(tl.abs(size) > TOLERANCE) | (steps + 1 >= LIMIT)
 
@@ -394,7 +400,7 @@ def load_numbers(k_given, tau_given, row, rows, k_step, tau_step):
     """k and tau, harmless where they are out of their ranges, and whether they are within."""
     k = load_per_row(k_given, row, rows, k_step, 0.0)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
-    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= 0.0) & (k <= LARGEST)
+    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= -LARGEST) & (k <= LARGEST)
     return tl.where(valid, k, 0.0), tl.where(valid, tau, 1.0), valid
 
 
