@@ -25,8 +25,10 @@ A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above 
 
     B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
 
-delta is exact without weights. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
-not 0: then one side is near. So p is exact to rounding however wide the gap is.
+delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
+distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is not
+0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
+farthest that a derivative sees.
 """
 
 from __future__ import annotations
@@ -143,7 +145,10 @@ class Linearisation:
         unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
         share = xp.asinh(delta * unit / (xp.sqrt(high) * xp.sqrt(low))) + 0.5 * xp.log(high / low)
         share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
-        self.nearest = constant(middle - xp.abs(share))
+        # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
+        beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))
+        nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
+        self.nearest = constant(nearest)
         # Constants leave it to these zeros to carry the derivative.
         above, below = constant(self.above) - self.above, constant(self.below) - self.below
         above, below = xp.exp(above - share - xp.abs(share)), xp.exp(below + share - xp.abs(share))

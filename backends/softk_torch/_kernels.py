@@ -523,39 +523,102 @@ def nearest_of(z, inside, weights):
 
 
 @triton.jit
-def tail_of(z, inside, weights, nearest, height):
-    """The smaller of the mask and its complement, in units of exp(-nearest), and the larger one's inverse."""
+def from_nearest(z, inside, weights, nearest):
+    """|z| less that of the nearest item; only one without weight comes closer."""
     distance = tl.where(inside, tl.abs(z), INFINITY) - nearest[:, None]
     if weights is not None:
         distance = tl.maximum(distance, -LOG_FARTHEST)
+    return distance
+
+
+@triton.jit
+def edges_of(x, z, inside, weights):
+    """The scores, with weight, that are nearest to the threshold on either side; infinite where there is none."""
+    upper, x = z > 0.0, tl.minimum(x, LARGEST)
+    counted = inside
+    if weights is not None:
+        counted = counted & (weights != 0.0)
+    high = tl.min(tl.where(counted & upper, x, INFINITY), axis=1)
+    return high, tl.max(tl.where(counted & ~upper, x, -INFINITY), axis=1)
+
+
+@triton.jit
+def sides_of(high, low, reference, tau, offset):
+    """What either side is measured from: its nearest score with weight, |z| of that one, and what is across from it.
+
+    Where there is none, weightless items are measured from the nearest on the other side.
+    """
+    no_high, no_low = high == INFINITY, low == -INFINITY
+    high, low = tl.minimum(high, LARGEST), tl.maximum(low, -LARGEST)
+    above = tl.minimum(tl.abs(logits(high, reference, tau) - offset), 0.5 * FARTHEST)
+    below = tl.minimum(tl.abs(logits(low, reference, tau) - offset), 0.5 * FARTHEST)
+    across_high, across_low = tl.where(no_high, 2.0 * below, 0.0), tl.where(no_low, 2.0 * above, 0.0)
+    above, below = tl.where(no_high, below, above), tl.where(no_low, above, below)
+    return tl.where(no_high, low, high), tl.where(no_low, high, low), above, below, across_high, across_low
+
+
+@triton.jit
+def from_sides(x, z, inside, weights, high, low, above, below, across_high, across_low, tau):
+    """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+    upper = z > 0.0
+    distance = logits(x, tl.where(upper, high[:, None], low[:, None]), tau[:, None])
+    distance = tl.where(upper, distance, -distance)
+    if weights is not None:
+        distance -= tl.where(upper, across_high[:, None], across_low[:, None])
+        distance = tl.maximum(distance, -LOG_FARTHEST)
+    height = tl.where(upper, tl.exp(-above)[:, None], tl.exp(-below)[:, None])
+    return tl.where(inside, distance, INFINITY), height
+
+
+@triton.jit
+def tail_of(distance, height):
+    """The smaller of the mask and its complement, in units of `height`, and the larger one's inverse."""
     decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
-    larger = height[:, None] * decay + 1.0
+    larger = height * decay + 1.0
     return decay / larger, larger
 
 
 @triton.jit
-def slip_of(mass_above, below, above, k, nearest, weights):
-    """What the offset is off by, from the mass and the tails on either side of the threshold."""
-    if weights is None:
-        whole = tl.floor(k)
-        delta = (whole.to(tl.int32) - mass_above).to(tl.float32) + (k - whole)
-    else:
-        delta = k - mass_above
-    delta = tl.where(tl.abs(delta) <= k * (4.0 * EPS), 0.0, delta * tl.exp(nearest))
-    slip = (below - above - delta) / nonzero(below + above)
-    return tl.where(tl.abs(slip) < 0.5, slip, 0.0)
+def asinh(values):
+    size = tl.minimum(tl.abs(values), 1e18)  # of which the exponential of twice the result is no number
+    found = tl.log(size + tl.sqrt(size * size + 1.0))
+    return tl.where(values < 0.0, -found, found)
 
 
 @triton.jit
-def balance(z, tail, weights, k, nearest):
-    """The slip of a tile."""
+def balance_of(mass, low, high, k, above, below, weights):
+    """|z| of the nearest item, and what the tails below and above are to be multiplied with, each in its own units."""
+    if weights is None:
+        whole = tl.floor(k)
+        delta = (whole.to(tl.int32) - mass).to(tl.float32) + (k - whole)
+    else:
+        delta = k - mass
+    exact = (high > 0.0) & (low > 0.0)
+    if weights is not None:
+        exact, delta = exact & (tl.abs(delta) <= k * ROUNDING), 0.0 * delta
+    high, low = tl.where(exact, high, 1.0), tl.where(exact, low, 1.0)
+    middle = 0.5 * (above + below)
+    unit = 0.5 * tl.exp(tl.minimum(middle, LOG_FARTHEST))
+    share = asinh(delta * unit / (tl.sqrt(high) * tl.sqrt(low))) + 0.5 * tl.log(high / low)
+    share = tl.where(exact, share, 0.5 * (above - below))
+    less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
+    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    less, more = tl.where(below < 0.5 * FARTHEST, less, 0.0), tl.where(above < 0.5 * FARTHEST, more, 0.0)
+    # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
+    beside = exact & (delta != 0.0) & (middle > LOG_FARTHEST)
+    return tl.where(beside, tl.minimum(above, below), middle - tl.abs(share)), less, more
+
+
+@triton.jit
+def balance(z, tail, weights, k, above, below):
+    """The same of a tile."""
     upper, weighted = z > 0.0, weigh(weights, tail)
     if weights is None:
         mass = tl.sum(upper.to(tl.int32), axis=1)
     else:
         mass = tl.sum(tl.where(upper, weights, 0.0), axis=1)
-    below, above = tl.sum(tl.where(upper, 0.0, weighted), axis=1), tl.sum(tl.where(upper, weighted, 0.0), axis=1)
-    return slip_of(mass, below, above, k, nearest, weights)
+    low, high = tl.sum(tl.where(upper, 0.0, weighted), axis=1), tl.sum(tl.where(upper, weighted, 0.0), axis=1)
+    return balance_of(mass, low, high, k, above, below, weights)
 
 
 @triton.jit
@@ -628,12 +691,17 @@ def pull_tile(
         c = load_per_row(c_given, row, rows, 1, 0.0)
 
     z = log_odds(x, reference, tau, offset)
-    nearest = nearest_of(z, inside, weights)
+    if (of_k is not None) | (of_tau is not None) | (of_weights is not None):
+        high, low = edges_of(x, z, inside, weights)
+        high, low, above, below, across_high, across_low = sides_of(high, low, reference, tau, offset)
+        distance, side = from_sides(x, z, inside, weights, high, low, above, below, across_high, across_low, tau)
+        scaled, larger = tail_of(distance, side)
+        nearest, less, more = balance(z, scaled, weights, k, above, below)
+        scaled *= tl.where(z > 0.0, more[:, None], less[:, None])
+    else:
+        nearest = nearest_of(z, inside, weights)
+        scaled, larger = tail_of(from_nearest(z, inside, weights, nearest), tl.exp(-nearest)[:, None])
     height = tl.exp(-nearest)
-    scaled, larger = tail_of(z, inside, weights, nearest, height)
-    if of_tau is not None:
-        slip = balance(z, scaled, weights, k, nearest)[:, None]
-        scaled *= tl.exp(tl.where(z > 0.0, slip, -slip))
     scaled /= larger
     weighted = weigh(weights, scaled)
     normal = nonzero(tl.sum(weighted, axis=1))
