@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ._checks import check_axis, is_number, kind_of, require_array
 from ._registry import backend_of
+from ._solver import counted
 from .backend import Array, Backend, Primitive
 
 
@@ -189,6 +190,17 @@ class Slices:
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
+    def mass(self, k: Any, weights: Any = None) -> Argument:
+        """k: without weights, an array's value that misses 0 or n by its rounding becomes that, and moves as before."""
+        argument = self.per_slice("k", k)
+        if weights is not None or is_number(k):
+            return argument
+        return self._counted(argument, self.n)
+
+    def _counted(self, argument: Argument, n: int) -> Argument:
+        value: Any = argument.value
+        return replace(argument, value=value + self.backend.constant(counted(self.xp, value, n)))
+
     def per_item(self, name: str, value: Any) -> Argument:
         """weights: an array that broadcasts to the scores."""
         xp = self.xp
@@ -230,7 +242,7 @@ class Slices:
         def pull(cotangent: Array) -> Array:
             return self._cast(xp.reshape(shrink(xp, cotangent, apart), shape), q.dtype)
 
-        return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
+        return Probabilities(self._counted(Argument(push(q), q, *self._linear(q, push, pull)), 1), shape)
 
     def per_anchor(self, name: str, value: Array, anchors: int | None = None) -> Argument:
         """anchors or marginals: one value an anchor along the last axis, for all slices or for each."""
@@ -358,7 +370,7 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
 
 
 def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
-    """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
+    """ceil(k) and floor(k) + 1 of a number, as it is in a dtype of so many bits."""
     if not is_number(k):
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)

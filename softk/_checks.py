@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
 
 from ._registry import is_array
+from ._solver import ROUNDINGS
 
 
 def is_number(value: Any) -> bool:
@@ -46,17 +48,35 @@ def check_mode(mode: Any) -> bool:
     return bool(mode == "smallest")
 
 
-def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> None:
-    """k as a number: 0 <= k <= n, or any that there is where weights decide how much is selected."""
+def counted_number(k: Any, n: int, eps: float) -> Any:
+    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays."""
+    if (0 <= k <= n and k == math.floor(k)) or isinstance(k, numbers.Integral):
+        return k
+    if abs(k - n) <= ROUNDINGS * eps * n:
+        return n
+    return 0.0 if k < 0.0 and -k <= ROUNDINGS * eps * n else k
+
+
+def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
+    """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
+
+    A number that misses an end by its rounding is returned as that end. Only the solver knows the sum of weights.
+    """
     if not is_number(k):
-        return
+        return k
     info = xp.finfo(dtype)
+    rounding = ROUNDINGS * float(info.eps)
+    if not weighted:
+        k = counted_number(k, n, float(info.eps))
+    elif 0.0 < -k <= rounding:
+        k = 0.0
     if weighted and not 0 <= k <= float(info.max):
         raise ValueError(
             f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"
         )
     if not weighted and not 0 <= k <= n:
         raise ValueError(f"k must be from 0 to {n}, {of}, got {k!r}")
+    return k
 
 
 def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec, Protocol, cast
 
 from . import _primitives
 from ._arguments import Call, Slices, static_ranks
-from ._checks import check_mass, check_mode, check_temperature, is_number
+from ._checks import check_mass, check_mode, check_temperature, counted_number, is_number
 from .backend import Array, Primitive
 
 Mode = Literal["largest", "smallest"]
@@ -40,13 +40,14 @@ def _masked(
     """The arguments that topk and threshold share, checked and canonical."""
     smallest = check_mode(mode)
     slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
-    check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
+    k = check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
-    bits = slices.xp.finfo(slices.working).bits
+    # A count of the hard mask is a number, however few digits the working dtype has.
+    bits = 64 if primitive is _primitives.hard_mask else slices.xp.finfo(slices.working).bits
     with slices.backend.quiet():
         arguments = {
             "x": slices.scores(narrow=primitive.narrow),
-            "k": slices.per_slice("k", k),
+            "k": slices.mass(k, weights),
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
@@ -142,7 +143,8 @@ def topk(
         call |= {"primitive": _primitives.empty_mask, "options": {}}
     if hard and weights is not None:
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
-    if hard and is_number(k) and k != math.floor(k):
+    counted = call["arguments"]["k"].given
+    if hard and is_number(counted) and counted != math.floor(counted):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
     return Call(**call, restores=(slices.like_scores(narrow=True),))
 
@@ -312,8 +314,10 @@ def quantile(
     """
     slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
-    if is_number(q) and not 0.0 <= q <= 1.0:
-        raise ValueError(f"q must be from 0 to 1, got {q!r}")
+    if is_number(q):
+        q = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))
+        if not 0.0 <= q <= 1.0:
+            raise ValueError(f"q must be from 0 to 1, got {q!r}")
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         probability = slices.probabilities(q)

@@ -17,9 +17,18 @@ v underflows far from the threshold, but v / V and p do not: with the distance d
 weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
 quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
 
-z - s is held to eps |z| only, and so is p, which is not enough in a wide gap for the derivative in tau, where <p, z> is
-the difference of two large numbers. But the mass is known to be k, so the tails of the rounded z say how much s is off:
-(L - U - delta) / V, in units of exp(-d). p is corrected by it, with the sign of z, which balances its two sides.
+z is held to eps |z| only, and so is a p that is read off it. In a gap that is not enough: not for the derivatives in k,
+the weights and the temperature, nor for those of the threshold and of the log mask, which are all in proportion to p.
+But the distance of a score from the nearest one on its side of the threshold is known to a rounding of its own, which
+determines p but for one number: how much of it lies on either side. That number follows from the mass. With the tails
+A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above and l below the threshold,
+
+    B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
+
+delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
+distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
+not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
+farthest that a derivative sees.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import exponential, least, limits, logits, nonzero, selectable, weigh
+from ._solver import between, exponential, is_rounding, least, limits, logits, nonzero, selectable, weigh
 from .backend import Array, Backend
 
 
@@ -43,7 +52,7 @@ class Linearisation:
     reference, offset : array
         The solution, as `softk._solver.solve` returns it.
     balanced : bool
-        Whether p is corrected by the slip, which only the derivative in the temperature can see.
+        Whether p must be exact in a gap too, where the mask has no derivative in the scores that is a number.
     """
 
     def __init__(
@@ -53,21 +62,8 @@ class Linearisation:
         xp, over = self.xp, self.over
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
-        bound = limits(xp, self.x.dtype)
-        distance = self.z()
-        upper = distance > 0.0 if balanced else None
-        distance = over.abs(distance)
-        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
-        nearest = xp.min(weighty, axis=-1, keepdims=True)
-        del weighty
-        # A score at the farthest distance has no part in the derivative, though it be the nearest.
-        nearest = xp.minimum(nearest, 0.5 * bound.farthest)
-        self.height = height = xp.exp(-nearest)
-        # Everything in units of exp(-nearest); only an item without weight can come closer. What is nothing beside 1 is
-        # exactly 0.
-        distance = over.subtract(distance, nearest)
-        if self.weights is not None:
-            distance = over.maximum(distance, -math.log(bound.farthest))
+        distance, height = self.from_sides() if balanced else self.from_nearest()
+        # What is nothing beside 1 is exactly 0.
         distance = over.negative(distance)
         some = backend.indicator(distance, math.log(least(xp, self.x.dtype)))
         decay = over.multiply(exponential(xp, distance, over), some)
@@ -75,32 +71,89 @@ class Linearisation:
         # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
         total = over.add(height * decay, 1.0)
         self.scaled = over.divide(decay, total)
-        del decay
-        if upper is not None:
-            slip = backend.constant(self.slip(nearest, upper, self.scaled))
-            balance = xp.where(upper, xp.exp(slip), xp.exp(-slip))
-            self.scaled = over.multiply(self.scaled, balance)
-            del upper, balance
+        del decay, height
+        if balanced:
+            self.scaled = over.multiply(self.scaled, self.balance(self.scaled))
         self.scaled = over.divide(self.scaled, total)
         del total
+        self.height = xp.exp(-self.nearest)
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
         self.normal = nonzero(xp, self.normal)
-        self.nearest = nearest
 
-    def slip(self, nearest: Array, upper: Array, tail: Array) -> Array:
-        """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
-        xp = self.xp
+    def from_nearest(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight, and exp(-|z|) of that one."""
+        xp, over = self.xp, self.over
+        bound = limits(xp, self.x.dtype)
+        distance = over.abs(self.z())
+        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        self.nearest = xp.minimum(xp.min(weighty, axis=-1, keepdims=True), 0.5 * bound.farthest)
+        del weighty
+        distance = over.subtract(distance, self.nearest)
+        if self.weights is not None:  # an item without weight can come closer
+            distance = over.maximum(distance, -math.log(bound.farthest))
+        return distance, xp.exp(-self.nearest)
+
+    def from_sides(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+        xp, constant = self.xp, self.backend.constant
+        bound = limits(xp, self.x.dtype)
+        z = self.z()
+        self.upper = upper = z > 0.0
+        x = xp.minimum(selectable(xp, self.x, self.where), bound.largest)
+        weightless = None if self.weights is None else self.weights == 0.0
+        above = xp.where(upper if weightless is None else upper & ~weightless, x, math.inf)
+        below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
+        high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
+        del above, below
+        no_high, no_low = high == math.inf, low == -math.inf
+        both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
+        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
+        near = xp.minimum(near, 0.5 * bound.farthest)
+        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
+        # Where there is none, weightless items are measured from the nearest on the other side.
+        self.above, self.below = xp.where(no_high, below, above), xp.where(no_low, above, below)
+        distance = logits(
+            self.backend, x, xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low)), self.tau
+        )
+        del x
+        distance = xp.where(upper, distance, -distance)  # an absolute value has no derivative at the nearest itself
+        if weightless is not None:
+            across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
+            distance = xp.maximum(distance - across, -math.log(bound.farthest))
+        return distance, xp.where(upper, xp.exp(-self.above), xp.exp(-self.below))
+
+    def balance(self, tail: Array) -> Array:
+        """What the tails of either side, each in units of its own, are to be multiplied with."""
+        xp, constant, upper = self.xp, self.backend.constant, self.upper
+        bound = limits(xp, tail.dtype)
         if self.weights is None:
-            above = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
+            mass = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
         else:
-            above = self.total(xp.where(upper, self.weights, 0.0))
+            mass = self.total(xp.where(upper, self.weights, 0.0))
             tail = self.weigh(tail)
-        delta = self.k - above
-        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * self.k, 0.0, delta * xp.exp(nearest))
-        lower = self.total(xp.where(upper, 0.0, tail))
-        upper = self.total(xp.where(upper, tail, 0.0))
-        slip = (lower - upper - delta) / nonzero(xp, lower + upper)
-        return xp.where(xp.abs(slip) < 0.5, slip, 0.0)
+        delta = self.k - mass
+        high, low = self.total(xp.where(upper, tail, 0.0)), self.total(xp.where(upper, 0.0, tail))
+        # No offset supplies k where nothing or everything is selected: there one side is empty.
+        exact = (high > 0.0) & (low > 0.0)
+        if self.weights is not None:  # of which sums are rounded: more than a rounding is in the offset already
+            exact = exact & is_rounding(xp, delta, self.k)
+            delta = xp.zeros_like(delta)
+        high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
+        middle = 0.5 * (self.above + self.below)
+        unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
+        share = xp.asinh(delta * unit / (xp.sqrt(high) * xp.sqrt(low))) + 0.5 * xp.log(high / low)
+        share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
+        # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
+        beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))
+        nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
+        self.nearest = constant(nearest)
+        # Constants leave it to these zeros to carry the derivative.
+        above, below = constant(self.above) - self.above, constant(self.below) - self.below
+        above, below = xp.exp(above - share - xp.abs(share)), xp.exp(below + share - xp.abs(share))
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        above = xp.where(self.above < 0.5 * bound.farthest, above, 0.0)
+        return xp.where(upper, above, xp.where(self.below < 0.5 * bound.farthest, below, 0.0))
 
     def z(self) -> Array:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""

@@ -50,7 +50,7 @@ class _Pairs(Slices):
         self.count, self.n = shape[-2], other[-2]
         self.batch, self.shape = (*self.before, self.count), (*self.before, self.count, self.n)
         self.ndim, self.axis = len(self.shape), len(self.shape) - 1
-        check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
+        self.k = check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
         check_temperature(self.xp, epsilon, self.working)
 
     def points(self, values: Array, rows: int) -> Argument:
@@ -75,7 +75,7 @@ class _Pairs(Slices):
         column = self.xp.expand_dims(values, axis=-1)
         return Argument(self.xp.broadcast_to(column, (*self.before, rows, 1)), values)
 
-    def common(self, k: Any, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
+    def common(self, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
         """What all functions end their arguments with."""
         xp, others = self.xp, Argument(None)
         if exclude is not None:
@@ -93,14 +93,14 @@ class _Pairs(Slices):
             # Its own last two axes: what holds for all queries, or all keys, is not repeated.
             kept = Argument(xp.broadcast_to(xp.reshape(where, full), (*self.before, *full[-2:])), where)
         return {
-            "k": self.per_slice("k", k),
+            "k": self.mass(self.k),
             "epsilon": self.per_slice("epsilon", epsilon, scale=0.5),
             "where": kept,
             "exclude": others,
         }
 
-    def options(self, k: Any) -> dict[str, Any]:
-        return {"ranks": static_ranks(k, self.xp.finfo(self.working).bits)}
+    def options(self) -> dict[str, Any]:
+        return {"ranks": static_ranks(self.k, self.xp.finfo(self.working).bits)}
 
     def result(self) -> Argument:
         """A result as the primitive returns it, but for the dtype."""
@@ -186,9 +186,9 @@ def weights(
         arguments = {
             "queries": pairs.points(queries, pairs.count),
             "keys": pairs.points(keys, pairs.n),
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.weights, pairs.options(k), arguments, (pairs.result(),))
+    return Call(pairs.backend, primitives.weights, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
@@ -266,9 +266,9 @@ def class_probabilities(
             "queries": pairs.points(queries, pairs.count),
             "keys": pairs.points(keys, pairs.n),
             "labels": values,
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.votes, pairs.options(k), arguments, (pairs.result(),))
+    return Call(pairs.backend, primitives.votes, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
@@ -377,10 +377,10 @@ def loss(
             "keys": pairs.points(keys, pairs.n),
             **own,
             "floor": Argument(bottom, floor),
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
     restore = _reduced(pairs, reduction)
-    return Call(pairs.backend, primitives.likelihood, pairs.options(k), arguments, (restore,))
+    return Call(pairs.backend, primitives.likelihood, pairs.options(), arguments, (restore,))
 
 
 def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:

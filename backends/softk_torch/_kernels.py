@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from softk._solver import STEPS, least, limits, narrow
+from softk._solver import ROUNDINGS, STEPS, least, limits, narrow
 
 _BOUND = limits(torch, torch.float32)
 EPS = tl.constexpr(_BOUND.eps)
@@ -34,7 +34,8 @@ NARROW = tl.constexpr(narrow(_BOUND))
 LEAST = tl.constexpr(least(torch, torch.float32))
 LOG_LEAST = tl.constexpr(math.log(least(torch, torch.float32)))
 TOLERANCE = tl.constexpr(_BOUND.eps**0.25)
-CEILING = tl.constexpr(86.0)  # exp of the offset, of which there is an inverse too
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).smallest_normal)
+ROUNDING = tl.constexpr(ROUNDINGS * _BOUND.eps)
 LIMIT = tl.constexpr(STEPS)
 LOG2_E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)
@@ -121,7 +122,8 @@ def inverse(tau):
 def logits(x, reference, tau):
     """(x - reference) / tau, not clipped: what is far away is as good as infinite, in either direction."""
     factor, scale = inverse(tau)
-    return (tl.minimum(x, LARGEST) - reference) * factor * scale
+    small = tl.minimum(scale, 1.0)  # beside a large tau scores are made smaller before their difference overflows
+    return (tl.minimum(x, LARGEST) * small - reference * small) * factor * tl.maximum(scale, 1.0)
 
 
 @triton.jit
@@ -237,7 +239,7 @@ def bars(k, weights):
         upper, lower = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
     else:
         # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
-        upper, lower = score_of(key_of(k * (1.0 - 4.0 * EPS)) - 1), k
+        upper, lower = score_of(key_of(k * (1.0 - ROUNDING)) - 1), k * (1.0 + ROUNDING)
     return upper, lower
 
 
@@ -245,9 +247,11 @@ def bars(k, weights):
 def extent(k, total, of_all, n, weights):
     """Whether everything is selected, and whether there is as much: of what can be selected, and of all items."""
     if weights is None:
-        everything, valid = tl.floor(k).to(tl.int32) >= total, k <= n
+        everything, valid = tl.floor(k).to(tl.int32) >= total, (k >= 0.0) & (k <= n)
     else:
-        everything, valid = k >= total * (1.0 - 4.0 * EPS), k <= of_all * (1.0 + 16.0 * EPS)
+        # Two sums of n weights, each added up in an order of its own, are apart by at most a rounding an item.
+        everything = k >= total * (1.0 - ROUNDING)
+        valid = (k >= of_all * -ROUNDING) & (k - of_all <= of_all * (ROUNDING + n * EPS))
     return (k > 0.0) & everything, valid
 
 
@@ -384,19 +388,18 @@ def lacking(above, k, offset, half, weights):
         delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
     else:
         delta = k - above
-        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * (4.0 * EPS)), 0.0, delta)
+        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * ROUNDING), 0.0, delta)
     return delta
 
 
 @triton.jit
 def step_size(lower, upper, slope, delta):
     both = lower + upper
-    floor = tl.minimum(both * EPS, LEAST)
-    lower, upper = tl.maximum(lower, floor), tl.maximum(upper, floor)
+    floor = tl.minimum(both * EPS, SMALLEST)
     more = tl.maximum(delta, 0.0)
-    rising, falling = upper + more, lower + (more - delta)
+    rising, falling = tl.maximum(upper + more, floor), tl.maximum(lower + (more - delta), floor)
     rate = (lower / falling + upper / rising) * slope
-    return log_ratio(falling, rising) * both / rate
+    return log_ratio(falling, rising) * (both / nonzero(rate))
 
 
 @triton.jit
@@ -405,7 +408,10 @@ def newton(offset, least, most, done, last, steps, above, lower, upper, slope, h
     size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
-    moved = tl.minimum(offset + tl.minimum(tl.maximum(size, -reach), reach), CEILING)
+    # Beyond it on either side all tails are exponentials, of which the last step is exact.
+    ceiling = tl.where(last, INFINITY, LOG_FARTHEST)
+    moved = offset + tl.minimum(tl.maximum(size, -reach), reach)
+    moved = tl.minimum(tl.maximum(moved, -ceiling), ceiling)
     offset = tl.where(done, offset, tl.where(size == size, moved, float("nan")))
     return offset, least, most, done | last, last | ~(tl.abs(size) > TOLERANCE) | (steps + 1 >= LIMIT)
 
@@ -504,7 +510,7 @@ def load_numbers(k_given, tau_given, row, rows, k_step, tau_step):
     """k and tau, harmless where they are out of their ranges, and whether they are within."""
     k = load_per_row(k_given, row, rows, k_step, 0.0)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
-    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= 0.0) & (k <= LARGEST)
+    valid = (tau > 0.0) & (tau <= LARGEST) & (k >= -LARGEST) & (k <= LARGEST)
     return tl.where(valid, k, 0.0), tl.where(valid, tau, 1.0), valid
 
 
@@ -639,39 +645,102 @@ def nearest_of(z, inside, weights):
 
 
 @triton.jit
-def tail_of(z, inside, weights, nearest, height):
-    """The smaller of the mask and its complement, in units of exp(-nearest), and the larger one's inverse."""
+def from_nearest(z, inside, weights, nearest):
+    """|z| less that of the nearest item; only one without weight comes closer."""
     distance = tl.where(inside, tl.abs(z), INFINITY) - across(nearest)
     if weights is not None:
         distance = tl.maximum(distance, -LOG_FARTHEST)
+    return distance
+
+
+@triton.jit
+def edges_of(x, z, inside, weights):
+    """The scores, with weight, that are nearest to the threshold on either side; infinite where there is none."""
+    upper, x = z > 0.0, tl.minimum(x, LARGEST)
+    counted = inside
+    if weights is not None:
+        counted = counted & (weights != 0.0)
+    high = min_of(tl.where(counted & upper, x, INFINITY))
+    return high, max_of(tl.where(counted & ~upper, x, -INFINITY))
+
+
+@triton.jit
+def sides_of(high, low, reference, tau, offset):
+    """What either side is measured from: its nearest score with weight, |z| of that one, and what is across from it.
+
+    Where there is none, weightless items are measured from the nearest on the other side.
+    """
+    no_high, no_low = high == INFINITY, low == -INFINITY
+    high, low = tl.minimum(high, LARGEST), tl.maximum(low, -LARGEST)
+    above = tl.minimum(tl.abs(logits(high, reference, tau) - offset), 0.5 * FARTHEST)
+    below = tl.minimum(tl.abs(logits(low, reference, tau) - offset), 0.5 * FARTHEST)
+    across_high, across_low = tl.where(no_high, 2.0 * below, 0.0), tl.where(no_low, 2.0 * above, 0.0)
+    above, below = tl.where(no_high, below, above), tl.where(no_low, above, below)
+    return tl.where(no_high, low, high), tl.where(no_low, high, low), above, below, across_high, across_low
+
+
+@triton.jit
+def from_sides(x, z, inside, weights, high, low, above, below, across_high, across_low, tau):
+    """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+    upper = z > 0.0
+    distance = logits(x, tl.where(upper, across(high), across(low)), across(tau))
+    distance = tl.where(upper, distance, -distance)
+    if weights is not None:
+        distance -= tl.where(upper, across(across_high), across(across_low))
+        distance = tl.maximum(distance, -LOG_FARTHEST)
+    height = tl.where(upper, across(tl.exp(-above)), across(tl.exp(-below)))
+    return tl.where(inside, distance, INFINITY), height
+
+
+@triton.jit
+def tail_of(distance, height):
+    """The smaller of the mask and its complement, in units of `height`, and the larger one's inverse."""
     decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
-    larger = across(height) * decay + 1.0
+    larger = height * decay + 1.0
     return decay / larger, larger
 
 
 @triton.jit
-def slip_of(mass_above, below, above, k, nearest, weights):
-    """What the offset is off by, from the mass and the tails on either side of the threshold."""
-    if weights is None:
-        whole = tl.floor(k)
-        delta = (whole.to(tl.int32) - mass_above).to(tl.float32) + (k - whole)
-    else:
-        delta = k - mass_above
-    delta = tl.where(tl.abs(delta) <= k * (4.0 * EPS), 0.0, delta * tl.exp(nearest))
-    slip = (below - above - delta) / nonzero(below + above)
-    return tl.where(tl.abs(slip) < 0.5, slip, 0.0)
+def asinh(values):
+    size = tl.minimum(tl.abs(values), 1e18)  # of which the exponential of twice the result is no number
+    found = tl.log(size + tl.sqrt(size * size + 1.0))
+    return tl.where(values < 0.0, -found, found)
 
 
 @triton.jit
-def balance(z, tail, weights, k, nearest):
-    """The slip of a tile."""
+def balance_of(mass, low, high, k, above, below, weights):
+    """|z| of the nearest item, and what the tails below and above are to be multiplied with, each in its own units."""
+    if weights is None:
+        whole = tl.floor(k)
+        delta = (whole.to(tl.int32) - mass).to(tl.float32) + (k - whole)
+    else:
+        delta = k - mass
+    exact = (high > 0.0) & (low > 0.0)
+    if weights is not None:
+        exact, delta = exact & (tl.abs(delta) <= k * ROUNDING), 0.0 * delta
+    high, low = tl.where(exact, high, 1.0), tl.where(exact, low, 1.0)
+    middle = 0.5 * (above + below)
+    unit = 0.5 * tl.exp(tl.minimum(middle, LOG_FARTHEST))
+    share = asinh(delta * unit / (tl.sqrt(high) * tl.sqrt(low))) + 0.5 * tl.log(high / low)
+    share = tl.where(exact, share, 0.5 * (above - below))
+    less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
+    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    less, more = tl.where(below < 0.5 * FARTHEST, less, 0.0), tl.where(above < 0.5 * FARTHEST, more, 0.0)
+    # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
+    beside = exact & (delta != 0.0) & (middle > LOG_FARTHEST)
+    return tl.where(beside, tl.minimum(above, below), middle - tl.abs(share)), less, more
+
+
+@triton.jit
+def balance(z, tail, weights, k, above, below):
+    """The same of a tile."""
     upper, weighted = z > 0.0, weigh(weights, tail)
     if weights is None:
         mass = sum_of(upper.to(tl.int32))
     else:
         mass = sum_of(tl.where(upper, weights, 0.0))
-    below, above = sum_of(tl.where(upper, 0.0, weighted)), sum_of(tl.where(upper, weighted, 0.0))
-    return slip_of(mass, below, above, k, nearest, weights)
+    low, high = sum_of(tl.where(upper, 0.0, weighted)), sum_of(tl.where(upper, weighted, 0.0))
+    return balance_of(mass, low, high, k, above, below, weights)
 
 
 @triton.jit
@@ -746,12 +815,17 @@ def pull_tile(
         c = load_per_row(c_given, row, rows, 1, 0.0)
 
     z = log_odds(x, reference, tau, offset)
-    nearest = nearest_of(z, inside, weights)
+    if (of_k is not None) | (of_tau is not None) | (of_weights is not None):
+        high, low = edges_of(x, z, inside, weights)
+        high, low, above, below, across_high, across_low = sides_of(high, low, reference, tau, offset)
+        distance, side = from_sides(x, z, inside, weights, high, low, above, below, across_high, across_low, tau)
+        scaled, larger = tail_of(distance, side)
+        nearest, less, more = balance(z, scaled, weights, k, above, below)
+        scaled *= tl.where(z > 0.0, across(more), across(less))
+    else:
+        nearest = nearest_of(z, inside, weights)
+        scaled, larger = tail_of(from_nearest(z, inside, weights, nearest), across(tl.exp(-nearest)))
     height = tl.exp(-nearest)
-    scaled, larger = tail_of(z, inside, weights, nearest, height)
-    if of_tau is not None:
-        slip = across(balance(z, scaled, weights, k, nearest))
-        scaled *= tl.exp(tl.where(z > 0.0, slip, -slip))
     scaled /= larger
     weighted = weigh(weights, scaled)
     normal = nonzero(sum_of(weighted))

@@ -20,15 +20,18 @@ from ._kernels import (
     INFINITY,
     LARGEST,
     across,
+    balance_of,
     bars,
     beside,
     closer,
     columns,
     cotangent_of,
+    edges_of,
     extent,
     final_offset,
     finish,
     frame,
+    from_sides,
     gain_of,
     going_on,
     key_of,
@@ -44,13 +47,12 @@ from ._kernels import (
     max_of,
     min_of,
     narrowed,
-    nearest_of,
     newton,
     nonzero,
     rates,
     score_of,
+    sides_of,
     sigmoid,
-    slip_of,
     store_settled,
     sum_of,
     sweep,
@@ -614,11 +616,12 @@ def nearest_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the least |z| of the items that have weight, and the largest weight."""
+    """Of a segment: the nearest scores above and below the threshold that have weight, and the largest weight."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    nearest, heaviest = tl.full([1], INFINITY, tl.float32), tl.zeros([1], tl.float32)
+    high, low = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    heaviest = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -629,11 +632,23 @@ def nearest_rows(
         weights = None
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
-        nearest = tl.minimum(nearest, nearest_of(z, inside, weights))
+        above, below = edges_of(x, z, inside, weights)
+        high, low = tl.minimum(high, above), tl.maximum(low, below)
         if weights is not None:
             heaviest = tl.maximum(heaviest, max_of(tl.where(x > -INFINITY, weights, 0.0)))
-    hand_on(distances, 0, row, rows, segment, segments, nearest)
-    hand_on(distances, 1, row, rows, segment, segments, heaviest)
+    hand_on(distances, 0, row, rows, segment, segments, high)
+    hand_on(distances, 1, row, rows, segment, segments, low)
+    hand_on(distances, 2, row, rows, segment, segments, heaviest)
+
+
+@triton.jit
+def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
+    """The nearest scores above and below the threshold that have weight, and the largest weight."""
+    return (
+        min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
+        max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
+        nonzero(max_of(parts_of(distances, 2, row, rows, segments, SEGMENTS, 0.0))),
+    )
 
 
 @triton.jit
@@ -677,13 +692,15 @@ def sum_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'."""
+    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'.
+
+    Each side is in units of its own.
+    """
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    nearest = min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY))
-    unit = nonzero(max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0)))
-    height = tl.exp(-nearest)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
     zero = tl.zeros([1], tl.float32)
     tails_below, tails_above, normal_below, normal_above = zero, zero, zero, zero
     pulled_below, pulled_above, shares_below, shares_above = zero, zero, zero, zero
@@ -701,7 +718,10 @@ def sum_rows(
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
         upper = z > 0.0
-        tail, larger = tail_of(z, inside, weights, nearest, height)
+        distance, height = from_sides(
+            x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
+        )
+        tail, larger = tail_of(distance, height)
         scaled = tail / larger
         weighted = weigh(weights, scaled)
         if weights_given is None:
@@ -767,6 +787,7 @@ def join_rows(
     weights_given,
     where,
     offset_given,
+    reference_given,
     c_given,
     distances,
     sums,
@@ -783,22 +804,19 @@ def join_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    BALANCED: tl.constexpr,
 ):
-    """Of a row: the slip, V', the level that u is measured from, and the cotangent of k."""
+    """Of a row: the balance of its sides, V', the level that u is measured from, and the cotangent of k."""
     row = tl.program_id(0) + tl.arange(0, 1)
-    k, offset = load_per_row(k_given, row, rows, k_step, 0.0), field_of(offset_given, 0, row, rows)
+    k, tau = load_per_row(k_given, row, rows, k_step, 0.0), load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     c = tl.zeros([1], tl.float32)
     if c_given is not None:
         c = field_of(c_given, 0, row, rows)
-    nearest = min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY))
-    unit = nonzero(max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0)))
-    slip = tl.zeros([1], tl.float32)
-    if BALANCED:
-        below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
-        mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
-        slip = slip_of(mass, below, above, k, nearest, weights_given)
-    less, more = tl.exp(-slip), tl.exp(slip)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    _, _, near_high, near_low, _, _ = sides_of(high, low, reference, tau, offset)
+    below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
+    mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
+    nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
     normal = nonzero(less * below + more * above)
     below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
@@ -812,32 +830,37 @@ def join_rows(
     rate, inverse_slope = rates(nearest, normal)
     hbar = rate * pulled - inverse_slope * c
     keep(joined, 0, row, rows, nearest, 0)
-    keep(joined, 1, row, rows, slip, 0)
+    keep(joined, 1, row, rows, less, 0)
     keep(joined, 2, row, rows, normal, 0)
     keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
     keep(joined, 4, row, rows, unit, 0)
     keep(joined, 5, row, rows, hbar, 0)
     keep(joined, 6, row, rows, (lower | upper).to(tl.float32), 0)
+    keep(joined, 7, row, rows, more, 0)
+    keep(joined, 8, row, rows, high, 0)
+    keep(joined, 9, row, rows, low, 0)
     if of_k is not None:
         keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
 
 
 @triton.jit
-def rule_of(z, u, inside, weights, joined, row, rows):
+def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows):
     """Of a tile: v', v, and the multiple of the weights that u is measured from."""
-    nearest, slip = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows)
+    nearest, less, more = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
+    high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
     normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
     unit, held = field_of(joined, 4, row, rows), field_of(joined, 6, row, rows) != 0.0
-    height = tl.exp(-nearest)
-    scaled, larger = tail_of(z, inside, weights, nearest, height)
-    scaled = scaled * tl.exp(tl.where(z > 0.0, across(slip), -across(slip))) / larger
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+    distance, side = from_sides(x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau)
+    scaled, larger = tail_of(distance, side)
+    scaled = scaled * tl.where(z > 0.0, across(more), across(less)) / larger
     if weights is None:
         level = tl.where(inside, across(level), 0.0)
     else:
         level = tl.where(scaled > 0.0, weights, 0.0) / across(unit) * across(level)
     # At the item that dominates exactly u. If there is one it has three quarters, and no other more than one.
     most = across(held) & (weigh(weights, scaled) > across(0.5 * normal))
-    return scaled, gain_of(z, scaled, height, weights), tl.where(most, u, level)
+    return scaled, gain_of(z, scaled, tl.exp(-nearest), weights), tl.where(most, u, level)
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -879,7 +902,7 @@ def gain_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        _, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
+        _, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
         gained += sum_of((u - level) * gain)
     hand_on(gains, 0, row, rows, segment, segments, gained)
 
@@ -932,7 +955,7 @@ def pull_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        scaled, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
+        scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
         place = across(row.to(tl.int64)) * n + column
         if of_x is not None:

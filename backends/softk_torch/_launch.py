@@ -191,15 +191,14 @@ class Segments(Problem):
     def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
         kernels = _kernels_long
         of_x, of_k, of_tau, of_weights = found
-        distances, sums, masses = self.parts(2), self.parts(14), self.parts(dtype=self.mass)
+        distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
         self.run(kernels.nearest_rows, offset, reference, distances)
         self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
-        joined, gains, moments = self.values(7), self.parts(), self.parts()
-        balanced = of_tau is not None
-        self.run(kernels.join_rows, offset, c, distances, sums, masses, of_k, joined, grid=self.each, BALANCED=balanced)
+        joined, gains, moments = self.values(10), self.parts(), self.parts()
+        self.run(kernels.join_rows, offset, reference, c, distances, sums, masses, of_k, joined, grid=self.each)
         self.run(kernels.gain_rows, offset, reference, u, joined, gains)
         self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
-        if balanced:
+        if of_tau is not None:
             self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
 
 
