@@ -6,7 +6,7 @@ import numbers
 import operator
 from typing import Any
 
-from ._registry import is_array
+from ._registry import backend_of, is_array
 
 
 def is_number(value: Any) -> bool:
@@ -20,8 +20,12 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
             f"{name} must be {wanted} of a library that follows the Python Array API standard "
             f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
         )
-    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
+    kind = type(value)
+    if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
         raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+    dense = backend_of(value).densely(value)
+    if dense is not None:
+        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it, for example {dense.format(name)}")
 
 
 def kind_of(value: Any) -> str:

@@ -129,6 +129,10 @@ class Backend:
         """The device of an array, as creation functions take it."""
         return array_api_compat.device(x)
 
+    def densely(self, x: Array) -> str | None:
+        """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for all others."""
+        return "{}.todense()" if hasattr(x, "todense") else None
+
     def devices(self) -> list[Any]:
         """The devices that arrays can be on now, for the self-check."""
         return [None]

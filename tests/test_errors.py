@@ -95,6 +95,95 @@ def test_masked_array_of_probabilities() -> None:
     complains(TypeError, "q", "MaskedArray", "ordinary array", softk.quantile, X, q)
 
 
+def coordinates(values: Any) -> Any:
+    return pytest.importorskip("sparse", reason="sparse is not installed").COO.from_numpy(np.asarray(values))
+
+
+def torch_sparse(values: Any) -> Any:
+    return importlib.import_module("torch").asarray(values).to_sparse()
+
+
+def nested(layout: str) -> Callable[[Any], Any]:
+    def make(values: Any) -> Any:
+        torch = importlib.import_module("torch")
+        rows = [torch.asarray(values)[0], torch.asarray(values)[0, :1]]
+        return torch.nested.nested_tensor(rows, layout=getattr(torch, layout))
+
+    return make
+
+
+def chunked(values: Any) -> Any:
+    return importlib.import_module("dask.array").from_array(values).map_blocks(coordinates)
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|GCXS):UserWarning")
+@pytest.mark.parametrize(
+    ("library", "make", "kind", "dense"),
+    [
+        ("numpy", coordinates, r"sparse\..*COO", "{}.todense()"),
+        ("torch", torch_sparse, "torch.Tensor", "{}.to_dense()"),
+        ("torch", nested("strided"), "torch.Tensor", "to_padded_tensor({}, -math.inf)"),
+        ("torch", nested("jagged"), "NestedTensor", "to_padded_tensor({}, -math.inf)"),
+        ("dask", chunked, r"dask\.array", "block.todense()"),
+    ],
+    ids=["sparse", "torch-sparse", "torch-nested", "torch-jagged", "dask-of-sparse"],
+)
+def test_array_that_is_not_dense(library: str, make: Callable[[Any], Any], kind: str, dense: str) -> None:
+    """As scores, and beside them; an empty entry is no score of 0, and what a library lacks for it is no answer."""
+    BY_NAME[library].require()
+    x, other = BY_NAME[library].array(X), make(X)
+
+    def refused(name: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        complains(TypeError, name, f"got .*{kind}", rf"dense array.*{re.escape(dense.format(name))}", f, *args, **kwargs)
+
+    for f in FUNCTIONS.values():
+        refused("x", f, other, 1)
+        refused("epsilon", f, x, 1, epsilon=other)
+        refused("weights", f, x, 1, weights=other)
+    for f in (softk.sort, softk.rank):
+        refused("x", f, other)
+    refused("k", softk.topk, x, other)
+    refused("x", softk.sorted_topk, other, 1)
+    refused("anchors", softk.transport, x, other, x)
+    refused("keys", softk.neighbors.weights, x, other, 1)
+    refused("query", softk.attention.topk_attention, other, x, x, 1)
+    refused("scores", softk.beam.step, other)
+    refused("cotangent", softk.vjp(softk.topk, x, 1)[1], other)
+    refused("tangents['x']", softk.jvp, softk.topk, x, 1, tangents={"x": other})
+
+
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [
+        ("numpy", lambda np: np.random.default_rng()),
+        ("numpy", lambda np: np.dtype("float32")),
+        ("numpy", lambda np: type("Mixed", (np.lib.mixins.NDArrayOperatorsMixin,), {})()),
+        ("torch", lambda torch: torch.nn.Linear(2, 2)),
+        ("torch", lambda torch: torch.float32),
+        ("dask", lambda dask: dask.delayed(1)),
+        ("jax", lambda jax: jax.ShapeDtypeStruct((3,), "float32")),
+        ("jax.experimental.sparse", lambda sparse: sparse.BCOO.fromdense(X)),
+        ("scipy.sparse", lambda sparse: sparse.csr_array(X)),
+    ],
+    ids=["generator", "numpy-dtype", "mixin", "module", "torch-dtype", "delayed", "jax-shape", "jax-sparse", "scipy"],
+)
+def test_what_comes_with_a_library_is_no_array(module: str, make: Callable[[Any], Any]) -> None:
+    """A library's arrays are known by their own type, not by the module of any of its bases."""
+    value = make(pytest.importorskip(module, reason=f"{module} is not installed"))
+    kind = re.escape(type(value).__qualname__)
+    for f in FUNCTIONS.values():
+        complains(TypeError, "x", f"got .*{kind}", "must be an array .* Array API standard", f, value, 1)
+    complains(TypeError, "k", f"got .*{kind}", "a number or an array", softk.topk, X, value)
+    complains(TypeError, "weights", f"got .*{kind}", "must be an array", softk.topk, X, 1, weights=value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensor() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.masked.masked_tensor(torch.asarray(X), torch.asarray(X > 0))
+    complains(TypeError, "x", "MaskedTensor", "ordinary array.*where=", softk.topk, x, 1)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_x_without_axes(lib: Library, function: str) -> None:
     x = lib.array(1.0)

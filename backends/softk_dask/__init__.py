@@ -44,6 +44,10 @@ class DaskBackend(Backend):
             cotangents,
         )
 
+    def densely(self, x: Array) -> str | None:
+        block = backend_of(x._meta).densely(x._meta)
+        return None if block is None else "{}.map_blocks(lambda block: " + block.format("block") + ")"
+
     def device(self, x: Array) -> Any:
         return None  # Dask has none of its own
 

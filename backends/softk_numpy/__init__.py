@@ -118,6 +118,9 @@ def _fits(value: Any, like: Array) -> bool:
 class NumpyBackend(Backend):
     """Arrays in memory: values can be looked at, and NumPy partitions in O(n)."""
 
+    def densely(self, x: Array) -> str | None:
+        return None
+
     def known(self, flag: Array) -> bool | None:
         return bool(flag)
 

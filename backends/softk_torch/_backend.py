@@ -39,6 +39,11 @@ class TorchBackend(Backend):
     def device(self, x: Array) -> Any:
         return x.device
 
+    def densely(self, x: Array) -> str | None:
+        if x.is_nested:
+            return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
+        return None if x.layout is torch.strided else "{}.to_dense()"
+
     def devices(self) -> list[Any]:
         return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
