@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 from ._registry import backend_of, is_array
+from .backend import Array, unknown
 
 
 def is_number(value: Any) -> bool:
@@ -26,6 +27,23 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
     dense = backend_of(value).densely(value)
     if dense is not None:
         raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it, for example {dense.format(name)}")
+
+
+def require_size(name: str, x: Array, axis: int) -> None:
+    """The size of an axis is a number, as a solver needs it, and not left open."""
+    if unknown(x.shape[axis]):
+        words = backend_of(x).words
+        raise ValueError(
+            f"{name} must have a known size along axis {axis}, got shape {tuple(x.shape)}; {words.measure.format(name)}"
+        )
+
+
+def require_equal_sizes(arrays: dict[str, Array]) -> None:
+    """No size is NaN, which equals none: nobody could say which blocks of two Dask arrays belong together."""
+    for name, value in arrays.items():
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, float):
+                require_size(name, value, axis)
 
 
 def kind_of(value: Any) -> str:

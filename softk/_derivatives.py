@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._arguments import Call
-from ._checks import is_number, kind_of, require_array
+from ._checks import is_number, kind_of, require_array, require_equal_sizes
 from ._registry import backend_of
 from .backend import Array, Backend
 
@@ -168,5 +168,6 @@ def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
         raise TypeError(
             f"{name} must be an array of the same library as x: got {kind_of(given)} beside {kind_of(like)}"
         )
+    require_equal_sizes({"x": like, name: given})
     if tuple(given.shape) != tuple(like.shape):
         raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(given.shape)}")

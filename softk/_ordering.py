@@ -30,6 +30,7 @@ class TopK(NamedTuple):
 
 def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, step: float) -> dict[str, Any]:
     """The call of a primitive with `rows` anchors of mass `unit` at the distance `step`."""
+    slices.require_sizes()
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         arguments = {

@@ -132,6 +132,7 @@ def transport(
     require_array("marginals", marginals)
     slices = Slices(x, axis, anchors=anchors, marginals=marginals, **arrays)
     require_scores(slices)
+    slices.require_sizes()
     xp = slices.xp
     check_temperature(xp, epsilon, slices.working)
     if method not in ("newton", "sinkhorn"):

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import array_api_compat
 
-__all__ = ["PRIMITIVES", "Array", "Backend", "Primitive"]
+__all__ = ["PRIMITIVES", "Array", "Backend", "Primitive", "Words"]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
@@ -71,6 +71,27 @@ class Primitive:
 PRIMITIVES: dict[str, Primitive] = {}
 
 
+class Words(NamedTuple):
+    """How the users of a library write what an error advises, with {} in the place of an argument's name.
+
+    Attributes
+    ----------
+    cast : str
+        Convert the array to float32.
+    own : str
+        Make an array of the library of one of another library.
+    move : str
+        Move the array to the device of another one, whose name is the second.
+    measure : str
+        Get the size of an axis that is not known.
+    """
+
+    cast: str = "xp.astype({}, xp.float32)"
+    own: str = "xp.asarray({})"
+    move: str = "{}.to_device({}.device)"
+    measure: str = "give its size as a number where {} is made"
+
+
 class Backend:
     """A framework as softk sees it. Subclass it and override what the framework does in its own way.
 
@@ -84,6 +105,8 @@ class Backend:
 
     #: The name of another library whose arrays may stand beside this one's.
     wraps: str | None = None
+    #: What its users write, for error messages.
+    words: Words = Words()
     #: How derivatives are taken, for the table of ``python -m softk``.
     autodiff: str = "softk.vjp, softk.jvp"
 
@@ -268,12 +291,25 @@ class Backend:
         ordered = xp.sort(x, axis=-1, stable=False)
         if isinstance(ranks, tuple):
             return self.pick(ordered, [x.shape[-1] - rank for rank in ranks])
-        ranks = xp.broadcast_to(ranks, (*x.shape[:-1], ranks.shape[-1]))
+        ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
     def pick(self, x: Array, places: list[int]) -> Array:
         """Some items along the last axis."""
         return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+
+def unknown(size: Any) -> bool:
+    """Whether a library does not know the size of an axis yet: None by the standard, in Dask a NaN."""
+    return size is None or isinstance(size, float)
+
+
+def broadcast_like(xp: Any, values: Array, shape: tuple[Any, ...], like: Array) -> Array:
+    """``broadcast_to(values, shape)``, where the sizes in the shape that are not known yet are those of another array."""
+    if not any(unknown(size) for size in shape):
+        return xp.broadcast_to(values, shape)
+    # By an operation, whatever it chooses: broadcast_arrays and zeros_like of some libraries forget the sizes they know.
+    return xp.where(like == like, values, values)
 
 
 def rows_of(count: int, start: int, stop: int, *arrays: Array | None) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from . import _neighbor_primitives as primitives
 from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_temperature, is_number, require_array
+from ._checks import check_mass, check_temperature, is_number, require_array, require_size
 from ._operators import operator_from
 from .backend import Array
 
@@ -45,6 +45,7 @@ class _Pairs(Slices):
             )
         if shape[-2] == 0 or other[-2] == 0:
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
+        require_size("keys", keys, keys.ndim - 2)
         self.queries, self.keys = queries, keys
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]

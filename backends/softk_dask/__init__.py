@@ -10,13 +10,15 @@ import dask.array as da
 import numpy as np
 
 from softk._registry import backend_of
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Inputs, Primitive, Words
 
 __all__ = ["DaskBackend", "backend"]
 
 
 class DaskBackend(Backend):
     """Chunked arrays. The axes of one problem are gathered into one chunk; the others stay as they are chunked."""
+
+    words = Words('{}.astype("float32")', "da.asarray({})", measure="{}.compute_chunk_sizes() finds it")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         def bound(*inputs: Array | None) -> tuple[Array, ...]:
