@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ._checks import check_axis, is_number, kind_of, require_array, require_equal_sizes, require_size
 from ._registry import backend_of
@@ -66,8 +66,11 @@ class Argument:
         )
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
-class Call:
+class Call(Generic[R]):
     """A public function applied to arguments: a primitive, its canonical inputs and the way back.
 
     `restores` are for the outputs of the primitive from the first one; `build` makes of them what the user gets.
@@ -78,7 +81,7 @@ class Call:
     options: dict[str, Any]
     arguments: dict[str, Argument]
     restores: tuple[Argument, ...]
-    build: Callable[..., Any] = lambda result: result
+    build: Callable[..., R] = lambda result: result
 
     @property
     def inputs(self) -> tuple[Array | None, ...]:
@@ -92,7 +95,7 @@ class Call:
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
-    def evaluate(self) -> Any:
+    def evaluate(self) -> R:
         """The result, differentiable by the arrays' own framework."""
         with self.backend.quiet():
             return self.build(*self.restore(self.bound()(*self.inputs)))
@@ -113,7 +116,8 @@ class Slices:
         self.backend = backend = common_backend(called, x, arrays)
         self.xp = xp = backend.xp
         if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
-            advice = "" if xp.isdtype(x.dtype, "complex floating") else f"; convert it: {backend.words.cast.format(called)}"
+            is_complex = xp.isdtype(x.dtype, "complex floating")
+            advice = "" if is_complex else f"; convert it: {backend.words.cast.format(called)}"
             raise TypeError(f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}{advice}")
         if x.ndim == 0:
             raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
@@ -186,7 +190,7 @@ class Slices:
         if not fits(shape, slices):
             raise ValueError(
                 f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
-                f"got shape {shape}"
+                f"got shape {shape}{self._with_axis(name, shape)}"
             )
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
@@ -205,6 +209,15 @@ class Slices:
             return self._cast(scale * shrink(xp, cotangent, shape), value.dtype)
 
         return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
+        """What to write where all that lacks for one value a slice is the selected axis."""
+        behind = self.ndim - 1 - self.axis
+        if len(shape) < behind or not fits(shape, self.batch):
+            return ""
+        ahead = len(shape) - behind
+        index = [*[":"] * ahead, "None", *[":"] * behind]
+        return f"; write {name}[{', '.join(index)}]"
 
     def per_item(self, name: str, value: Any) -> Argument:
         """weights: an array that broadcasts to the scores."""

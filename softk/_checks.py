@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numbers
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 from ._registry import backend_of, is_array
 from .backend import Array, unknown
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -26,7 +26,7 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
         raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
     dense = backend_of(value).densely(value)
     if dense is not None:
-        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it, for example {dense.format(name)}")
+        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
 
 
 def require_size(name: str, x: Array, axis: int) -> None:
@@ -53,12 +53,20 @@ def kind_of(value: Any) -> str:
 def check_axis(axis: Any, ndim: int) -> int:
     """The axis counted from the first."""
     try:
+        if isinstance(axis, bool):
+            raise TypeError
         number = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     if not -ndim <= number < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
     return number % ndim
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Neither "no" nor an array is a switch, though both may count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_mode(mode: Any) -> bool:

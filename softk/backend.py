@@ -11,14 +11,34 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import array_api_compat
 
-__all__ = ["PRIMITIVES", "Array", "Backend", "Primitive", "Words"]
+__all__ = ["PRIMITIVES", "AnyArray", "Array", "ArrayT", "Backend", "Primitive", "Words"]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
+
+
+class AnyArray(Protocol):
+    """What a type checker knows of an array of any library."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+
+    @property
+    def shape(self) -> Any:
+        """The sizes of its axes."""
+
+
+#: The type of the scores, which is that of the result.
+ArrayT = TypeVar("ArrayT", bound=AnyArray)
 #: The inputs of a primitive, or what belongs to each: None where there is none.
 Inputs = tuple[Array | None, ...]
 
@@ -153,7 +173,7 @@ class Backend:
         return array_api_compat.device(x)
 
     def densely(self, x: Array) -> str | None:
-        """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for all others."""
+        """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for others."""
         return "{}.todense()" if hasattr(x, "todense") else None
 
     def devices(self) -> list[Any]:
@@ -305,10 +325,10 @@ def unknown(size: Any) -> bool:
 
 
 def broadcast_like(xp: Any, values: Array, shape: tuple[Any, ...], like: Array) -> Array:
-    """``broadcast_to(values, shape)``, where the sizes in the shape that are not known yet are those of another array."""
+    """``broadcast_to(values, shape)``; sizes in the shape that are not known yet are those of another array."""
     if not any(unknown(size) for size in shape):
         return xp.broadcast_to(values, shape)
-    # By an operation, whatever it chooses: broadcast_arrays and zeros_like of some libraries forget the sizes they know.
+    # By an operation, whatever it chooses: some libraries' broadcast_arrays and zeros_like forget the sizes they know.
     return xp.where(like == like, values, values)
 
 

@@ -16,10 +16,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ._checks import require_array
+from ._checks import check_flag, require_array
 from ._ordering import sorted_topk
 from ._registry import backend_of, is_array
-from .backend import Array
+from ._signatures import explained
+from .backend import AnyArray, Array
 
 __all__ = ["Beams", "Step", "search", "step"]
 
@@ -84,14 +85,15 @@ class Beams(NamedTuple):
     states: Tree
 
 
+@explained
 def step(
-    scores: Array,
-    beams: int | None = None,
+    scores: AnyArray,
     /,
+    beams: int | None = None,
     *,
-    table: Array | None = None,
+    table: AnyArray | None = None,
     states: Tree = None,
-    epsilon: Any = 0.1,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
 ) -> Step:
     """One step of a beam search: the best continuations, and what they are made of.
@@ -145,6 +147,7 @@ def step(
     >>> found.states["hidden"].round(1).tolist()
     [[1.3], [4.4]]
     """
+    check_flag("hard", hard)
     parents, vocabulary = _last_two("scores", scores)
     beams = parents if beams is None else _count("beams", beams)
     if beams > parents * vocabulary:
@@ -159,16 +162,17 @@ def step(
     return Step(values, tokens, of_parents, inputs, _mixed(of_parents, states))
 
 
+@explained
 def search(
     step_function: Callable[[Array, Tree], tuple[Array, Tree]],
-    inputs: Array,
-    states: Tree = None,
+    inputs: AnyArray,
     /,
+    states: Tree = None,
     *,
     length: int,
     end: int,
-    table: Array | None = None,
-    epsilon: Any = 0.1,
+    table: AnyArray | None = None,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
     length_penalty: float = 0.0,
 ) -> Beams:
@@ -233,6 +237,7 @@ def search(
     >>> np.exp(found.log_probabilities).round(3).tolist()
     [0.336, 0.21]
     """
+    check_flag("hard", hard)
     beams, _ = _last_two("inputs", inputs)
     length = _count("length", length)
     if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):

@@ -134,7 +134,9 @@ def test_array_that_is_not_dense(library: str, make: Callable[[Any], Any], kind:
     x, other = BY_NAME[library].array(X), make(X)
 
     def refused(name: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        complains(TypeError, name, f"got .*{kind}", rf"dense array.*{re.escape(dense.format(name))}", f, *args, **kwargs)
+        complains(
+            TypeError, name, f"got .*{kind}", rf"dense array.*{re.escape(dense.format(name))}", f, *args, **kwargs
+        )
 
     for f in FUNCTIONS.values():
         refused("x", f, other, 1)

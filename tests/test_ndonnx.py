@@ -10,8 +10,6 @@ import pytest
 
 import softk
 
-from .closed_form import assert_close
-
 ndx = pytest.importorskip("ndonnx", reason="ndonnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
@@ -49,8 +47,8 @@ def test_batch_that_is_not_known(rng: Any) -> None:
         x, u = rng.normal(size=(2, rows, 6))
         k, epsilon = rng.uniform(0.5, 3.0, (rows, 1)), rng.uniform(0.1, 1.0, (rows, 1))
         weights, where = rng.uniform(0.5, 2.0, (rows, 6)), rng.uniform(size=(rows, 6)) > 0.3
-        numbers = {"x": x, "k": k, "epsilon": epsilon, "weights": weights, "u": u, "points": rng.normal(size=(rows, 3, 2))}
-        return {**numbers, "where": where}
+        points = rng.normal(size=(rows, 3, 2))
+        return {"x": x, "k": k, "epsilon": epsilon, "weights": weights, "where": where, "u": u, "points": points}
 
     run = program(masks, **given(1))
     for rows in (1, 4):
@@ -59,18 +57,18 @@ def test_batch_that_is_not_known(rng: Any) -> None:
         assert set(found) == set(wanted)
         for name, values in wanted.items():
             assert found[name].shape == values.shape, name
-            assert_close(found[name], values, 1e-13)
+            np.testing.assert_allclose(found[name], values, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize(
     "f", [lambda x: softk.sorted_topk(x, 2), softk.sort, softk.rank, lambda x: softk.transport(x, x[0, :2], x[0, :2])]
 )
 def test_sizes_that_the_solver_of_many_anchors_needs(f: Callable[[Any], Any]) -> None:
-    with pytest.raises(ValueError, match=r"x must have a known size along axis 0, got shape \(None, 6\); give its size"):
+    with pytest.raises(ValueError, match=r"x must have a known size along axis 0, got shape \(None, 6\)"):
         f(ndx.argument(shape=("rows", 6), dtype=ndx.float64))
 
 
 @pytest.mark.parametrize("f", [softk.topk, softk.log_topk, softk.threshold, softk.quantile])
 def test_selected_axis_that_is_not_known(f: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"x must have a known size along axis 1, got shape \(6, None\); give its size"):
+    with pytest.raises(ValueError, match=r"x must have a known size along axis 1, got shape \(6, None\)"):
         f(ndx.argument(shape=(6, "items"), dtype=ndx.float64), 1)
