@@ -87,9 +87,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     return out, pullback
 
 
-def jvp(
-    f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any
-) -> tuple[R, Any]:
+def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any) -> tuple[R, Any]:
     """A function of softk and its derivative along tangents (forward mode), on arrays of any library.
 
     Parameters
