@@ -175,12 +175,12 @@ def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
     if is_number(given) and like.ndim == 0:
         return
     require_array(name, given)
-    if not backend.xp.isdtype(given.dtype, ("real floating", "integral")):
-        raise TypeError(f"{name} must be real, got dtype {given.dtype}")
     if backend_of(given) is not backend and backend.wraps != backend_of(given).name:
         raise TypeError(
             f"{name} must be an array of the same library as x: got {kind_of(given)} beside {kind_of(like)}"
         )
+    if not backend.xp.isdtype(given.dtype, ("real floating", "integral")):
+        raise TypeError(f"{name} must be real, got dtype {given.dtype}")
     require_equal_sizes({"x": like, name: given})
     if tuple(given.shape) != tuple(like.shape):
         raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(given.shape)}")

@@ -533,12 +533,13 @@ each_function = pytest.mark.parametrize("name", CALLS)
 def test_arguments_by_name_and_by_position(name: str) -> None:
     f, args, named = CALLS[name]
     rest = REST.get(name, {})
-    one, two = f(*args, **named, **rest), f(*args, *named.values(), **rest)
-    for a, b in zip(one if isinstance(one, tuple) else [one], two if isinstance(two, tuple) else [two], strict=True):
-        np.testing.assert_array_equal(a, b)
+    found = [f(*args, **named, **rest), f(*args, *named.values(), **rest)]
     if hasattr(f, "call"):
-        np.testing.assert_array_equal(softk.vjp(f, *args, **named)[0], one)
-        np.testing.assert_array_equal(softk.jvp(f, *args, tangents={}, **named)[0], one)
+        found += [softk.vjp(f, *args, **named)[0], softk.jvp(f, *args, tangents={}, **named)[0]]
+    parts = [one if isinstance(one, tuple) else (one,) for one in found]
+    for column in zip(*parts, strict=True):
+        for values in column[1:]:
+            np.testing.assert_array_equal(values, column[0])
 
 
 @pytest.mark.parametrize(
@@ -576,10 +577,11 @@ def test_arguments_by_name_and_by_position(name: str) -> None:
 def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None:
     f, args, named = CALLS[name]
     given = {**named, **REST.get(name, {}), foreign: 1}
-    complains(TypeError, foreign, rf"^{name}\(\) has no argument '{foreign}'", re.escape(meant), f, *args, **given)
+    calls = [lambda: f(*args, **given)]
     if hasattr(f, "call"):
-        complains(TypeError, foreign, name, re.escape(meant), softk.vjp, f, *args, **given)
-        complains(TypeError, foreign, name, re.escape(meant), softk.jvp, f, *args, tangents={}, **given)
+        calls += [lambda: softk.vjp(f, *args, **given), lambda: softk.jvp(f, *args, tangents={}, **given)]
+    for call in calls:
+        complains(TypeError, foreign, rf"^{name}\(\) has no argument '{foreign}'", re.escape(meant), call)
 
 
 def test_too_many_places() -> None:
@@ -670,8 +672,9 @@ def test_advice_in_the_words_of_the_library(name: str) -> None:
 
 def test_no_advice_to_convert_a_complex_array(lib: Library) -> None:
     """Its imaginary part would be lost."""
-    with pytest.raises(TypeError, match=r"got .*complex128$"):
+    with pytest.raises(TypeError, match=r"got .*complex128") as caught:
         lib.call(softk.topk, lib.array(X, "complex128"), 1)
+    assert "convert" not in str(caught.value)
 
 
 def test_device_in_the_words_of_the_library() -> None:
