@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
-from ._registry import is_array
+from ._registry import backend_of, is_array
 from ._solver import ROUNDINGS
+from .backend import Array, unknown
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -22,8 +23,29 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
             f"{name} must be {wanted} of a library that follows the Python Array API standard "
             f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
         )
-    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
+    kind = type(value)
+    if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
         raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+    dense = backend_of(value).densely(value)
+    if dense is not None:
+        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
+
+
+def require_size(name: str, x: Array, axis: int) -> None:
+    """The size of an axis is a number, as a solver needs it, and not left open."""
+    if unknown(x.shape[axis]):
+        words = backend_of(x).words
+        raise ValueError(
+            f"{name} must have a known size along axis {axis}, got shape {tuple(x.shape)}; {words.measure.format(name)}"
+        )
+
+
+def require_equal_sizes(arrays: dict[str, Array]) -> None:
+    """No size is NaN, which equals none: nobody could say which blocks of two Dask arrays belong together."""
+    for name, value in arrays.items():
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, float):
+                require_size(name, value, axis)
 
 
 def kind_of(value: Any) -> str:
@@ -33,12 +55,20 @@ def kind_of(value: Any) -> str:
 def check_axis(axis: Any, ndim: int) -> int:
     """The axis counted from the first."""
     try:
+        if isinstance(axis, bool):
+            raise TypeError
         number = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     if not -ndim <= number < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
     return number % ndim
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Neither "no" nor an array is a switch, though both may count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_mode(mode: Any) -> bool:

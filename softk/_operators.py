@@ -5,37 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, ParamSpec, Protocol, cast
+from inspect import signature
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from . import _primitives
 from ._arguments import Call, Slices, static_ranks
-from ._checks import check_mass, check_mode, check_temperature, counted_number, is_number
-from .backend import Array, Primitive
+from ._checks import check_flag, check_mass, check_mode, check_temperature, counted_number, is_number
+from ._signatures import explained
+from .backend import AnyArray, ArrayT, Primitive
 
 Mode = Literal["largest", "smallest"]
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Operator(Protocol[P]):
-    """A public function that can also say what it would compute, which is where `softk.vjp` and `softk.jvp` start."""
+def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
+    """The public function whose calls `describe` describes.
 
-    call: Callable[P, Call]
+    Its attribute `call` is `describe`: what the function would compute, where `softk.vjp` and `softk.jvp` start.
+    """
+    call = explained(describe)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array: ...
-
-
-def operator_from(describe: Callable[P, Call]) -> Operator[P]:
     @wraps(describe)
-    def function(*args: P.args, **kwargs: P.kwargs) -> Array:
-        return describe(*args, **kwargs).evaluate()
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        return call(*args, **kwargs).evaluate()
 
-    function.__annotations__ = {**describe.__annotations__, "return": "Array"}
-    function.call = describe  # type: ignore[attr-defined]
-    return cast("Operator[P]", function)
+    returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")
+    function.__annotations__ = {**describe.__annotations__, "return": returned}
+    function.__signature__ = signature(describe).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    function.call = call  # type: ignore[attr-defined]
+    return function
 
 
 def _masked(
-    primitive: Primitive, x: Array, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
+    primitive: Primitive, x: Any, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
 ) -> tuple[Slices, dict[str, Any]]:
     """The arguments that topk and threshold share, checked and canonical."""
     smallest = check_mode(mode)
@@ -58,17 +61,17 @@ def _masked(
 
 @operator_from
 def topk(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     hard: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft indicator of the k largest scores along an axis, with useful gradients.
 
     The mask is the exact solution of the entropic optimal transport problem between the scores and the anchors 0
@@ -137,6 +140,7 @@ def topk(
     >>> float(mask.sum().round(9))
     2.0
     """
+    check_flag("hard", hard)
     primitive = _primitives.hard_mask if hard else _primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:
@@ -151,16 +155,16 @@ def topk(
 
 @operator_from
 def log_topk(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Logarithm of the mask of `softk.topk`, accurate where the mask underflows or rounds to 1.
 
     A cross-entropy needs it: ``-sum(target * log_topk(x, k))`` has a gradient for a target that is far from selected.
@@ -203,17 +207,17 @@ def log_topk(
 
 @operator_from
 def threshold(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     keepdims: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft k-th largest score along an axis: the level t at which the mask of `topk` is one half.
 
     Parameters
@@ -253,6 +257,7 @@ def threshold(
     >>> float(t.round(6))
     0.55
     """
+    check_flag("keepdims", keepdims)
     slices, call = _masked(_primitives.threshold, x, k, axis, mode, epsilon, weights, where)
     require_scores(slices)
     return Call(**call, restores=(slices.one_a_slice(keepdims),))
@@ -260,16 +265,16 @@ def threshold(
 
 @operator_from
 def quantile(
-    x: Array,
-    q: Any,
+    x: ArrayT,
     /,
+    q: float | AnyArray,
     *,
     axis: int = -1,
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     keepdims: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft quantile along an axis: NumPy's default quantile with soft order statistics.
 
     The j-th smallest of n scores (j from 0) becomes the threshold at k = n - j - 1/2, half-way between the counts;
@@ -312,6 +317,7 @@ def quantile(
     >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
     [1.0, 5.0, 7.5]
     """
+    check_flag("keepdims", keepdims)
     slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
     if is_number(q):

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .backend import Array, Backend
+from .backend import Array, Backend, broadcast_like
 
 #: Steps before the correction, at most.
 STEPS = 11
@@ -298,7 +298,7 @@ def _approach_within(
         reference,
         offset + middle(gap),
         *gap,
-        xp.broadcast_to(ends.nothing, offset.shape),
+        broadcast_like(xp, ends.nothing, offset.shape, offset),
         ends.everything,
         settled,
         ends.high > bound.largest,

@@ -12,27 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 from ._arguments import common_backend, fits
-from ._checks import is_number, require_array
+from ._checks import check_flag, is_number, require_array
 from ._operators import log_topk
-from .backend import Array, Backend
+from ._signatures import explained
+from .backend import AnyArray, Array, ArrayT, Backend
 
 __all__ = ["attention_weights", "topk_attention"]
 
 
+@explained
 def topk_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    k: Any,
-    /,
+    query: ArrayT,
+    key: AnyArray,
+    value: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    mask: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dropout: Callable[[Array], Array] | None = None,
-) -> Array:
+    dropout: Callable[[Any], Any] | None = None,
+) -> ArrayT:
     """Scaled dot-product attention of which each query takes about k keys.
 
     The weights are the softmax of the scores times their soft top-k mask, normalised to a sum of 1. Where a query may
@@ -108,21 +109,22 @@ def topk_attention(
         raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
     value = _grouped(backend.xp, "value", value, query) if enable_gqa else value
     _require_broadcast("value", value, weights)
-    return backend.xp.matmul(weights if dropout is None else dropout(weights), value)
+    result: ArrayT = backend.xp.matmul(weights if dropout is None else dropout(weights), value)
+    return result
 
 
+@explained
 def attention_weights(
-    query: Array,
-    key: Array,
-    k: Any,
-    /,
+    query: ArrayT,
+    key: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    mask: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Array:
+) -> ArrayT:
     """The weights of `topk_attention`, for those who do more with them than multiply them with the values.
 
     Parameters
@@ -156,6 +158,8 @@ def attention_weights(
     >>> attention_weights(x, x, 2, epsilon=0.2, is_causal=True).round(3).tolist()
     [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
     """
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     require_array("query", query)
     require_array("key", key)
     backend = common_backend("query", query, {"key": key})
@@ -189,14 +193,14 @@ def attention_weights(
         device = backend.device(query)
         places = [xp.arange(size, dtype=backend.index, device=device) for size in (rows, n)]
         where = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
-    if n == 0:
-        return xp.astype(scores, query.dtype)
     if is_number(k):
         k = min(k, n)
     else:
         require_array("k", k, or_number=True)
         k = xp.where(k > n, n, k)
-    return xp.astype(_renormalised(backend, scores, k, epsilon, where), query.dtype)
+    found = scores if n == 0 else _renormalised(backend, scores, k, epsilon, where)
+    weights: ArrayT = xp.astype(found, query.dtype)
+    return weights
 
 
 def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:

@@ -14,12 +14,13 @@ import copy
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-from ._checks import require_array
+from ._checks import check_flag, require_array
 from ._ordering import sorted_topk
 from ._registry import backend_of, is_array
-from .backend import Array
+from ._signatures import explained, plain_tuple
+from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["Beams", "Step", "search", "step"]
 
@@ -27,7 +28,8 @@ __all__ = ["Beams", "Step", "search", "step"]
 Tree = Any
 
 
-class Step(NamedTuple):
+@plain_tuple
+class Step(NamedTuple, Generic[ArrayT]):
     """What one step of a beam search keeps.
 
     Attributes
@@ -44,14 +46,15 @@ class Step(NamedTuple):
         The states of the old beams, mixed by the parents.
     """
 
-    scores: Array
-    tokens: Array
-    parents: Array
-    inputs: Array
+    scores: ArrayT
+    tokens: ArrayT
+    parents: ArrayT
+    inputs: ArrayT
     states: Tree
 
 
-class Beams(NamedTuple):
+@plain_tuple
+class Beams(NamedTuple, Generic[ArrayT]):
     """What a whole beam search finds: the n best sequences, the best first.
 
     Attributes
@@ -74,26 +77,27 @@ class Beams(NamedTuple):
         The last states, mixed like everything else.
     """
 
-    scores: Array
-    log_probabilities: Array
-    tokens: Array
-    lengths: Array
-    parents: Array
-    sequences: Array
-    back_pointers: Array
+    scores: ArrayT
+    log_probabilities: ArrayT
+    tokens: ArrayT
+    lengths: ArrayT
+    parents: ArrayT
+    sequences: ArrayT
+    back_pointers: ArrayT
     states: Tree
 
 
+@explained
 def step(
-    scores: Array,
-    beams: int | None = None,
+    scores: ArrayT,
     /,
+    beams: int | None = None,
     *,
-    table: Array | None = None,
+    table: AnyArray | None = None,
     states: Tree = None,
-    epsilon: Any = 0.1,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
-) -> Step:
+) -> Step[ArrayT]:
     """One step of a beam search: the best continuations, and what they are made of.
 
     Parameters
@@ -145,6 +149,7 @@ def step(
     >>> found.states["hidden"].round(1).tolist()
     [[1.3], [4.4]]
     """
+    check_flag("hard", hard)
     parents, vocabulary = _last_two("scores", scores)
     beams = parents if beams is None else _count("beams", beams)
     if beams > parents * vocabulary:
@@ -159,19 +164,20 @@ def step(
     return Step(values, tokens, of_parents, inputs, _mixed(of_parents, states))
 
 
+@explained
 def search(
     step_function: Callable[[Array, Tree], tuple[Array, Tree]],
-    inputs: Array,
-    states: Tree = None,
+    inputs: ArrayT,
     /,
+    states: Tree = None,
     *,
     length: int,
     end: int,
-    table: Array | None = None,
-    epsilon: Any = 0.1,
+    table: AnyArray | None = None,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
     length_penalty: float = 0.0,
-) -> Beams:
+) -> Beams[ArrayT]:
     """A whole beam search, soft or hard, around a model's step function.
 
     All beams start alike, so the first alone is alive in the first step. A beam that has ended stays among the others
@@ -233,6 +239,7 @@ def search(
     >>> np.exp(found.log_probabilities).round(3).tolist()
     [0.336, 0.21]
     """
+    check_flag("hard", hard)
     beams, _ = _last_two("inputs", inputs)
     length = _count("length", length)
     if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
@@ -240,7 +247,7 @@ def search(
     backend = backend_of(inputs)
     xp, device, batch = backend.xp, backend.device(inputs), tuple(inputs.shape[:-2])
     first = xp.reshape(xp.arange(beams, device=device) == 0, (1,) * len(batch) + (beams,))
-    kept: list[Step] = []
+    kept: list[Step[Any]] = []
     for _ in range(length):
         logs, states = step_function(inputs, states)
         _, vocabulary = _last_two("the log-probabilities of step_function", logs)
@@ -291,7 +298,7 @@ def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
     return xp.where(is_end, at_end, going_on)
 
 
-def _ended(xp: Any, found: Step, end: int) -> Array:
+def _ended(xp: Any, found: Step[Any], end: int) -> Array:
     """The share of each new beam that has ended.
 
     A beam that had ended has taken `end`, so `end`'s weight holds both shares; it rounds past 1 by an eps.
@@ -312,7 +319,7 @@ def _take_scores(xp: Any, weights: Array, scores: Array) -> Array:
     return xp.where(xp.sum(weights, axis=-1) > 0.0, mixed, -math.inf)
 
 
-def _histories(kept: list[Step], order: Array | None) -> Array:
+def _histories(kept: list[Step[Any]], order: Array | None) -> Array:
     """The tokens of the last beams, found by going back along the parents."""
     xp = backend_of(kept[-1].tokens).xp
     tokens, back = [], order

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from . import _neighbor_primitives as primitives
 from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_temperature, is_number, require_array
+from ._checks import check_mass, check_temperature, is_number, require_array, require_size
 from ._operators import operator_from
-from .backend import Array
+from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["class_probabilities", "loss", "weights"]
 
@@ -45,6 +45,7 @@ class _Pairs(Slices):
             )
         if shape[-2] == 0 or other[-2] == 0:
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
+        require_size("keys", keys, keys.ndim - 2)
         self.queries, self.keys = queries, keys
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]
@@ -111,15 +112,15 @@ class _Pairs(Slices):
 
 @operator_from
 def weights(
-    queries: Array,
-    keys: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Soft indicator of the k nearest keys of every query.
 
     It is ``softk.topk(distances, k, mode="smallest")`` of the squared Euclidean distances.
@@ -193,17 +194,17 @@ def weights(
 
 @operator_from
 def class_probabilities(
-    queries: Array,
-    keys: Array,
-    labels: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    labels: AnyArray,
+    k: float | AnyArray,
     *,
     num_classes: int | None = None,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Share of every class among the k soft nearest neighbours of each query.
 
     It is their weights times one-hot labels, over k.
@@ -273,19 +274,19 @@ def class_probabilities(
 
 @operator_from
 def loss(
-    queries: Array,
-    keys: Array,
-    query_labels: Array,
-    key_labels: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    query_labels: AnyArray,
+    key_labels: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
     floor: float = 0.0,
     reduction: Reduction = "mean",
-) -> Call:
+) -> Call[ArrayT]:
     """Negative log likelihood of the queries' labels when their k soft nearest neighbours vote.
 
     For a query of class y it is ``-log(p[y] + floor)``, with the probabilities of `class_probabilities`.

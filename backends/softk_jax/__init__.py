@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from softk.backend import Array, Backend, Primitive
+from softk.backend import Array, Backend, Primitive, Words
 
 __all__ = ["JaxBackend", "backend"]
 
@@ -20,6 +20,7 @@ class JaxBackend(Backend):
     """JAX arrays and tracers."""
 
     autodiff = "every JAX transform"
+    words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())))

@@ -21,7 +21,7 @@ import array_api_compat.torch as compat
 import torch
 from torch.autograd import forward_ad
 
-from softk.backend import PRIMITIVES, Array, Backend, Primitive
+from softk.backend import PRIMITIVES, Array, Backend, Primitive, Words
 
 from . import _fused
 
@@ -32,12 +32,18 @@ class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
     autodiff = "torch.autograd, torch.func"
+    words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return partial(_apply, primitive.name, tuple(options.items()))
 
     def device(self, x: Array) -> Any:
         return x.device
+
+    def densely(self, x: Array) -> str | None:
+        if x.is_nested:
+            return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
+        return None if x.layout is torch.strided else "{}.to_dense()"
 
     def devices(self) -> list[Any]:
         return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
