@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._checks import check_axis, is_number, kind_of, require_array
+from ._checks import check_axis, is_number, kind_of, require_array, working_dtype
 from ._registry import backend_of
 from .backend import Array, Backend, Primitive
 
@@ -124,7 +124,7 @@ class Slices:
         self.n = self.shape[self.axis]
         self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         self.dtype = x.dtype
-        self.working = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+        self.working = working_dtype(xp, x.dtype)
         self.sign = -1.0 if smallest else 1.0
 
     # -- conversions

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from . import _neighbor_primitives as primitives
 from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_temperature, is_number, require_array
+from ._checks import check_mass, check_precision, check_temperature, is_number, require_array
 from ._operators import operator_from
 from .backend import Array
 
@@ -36,8 +36,7 @@ class _Pairs(Slices):
             raise ValueError(
                 f"queries and keys must have at least two axes, points and coordinates, got shapes {shape} and {other}"
             )
-        if keys.dtype != queries.dtype:
-            raise TypeError(f"keys must have the dtype of queries, {queries.dtype}, got {keys.dtype}")
+        check_precision(self.xp, "keys", keys, "queries", queries)
         if shape[-1] != other[-1] or shape[-1] == 0:
             raise ValueError(
                 "queries and keys must have the same coordinates, at least one, "
@@ -130,8 +129,9 @@ def weights(
         Points whose neighbours are wanted, shape (..., q, d), real floating-point. A query with a NaN or an infinity
         has NaN neighbours.
     keys : array
-        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. A key with an
-        infinity is never chosen; one with a NaN makes every query NaN that may choose it.
+        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. float16, bfloat16
+        and float32 may stand beside each other. A key with an infinity is never chosen; one with a NaN makes every
+        query NaN that may choose it.
     k : number or array
         How many neighbours, from 0 to n, not necessarily whole. An array holds one value a query: it broadcasts to
         (..., q, 1).
@@ -403,8 +403,7 @@ def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
 
 def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
     """Real labels: a row of them for each point."""
-    if values.dtype != pairs.dtype:
-        raise TypeError(f"{name} must be integers or have the dtype of queries, {pairs.dtype}, got {values.dtype}")
+    check_precision(pairs.xp, name, values, "queries", pairs.queries, besides="be integers or ")
     shape = tuple(values.shape)
     if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
         wanted = (*pairs.before, count)
