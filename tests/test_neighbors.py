@@ -470,6 +470,14 @@ def test_fewer_keys_than_k_are_all_chosen(rng: Any) -> None:
     assert_close(shares, np.tile([2 / 3, 0.0], (Q, 1)), 1e-15)
 
 
+@pytest.mark.parametrize("k", [N - 1, N, N - 1.5])
+def test_there_is_a_gradient_where_not_all_keys_are_chosen(k: float, rng: Any) -> None:
+    """Each point leaves out itself."""
+    points, labels, every = rng.normal(size=(N, FEW)), np.arange(N) % 2, np.arange(N)
+    _, pullback = softk.vjp(neighbors.loss, points, points, labels, labels, k, epsilon=1.0, exclude=every)
+    assert all(values.any() == (k < N - 1) for values in pullback(1.0).values())
+
+
 def test_labels_outside_their_range_do_not_vote(rng: Any) -> None:
     points, *_ = problem(rng, FEW)
     labels = np.asarray([0, 1, -1, 2, 0, 3, 1])
