@@ -126,7 +126,7 @@ class Backend:
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
     def exact(self, x: Array) -> AbstractContextManager[Any]:
-        """A context in which products of matrices, on the device of `x`, are rounded as their dtype is and no coarser."""
+        """A context in which products of matrices on the device of `x` are rounded as their dtype is, no coarser."""
         return nullcontext()
 
     def device(self, x: Array) -> Any:

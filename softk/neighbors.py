@@ -162,10 +162,12 @@ def weights(
     -----
     Derivatives flow to the points, `k` and `epsilon`. In up to 8 dimensions distances are sums of squared
     differences; in more they are a matrix product around the mean of the keys, with an error of a few roundings of
-    the squared distances from that mean. Where a query may choose at most `k` keys, all of them are chosen, wherever they
-    lie, and no gradient flows to the points. The gradients of the points are matrix products around it in all dimensions.
+    the squared distances from that mean. The gradients of the points are matrix products around it in all dimensions.
     On a device whose matrix products are of less than single precision by default, ask the framework for the full
     one.
+
+    Where a query may choose at most `k` keys, all of them are chosen, wherever they lie, and the points have a gradient
+    of 0.
 
     References
     ----------
@@ -226,8 +228,8 @@ def class_probabilities(
     -------
     array
         The probabilities (..., q, c), of the dtype and device of `queries`. They sum to 1 for every query all of whose
-        neighbours have a class, unless it has fewer than `k` keys to choose from: then each of these has a vote of 1 / k,
-        and they sum to their number over `k`.
+        neighbours have a class, unless it has fewer than `k` keys to choose from: then each of these has a vote of
+        1 / k, and they sum to their number over `k`.
 
     Raises
     ------
