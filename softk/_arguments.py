@@ -136,7 +136,7 @@ class Slices:
         return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
 
     def _cast(self, values: Array, dtype: Any) -> Array:
-        return values if values.dtype == dtype else self.xp.astype(values, dtype)
+        return cast(self.xp, values, dtype)
 
     def _stretch(self, name: str, values: Array) -> Array:
         """Broadcast an array of one value an item to the scores."""
@@ -363,6 +363,11 @@ def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
+
+
+def cast(xp: Any, values: Array, dtype: Any) -> Array:
+    """astype, without a copy where nothing is converted."""
+    return values if values.dtype == dtype else xp.astype(values, dtype)
 
 
 # --- shapes

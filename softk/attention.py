@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._arguments import common_backend, fits
+from ._arguments import cast, common_backend, fits
 from ._checks import check_precision, is_number, require_array, working_dtype
 from ._operators import log_topk
 from ._registry import backend_of
@@ -115,7 +115,7 @@ def topk_attention(
     _require_broadcast("value", value, weights)
     weights = weights if dropout is None else dropout(weights)
     with backend.quiet(), backend.exact(query):
-        return xp.astype(xp.matmul(weights, xp.astype(value, weights.dtype)), dtype)
+        return cast(xp, xp.matmul(weights, cast(xp, value, weights.dtype)), dtype)
 
 
 def attention_weights(
@@ -164,7 +164,7 @@ def attention_weights(
     [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
     """
     weights = _weights(query, key, k, epsilon, mask, is_causal, scale, enable_gqa)
-    return backend_of(weights).xp.astype(weights, query.dtype)
+    return cast(backend_of(weights).xp, weights, query.dtype)
 
 
 def _weights(
@@ -194,7 +194,7 @@ def _weights(
     with backend.quiet(), backend.exact(query):
         # In half precision the products would be rounded by more than what the scores of two keys differ by.
         wide = working_dtype(xp, query.dtype)
-        scores = xp.matmul(xp.astype(query, wide), xp.matrix_transpose(xp.astype(key, wide))) * scale
+        scores = xp.matmul(cast(xp, query, wide), xp.matrix_transpose(cast(xp, key, wide))) * scale
     rows, n = scores.shape[-2:]
     where = None
     if mask is not None:
@@ -243,7 +243,7 @@ def _masked(xp: Any, mask: Array, scores: Array) -> tuple[Array | None, Array]:
         return mask, scores
     if not xp.isdtype(mask.dtype, "real floating"):
         raise TypeError(f"mask must be of bool or real floating-point, got dtype {mask.dtype}")
-    return None, scores + xp.broadcast_to(xp.astype(mask, scores.dtype), full)
+    return None, scores + xp.broadcast_to(cast(xp, mask, scores.dtype), full)
 
 
 def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
