@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from ._checks import check_axis, is_number, kind_of, require_array, require_equal_sizes, require_size
+from ._checks import (
+    check_axis,
+    is_number,
+    kind_of,
+    require_array,
+    require_equal_sizes,
+    require_size,
+    working_dtype,
+)
 from ._registry import backend_of
 from ._solver import counted
 from .backend import Array, Backend, Primitive, broadcast_like, unknown
@@ -131,7 +139,7 @@ class Slices:
         self.n = self.shape[self.axis]
         self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         self.dtype = x.dtype
-        self.working = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+        self.working = working_dtype(xp, x.dtype)
         self.sign = -1.0 if smallest else 1.0
 
     def require_sizes(self) -> None:
@@ -155,7 +163,7 @@ class Slices:
         return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
 
     def _cast(self, values: Array, dtype: Any) -> Array:
-        return values if values.dtype == dtype else self.xp.astype(values, dtype)
+        return cast(self.xp, values, dtype)
 
     def _stretch(self, name: str, values: Array) -> Array:
         """Broadcast an array of one value an item to the scores."""
@@ -405,6 +413,11 @@ def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
+
+
+def cast(xp: Any, values: Array, dtype: Any) -> Array:
+    """astype, without a copy where nothing is converted."""
+    return values if values.dtype == dtype else xp.astype(values, dtype)
 
 
 # --- shapes

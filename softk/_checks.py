@@ -109,6 +109,21 @@ def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "t
     return k
 
 
+def working_dtype(xp: Any, dtype: Any) -> Any:
+    """What a real floating dtype is computed in: float32 at least."""
+    return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
+
+
+def check_precision(xp: Any, name: str, value: Any, of: str, other: Any, *, besides: str = "") -> None:
+    """Two arrays that are computed in one dtype: float16, bfloat16 and float32 may stand beside each other."""
+    if xp.isdtype(value.dtype, "real floating") and working_dtype(xp, value.dtype) == working_dtype(xp, other.dtype):
+        return
+    narrow = ", or another of at most 32 bits" if xp.finfo(other.dtype).bits <= 32 else ""
+    raise TypeError(
+        f"{name} must {besides}have the dtype of {of}, {other.dtype}{narrow}, got {value.dtype}; convert one"
+    )
+
+
 def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
     if not is_number(epsilon):
         return

@@ -289,7 +289,9 @@ def quantile(
     axis, epsilon
         As for `softk.topk`.
     weights : array, optional
-        Frequencies, at least 0, broadcasting to the shape of `x`: their sum takes the place of n.
+        Frequencies, at least 0, broadcasting to the shape of `x`: how many observations each item stands for. Their sum
+        takes the place of n. Several items whose frequencies sum to at most 1 are no sample, and their quantile is NaN;
+        see the notes for weights that are probabilities.
     where : array of bool, optional
         Items that count, broadcasting to the shape of `x`.
     keepdims : bool, optional
@@ -305,6 +307,19 @@ def quantile(
     TypeError, ValueError
         As `softk.topk`; also if there are no scores along `axis`.
 
+    Notes
+    -----
+    A soft quantile may lie beyond the data: it is a threshold, not a convex combination of the scores. Without weights
+    that for q = 1 is never below the largest score, since the mask of `softk.topk` sums to one half there. All soft
+    quantiles lie between ``min(x) - d`` and ``max(x) + d`` with ``d = epsilon / 2 * log(2 n - 1)``. Both bounds are
+    reached where all scores are equal.
+
+    Weights have two readings. Here they are frequencies: doubling them all doubles the sample, and whole ones do what
+    repeating the items does. In ``numpy.quantile(x, q, weights=w, method="inverted_cdf")`` they are probabilities up to
+    a factor. That quantile is the level above which a share ``1 - q`` of the weight lies, with a soft twin in
+    ``softk.threshold(x, (1 - q) * w.sum(), weights=w)`` for q between 0 and 1. Frequencies are made of probabilities by
+    multiplying with the number of observations that they stand for; the more, the nearer the two readings are.
+
     References
     ----------
     Hyndman and Fan, "Sample Quantiles in Statistical Packages", The American Statistician 1996, definition 7, with
@@ -316,14 +331,23 @@ def quantile(
     >>> import softk
     >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
     [1.0, 5.0, 7.5]
+
+    Probabilities, by the two readings, as a sample of ten and as a level above which half of them lie:
+
+    >>> x, w = np.asarray([1.0, 2.0, 3.0, 4.0]), np.asarray([0.1, 0.2, 0.3, 0.4])
+    >>> float(softk.quantile(x, 0.25, epsilon=0.01, weights=10 * w).round(2))
+    2.25
+    >>> float(softk.threshold(x, 0.75 * w.sum(), epsilon=0.01, weights=w).round(2))
+    2.01
     """
     check_flag("keepdims", keepdims)
     slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
     if is_number(q):
-        q = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))
-        if not 0.0 <= q <= 1.0:
+        number = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))
+        if not 0.0 <= number <= 1.0:
             raise ValueError(f"q must be from 0 to 1, got {q!r}")
+        q = number
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         probability = slices.probabilities(q)

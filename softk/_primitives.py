@@ -231,9 +231,14 @@ class _Place:
             n = xp.full_like(q, x.shape[-1])
             if where is not None:
                 n = n - xp.astype(xp.count_nonzero(~where, axis=-1, keepdims=True), q.dtype)
+            sampled = n > 0.0
         else:
             counted = weights if where is None else xp.where(where, weights, 0.0)
             n = xp.sum(xp.where(counted >= 0.0, counted, math.nan), axis=-1, keepdims=True)
+            items = xp.astype(xp.count_nonzero(counted > 0.0, axis=-1, keepdims=True), q.dtype)
+            # The place (n - 1) q tells no q from another unless there is more than one observation: several items that
+            # are one together, or less, have no quantiles. Probabilities sum to 1 but for a rounding an item.
+            sampled = (n - 1.0 > float(xp.finfo(q.dtype).eps) * items) | ((n > 0.0) & (items == 1.0))
         position = (n - 1.0) * q
         index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
         margin = 0.5 * xp.minimum(n, 1.0)
@@ -244,7 +249,7 @@ class _Place:
         held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
         self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)
         self.second_rate = xp.where(n - index - 1.5 >= margin, 1.0, held)
-        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & (n > 0.0), xp.maximum(position - index, 0.0), math.nan)
+        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & sampled, xp.maximum(position - index, 0.0), math.nan)
 
 
 def _quantile_forward(

@@ -168,6 +168,10 @@ class Backend:
         numpy = sys.modules.get("numpy")
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
+    def exact(self, x: Array) -> AbstractContextManager[Any]:
+        """A context in which products of matrices on the device of `x` are rounded as their dtype is, no coarser."""
+        return nullcontext()
+
     def device(self, x: Array) -> Any:
         """The device of an array, as creation functions take it."""
         return array_api_compat.device(x)

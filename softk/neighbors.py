@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from . import _neighbor_primitives as primitives
 from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_temperature, is_number, require_array, require_size
+from ._checks import check_mass, check_precision, check_temperature, is_number, require_array, require_size
 from ._operators import operator_from
 from .backend import AnyArray, Array, ArrayT
 
@@ -36,8 +36,7 @@ class _Pairs(Slices):
             raise ValueError(
                 f"queries and keys must have at least two axes, points and coordinates, got shapes {shape} and {other}"
             )
-        if keys.dtype != queries.dtype:
-            raise TypeError(f"keys must have the dtype of queries, {queries.dtype}, got {keys.dtype}")
+        check_precision(self.xp, "keys", keys, "queries", queries)
         if shape[-1] != other[-1] or shape[-1] == 0:
             raise ValueError(
                 "queries and keys must have the same coordinates, at least one, "
@@ -131,8 +130,9 @@ def weights(
         Points whose neighbours are wanted, shape (..., q, d), real floating-point. A query with a NaN or an infinity
         has NaN neighbours.
     keys : array
-        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. A key with an
-        infinity is never chosen; one with a NaN makes every query NaN that may choose it.
+        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. float16, bfloat16
+        and float32 may stand beside each other. A key with an infinity is never chosen; one with a NaN makes every
+        query NaN that may choose it.
     k : number or array
         How many neighbours, from 0 to n, not necessarily whole. An array holds one value a query: it broadcasts to
         (..., q, 1).
@@ -166,6 +166,9 @@ def weights(
     the squared distances from that mean. The gradients of the points are matrix products around it in all dimensions.
     On a device whose matrix products are of less than single precision by default, ask the framework for the full
     one.
+
+    Where a query may choose at most `k` keys, all of them are chosen, wherever they lie, and the points have a gradient
+    of 0.
 
     References
     ----------
@@ -226,7 +229,8 @@ def class_probabilities(
     -------
     array
         The probabilities (..., q, c), of the dtype and device of `queries`. They sum to 1 for every query all of whose
-        neighbours have a class, unless it has fewer than `k` keys to choose from.
+        neighbours have a class, unless it has fewer than `k` keys to choose from: then each of these has a vote of
+        1 / k, and they sum to their number over `k`.
 
     Raises
     ------
@@ -324,6 +328,9 @@ def loss(
     The likelihood is formed from the logarithm of the weights and does not underflow: the gradient of a query far
     from all of its own class is that of minus its log weights, not 0.
 
+    It is 0 where a query may choose at most `k` keys: all of them vote, wherever they lie. To learn from n points that
+    are left out by `exclude`, `k` must be below n - 1.
+
     References
     ----------
     Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4, with the likelihood in the place
@@ -404,8 +411,7 @@ def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
 
 def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
     """Real labels: a row of them for each point."""
-    if values.dtype != pairs.dtype:
-        raise TypeError(f"{name} must be integers or have the dtype of queries, {pairs.dtype}, got {values.dtype}")
+    check_precision(pairs.xp, name, values, "queries", pairs.queries, besides="be integers or ")
     shape = tuple(values.shape)
     if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
         wanted = (*pairs.before, count)

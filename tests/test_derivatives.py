@@ -258,6 +258,37 @@ def test_quantile_near_the_top_of_a_total_that_is_not_whole() -> None:
             assert_close(name, pullback(np.asarray(1.0))[name], np.asarray(values), "float64")
 
 
+@pytest.mark.parametrize("lib", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("total", [1.02, 1.7, 2.6])
+def test_quantile_of_few_observations(lib: str, total: float) -> None:
+    """The frequencies of the items that are left sum to little more than 1; those that are removed are many."""
+    library = BY_NAME[lib]
+    library.require()
+    rng = np.random.default_rng(8)
+    x, where = rng.normal(size=12), np.arange(12) % 4 != 1
+    weights = rng.uniform(0.2, 1.0, 12)
+    weights *= total / weights[where].sum()
+    weights[~where] = [50.0, np.nan, -1.0]
+    q, epsilon, u = np.asarray(0.64), np.asarray(0.15), 0.7
+    wanted = Quantile(x, 0.64, 0.15, np.where(where, weights, 0.0), where)
+
+    def run(x: Any, q: Any, epsilon: Any, weights: Any, where: Any, tangents: Any) -> Any:
+        options = {"epsilon": epsilon, "weights": weights, "where": where}
+        out, pullback = softk.vjp(softk.quantile, x, q, **options)
+        _, rate = softk.jvp(softk.quantile, x, q, **options, tangents=tangents)
+        return out, pullback(u + 0.0 * out), rate
+
+    given = {"x": x, "q": q, "epsilon": epsilon, "weights": weights}
+    tangents = {name: rng.normal(size=value.shape) for name, value in given.items()}
+    moved = {name: library.array(value) for name, value in tangents.items()}
+    out, found, rate = run(*(library.array(value) for value in (*given.values(), where)), moved)
+    assert abs(library.numpy(out) - wanted.value) <= 1e-14
+    for name, values in wanted.vjp(u).items():
+        assert_close(name, library.numpy(found[name]), np.asarray(values), "float64")
+    along = {f"d{name}": np.where(where, v, 0.0) if name == "weights" else v for name, v in tangents.items()}
+    assert_close("rate", library.numpy(rate), np.asarray(wanted.jvp(**along)), "float64")
+
+
 # --- native gradients
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import softk
+import softk.attention
+import softk.beam
 import softk.neighbors
 
 from . import closed_form
@@ -623,13 +625,18 @@ def precisions(jaxpr: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("function", ["neighbors", "sorted_topk"])
+@pytest.mark.parametrize("function", ["neighbors", "sorted_topk", "attention", "beam"])
 def test_products_of_matrices_are_exact(function: str) -> None:
-    """Distances and Newton's steps are small differences, which a GPU's default of 10 bits would lose."""
+    """Distances, scores and Newton's steps have small differences, which a GPU's default of 10 bits would lose."""
 
     def loss(x: Any) -> Any:
         if function == "neighbors":
             return jnp.sum(softk.neighbors.weights(x, x, 2, epsilon=0.3) ** 2)
+        if function == "attention":
+            return jnp.sum(softk.attention.topk_attention(x, x, x, 2, epsilon=0.3) ** 2)
+        if function == "beam":
+            found = softk.beam.step(x, 2, table=jnp.ones((64, 3), x.dtype), states=x, epsilon=0.3)
+            return jnp.sum(found.inputs**2) + jnp.sum(found.states**2)
         return jnp.sum(softk.sorted_topk(x, 3, epsilon=0.3).values ** 2)
 
     with jax.default_matmul_precision("default"):
