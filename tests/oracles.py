@@ -342,6 +342,34 @@ def problems() -> list[Problem]:
     ]
 
 
+@cache
+def dominated(dtype: str, weighted: bool = False) -> Problem:
+    """One item has nearly all of the derivative: k is fractional and the other scores are many temperatures away.
+
+    As it is in a dtype. The wider the gaps, the fewer digits the derivative by that item has in common with its terms.
+    """
+    rng = np.random.default_rng(11)
+    gaps = (5.0, 6.0, 7.0, 8.0, 10.0, 13.0) if dtype == "float32" else (10.0, 15.0, 17.0, 18.0, 20.0, 25.0)
+    placed = np.asarray([np.asarray([gap, 0.0, gap + 1, -gap, gap + 2, -gap - 0.5]) for gap in gaps])
+    x = np.concatenate([placed, 4.0 * rng.normal(size=(10, 6))])
+    weights = rng.integers(2, 9, size=x.shape) / 4.0 if weighted else None
+    if weights is None:
+        k = np.concatenate([_column(3.75, 3.95, 3.95, 3.3, 3.75, 3.6), rng.integers(1, 6, (10, 1)) + 0.3])
+    else:  # a part of the weight of one item, which is exact in any dtype
+        held = np.take_along_axis(weights, np.argsort(-x, axis=1), axis=1)
+        place = np.concatenate([np.full(6, 3), rng.integers(1, 5, 10)])
+        k = np.asarray([[row[:i].sum() + 0.375 * row[i]] for row, i in zip(held, place, strict=True)])
+    return Problem("dominated", x, k, np.ones((len(x), 1)), weights).rounded(dtype)
+
+
+def assert_rows_close(found: Any, wanted: Any, dtype: str) -> None:
+    """Relative to the largest entry of each row, by the tolerance of derivatives."""
+    found, wanted = (np.asarray(value, float).reshape(len(value), -1) for value in (found, wanted))
+    assert found.shape == wanted.shape
+    error = np.abs(found - wanted).max(axis=1) / np.abs(wanted).max(axis=1)
+    np.testing.assert_array_less(error, {"float64": 1e-11, "float32": 2e-5}[dtype])
+
+
 PROBLEMS = {problem.name: problem for problem in problems()}
 
 #: Those that a library runs which compiles every call anew.

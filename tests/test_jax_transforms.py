@@ -19,6 +19,8 @@ import softk.neighbors
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
 from .libraries import BY_NAME
+from .oracles import EXACT, Problem, Reference, assert_rows_close, dominated
+from .plan_oracles import Ladder, Transported
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -240,6 +242,175 @@ def test_every_axis_and_either_end(axis: int, mode: str, rng: Any) -> None:
     expected = closed_form.pullback("topk", np.moveaxis(u, axis, -1), last)
     assert_close(found[0], sign * np.moveaxis(expected["x"], -1, axis))
     assert_close(found[1], np.moveaxis(expected["k"], -1, axis))
+
+
+# --- where one item has nearly all of the derivative: what is left of it by that item is the sum of the others
+
+
+def by_rows(function: str, problem: Problem, u: np.ndarray, tangents: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    """Cotangents and tangents by the reference, the latter of one argument at a time."""
+    log = function == "log_topk"
+    pulled: dict[str, list[Any]] = {name: [] for name in problem.arguments}
+    pushed: dict[str, list[Any]] = {name: [] for name in problem.arguments}
+    for i, reference in enumerate(problem.references):
+        found = reference.vjp(b=u[i]) if function == "threshold" else reference.vjp(u[i], log=log)
+        for name in pulled:
+            pulled[name].append(np.atleast_1d(found[name]))
+            moved = tangents[name][i]
+            moved = {f"d{name}": moved if moved.size > 1 else moved[0]}
+            both = reference.jvp(**moved)
+            pushed[name].append(reference.log_jvp(**moved) if log else both[function == "threshold"])
+    return pulled, pushed
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "with_weights"),
+    [
+        ("topk", "float32", False),
+        ("topk", "float64", True),
+        ("log_topk", "float32", False),
+        wide("topk", "float64", False),
+        wide("topk", "float32", True),
+        wide("log_topk", "float64", True),
+        wide("threshold", "float32", True),
+        wide("threshold", "float64", False),
+        wide("hard", "float32", False),
+    ],
+)
+def test_one_item_dominates(function: str, dtype: str, with_weights: bool, rng: Any) -> None:
+    """Both modes, in every argument, under jit."""
+    problem = dominated(dtype, with_weights)
+    if function == "hard":
+        problem = Problem("whole", problem.x, np.ceil(problem.k), problem.epsilon)
+    public = getattr(softk, "topk" if function == "hard" else function)
+    options = {"hard": True} if function == "hard" else {}
+    names = tuple(problem.arguments)
+
+    def f(*given: Any) -> Any:
+        x, k, epsilon, *weights = given
+        return public(x, k, epsilon=epsilon, **({"weights": weights[0]} if weights else {}), **options)
+
+    given = arrays(problem.arguments)
+    u = rng.standard_normal(len(problem.x) if function == "threshold" else problem.x.shape).astype(dtype)
+    tangents = {name: rng.standard_normal(value.shape).astype(dtype) for name, value in problem.arguments.items()}
+    pulled, pushed = by_rows(function, problem, u, tangents)
+    found = jax.jit(lambda u, *given: jax.vjp(f, *given)[1](u))(jnp.asarray(u), *given)
+    for name, gradient in zip(names, found, strict=True):
+        assert_rows_close(gradient, pulled[name], dtype)
+
+    @jax.jit
+    def push(*moved: Any) -> Any:
+        return jax.jvp(f, given, moved)[1]
+
+    for name in names:
+        moved = arrays({other: value * (other == name) for other, value in tangents.items()}, dtype)
+        assert_rows_close(push(*moved), pushed[name], dtype)
+
+
+def curvature(x: np.ndarray, k: float, epsilon: float, u: np.ndarray) -> np.ndarray:
+    """The Hessian of the mask times u, by difference quotients of the first derivative in 120 digits."""
+    step = EXACT.array(1e-30)[()]
+    columns = []
+    for i in range(x.size):
+        near = []
+        for sign in (1, -1):
+            moved = EXACT.array(x)
+            moved[i] = moved[i] + sign * step
+            at = Reference(moved, k, epsilon)
+            direct = at.v * EXACT.array(u) / at.tau
+            near.append(direct - direct.sum() * at.v / at.V)
+        columns.append((near[0] - near[1]) / (2 * step))
+    return np.asarray(np.stack(columns), float)
+
+
+@pytest.mark.parametrize(
+    ("x", "k", "dtype"),
+    [([10.0, 0.0, 11.0], 2.75, "float32"), wide([7.0, 0.0, 8.0], 2.95, "float32"), ([20, 0, 21], 2.75, "float64")],
+)
+def test_one_item_dominates_under_every_transform(x: list[float], k: float, dtype: str) -> None:
+    u = np.asarray([1.0, -2.0, 0.5])
+    reference = Reference(np.asarray(x, float), k, 1.0)
+    expected = reference.vjp(u)["x"]
+    jacobian = np.stack([reference.jvp(dx=row)[0] for row in np.eye(3)], axis=1)
+    wide_floats = dtype == "float64"
+    with jax.enable_x64(wide_floats):
+        at, weight = jnp.asarray(x, dtype), jnp.asarray(u, dtype)
+
+        def mask(x: Any) -> Any:
+            return softk.topk(x, jnp.asarray(k, dtype), epsilon=jnp.asarray(1.0, dtype))
+
+        def loss(x: Any) -> Any:
+            return (mask(x) * weight).sum()
+
+        def step(total: Any, x: Any) -> tuple[Any, Any]:
+            return total + loss(x), None
+
+        def scanned(x: Any) -> Any:
+            return jax.lax.scan(step, jnp.zeros((), dtype), x[None])[0]
+
+        gradients = {
+            "grad": jax.grad(loss)(at),
+            "checkpoint": jax.grad(jax.checkpoint(loss))(at),
+            "scan": jax.grad(scanned)(at),
+            "vmap": jax.vmap(jax.grad(loss))(jnp.stack([at, at]))[1],
+            "linear transpose": jax.linear_transpose(jax.linearize(mask, at)[1], at)(weight)[0],
+            "transposed twice": jax.jit(lambda v: jax.vjp(lambda v: jax.vjp(mask, at)[1](v)[0], v)[1](v)[0])(weight),
+            "forward of reverse": jax.jvp(lambda v: jax.vjp(mask, at)[1](v)[0], (weight,), (weight,))[1],
+        }
+        jacobians = [jax.jacrev(mask)(at), jax.jacfwd(mask)(at)]
+        hessians = [
+            outer(inner(loss))(at) for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2)
+        ]
+    for name, found in gradients.items():
+        assert found.dtype == dtype, name
+        assert_rows_close(found[None], expected[None], dtype)
+    for found in jacobians:
+        assert_rows_close(found, jacobian, dtype)
+    curved = curvature(np.asarray(x, float), k, 1.0, u)
+    for found in hessians:
+        assert_rows_close(found, curved, dtype)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        ("transport", "float32"),
+        wide("transport", "float64"),
+        wide("rank", "float32"),
+        wide("sort", "float32"),
+    ],
+)
+def test_one_score_dominates_a_boundary(function: str, dtype: str, rng: Any) -> None:
+    gap = 20.0 if dtype == "float32" else 45.0
+    x = np.asarray([[gap, 0.0, gap + 1], [gap / 3, 0.0, gap / 3 + 1], [gap / 2, 0.0, -gap / 2]], dtype)
+    anchors, marginals = np.asarray([0.0, 1.0], dtype), np.asarray([0.25, 2.75], dtype)
+
+    def f(x: Any, epsilon: Any) -> Any:
+        if function == "transport":
+            return softk.transport(x, jnp.asarray(anchors), jnp.asarray(marginals), epsilon=epsilon).plan
+        return getattr(softk, function)(x, epsilon=epsilon, num_anchors=2)
+
+    at, moved = jnp.asarray(x), rng.standard_normal(x.shape).astype(dtype)
+    u = rng.standard_normal((3, 3, 2) if function == "transport" else (3, 3 if function == "rank" else 2)).astype(dtype)
+    epsilon, one = jnp.ones((3, 1), dtype), np.ones((3, 1), dtype)
+    pulled = jax.jit(lambda x, epsilon, u: jax.vjp(f, x, epsilon)[1](u))(at, epsilon, jnp.asarray(u))
+    still = jnp.zeros((3, 1), dtype)
+    pushed = jax.jit(lambda x, dx: jax.jvp(f, (x, epsilon), (dx, still))[1])(at, jnp.asarray(moved))
+    by_x, by_epsilon, tangents = [], [], []
+    for row, cotangent, direction in zip(x, u, moved, strict=True):
+        if function == "transport":
+            transported = Transported(row, anchors, marginals, float(one[0, 0]))
+            found, tangent = transported.vjp(cotangent, ("x", "epsilon")), transported.jvp(x=direction)
+        else:
+            part = {"rank": "ranks", "sort": "values"}[function]
+            ladder = Ladder(row, 2, 1.0, unit=1.5, step=2.0, largest=False)
+            found, tangent = ladder.vjp(**{part: cotangent}), ladder.jvp(direction, 0.0)[part]
+        by_x.append(found["x"])
+        by_epsilon.append([found["epsilon"]])
+        tangents.append(tangent)
+    assert_rows_close(pulled[0], np.stack(by_x), dtype)
+    assert_rows_close(pulled[1], np.asarray(by_epsilon), dtype)
+    assert_rows_close(pushed, np.stack(tangents), dtype)
 
 
 # --- second and third derivatives
