@@ -29,6 +29,12 @@ delta is exact without weights; with them, what is more than a rounding of their
 distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
 not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
 farthest that a derivative sees.
+
+**Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
+reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item
+j with nearly all of p has a derivative that is minus the sum of the others', and is lost in rounding as a difference of
+its own terms. So it is chosen out and not subtracted, in both directions: w - w_j and u - a u_j / a_j are zero there by
+a choice, of which the transpose sums up the others; and its tangent is -sum_{i != j} a_i dm_i / a_j.
 """
 
 from __future__ import annotations
@@ -196,20 +202,38 @@ class Linearisation:
         most, held = self.dominating()
         u = self.kept(u)
         if self.weights is None:
-            u = u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal)
+            u = self.others(most, u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal))
             del most
             g = g - self.height * dot(self.scaled, u)
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
-        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
-        unit = xp.where(held, dot(most, share), xp.max(share, axis=-1, keepdims=True))
-        share = over.divide(share, nonzero(xp, unit))  # weights may be of any size
+        share = self.relative(most, held)
         level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
-        del most
         share = share * level
-        u = u - share
-        del share
+        u = self.others(most, u - share)
+        del most, share
         found = over.multiply(u, self.gain())
         return over.add(found, self.shares(g - self.total(found)))
+
+    def others(self, most: Array, values: Array) -> Array:
+        """Zero at the item that dominates p, where the values are zero: a choice, if they are differentiated."""
+        return self.xp.where(most > 0.0, 0.0, values) if self.over is self.xp else values
+
+    def relative(self, most: Array, held: Array) -> Array:
+        """The weights, which may be of any size, in units of that of the item that dominates p, or of the largest."""
+        xp = self.xp
+        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
+        unit = xp.where(held, self.backend.dot(most, share), xp.max(share, axis=-1, keepdims=True))
+        return self.over.divide(share, nonzero(xp, unit))
+
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        """v w, for a w whose mean by p is 0. Its weighted sum is 0, which gives the value where p dominates."""
+        xp, dot = self.xp, self.backend.dot
+        moved = xp.where(most > 0.0, 0.0, self.gain() * w)
+        if self.weights is None:
+            return moved - self.total(moved) * xp.where(held, most, self.scaled / self.normal)
+        share = self.relative(most, held)
+        rest = dot(share, moved)
+        return moved - rest * xp.where(held, most, self.scaled / nonzero(xp, dot(self.scaled, share)))
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""
@@ -247,12 +271,12 @@ class Linearisation:
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * self.kept(da))
-        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean.
+        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean, and
+        # is zero there whatever a compiler makes of a product and a difference.
         share = self.weigh(self.scaled)
         most, held = self.dominating()
         origin = xp.where(held, self.backend.dot(most, w), self.backend.dot(share, w) / self.normal)
-        del most
-        w = w - origin
+        w = xp.where(most > 0.0, 0.0, w - origin)
         shifted = self.backend.dot(share, w) / self.normal
         del share
         mean = shifted + origin
@@ -260,7 +284,7 @@ class Linearisation:
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        moved = self.gain() * (w - shifted)
+        moved = self.response(w - shifted, most, held)
         if dk is not None or da is not None:
             moved = moved + self.lift() * dh
         return moved, ds, self.tau * (mean - found)
@@ -313,6 +337,9 @@ class LogLinearisation(Linearisation):
         never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
         return self.xp.where(never, 0.0, self.backend.sigmoid(-z))
 
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        return self.gain() * w
+
     def lift(self) -> Array:
         """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
         z = self.z()
@@ -327,4 +354,5 @@ class LogLinearisation(Linearisation):
         share = self.shares(self.xp.ones_like(self.offset))
         share = share / self.xp.where(held, self.backend.dot(most, share), 1.0)
         found = direct - share * self.xp.where(held, self.backend.dot(most, direct), self.total(direct))
+        found = self.others(most, found)
         return self.shares(g - self.total(found)) + found

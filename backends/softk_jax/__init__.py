@@ -150,11 +150,13 @@ def _by_bits(x: Array, ranks: Array) -> Array:
 
     def turn(i: Array, found: Array) -> Array:
         # The highest bit is the sign, and is set in the lowest number.
-        place = jnp.left_shift(jnp.ones((), integer), 8 * x.dtype.itemsize - 1 - i.astype(integer))
+        # Without jit, i is a Python number.
+        place = jnp.left_shift(jnp.ones((), integer), 8 * x.dtype.itemsize - 1 - jnp.asarray(i, integer))
         trial = found ^ place
         return jnp.where(jnp.count_nonzero(keys >= trial, axis=-1, keepdims=True) >= ranks, trial, found)
 
-    start = jnp.full(ranks.shape, lowest)
+    # Under shard_map, what a loop carries varies over the devices from the start: as the keys and the ranks do.
+    start = jnp.where((keys[..., :1] > 0) & (ranks > 0), jnp.full((), lowest, integer), lowest)
     found = jax.lax.fori_loop(0, 8 * x.dtype.itemsize, turn, start)[..., 0]
     return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ most, found), x.dtype)
 
