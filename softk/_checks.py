@@ -10,7 +10,9 @@ from ._registry import is_array
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """A real number, or the symbol that stands for one in a trace of PyTorch's."""
+    real = isinstance(value, numbers.Real) or hasattr(type(value), "__sym_float__")
+    return real and not isinstance(value, bool)
 
 
 def require_array(name: str, value: Any, *, or_number: bool = False) -> None:

@@ -100,7 +100,7 @@ class _Pairs(Slices):
         }
 
     def options(self, k: Any) -> dict[str, Any]:
-        return {"ranks": static_ranks(k, self.xp.finfo(self.working).bits)}
+        return {"ranks": static_ranks(self.backend, k, self.xp.finfo(self.working).bits)}
 
     def result(self) -> Argument:
         """A result as the primitive returns it, but for the dtype."""
