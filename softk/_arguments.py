@@ -191,7 +191,7 @@ class Slices:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
-            number = scale * float(value)
+            number = scale * (value if self.backend.symbolic(value) else float(value))
             return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
         aligned = (1,) * (self.ndim - len(shape)) + shape
@@ -407,9 +407,9 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
     return backend
 
 
-def static_ranks(k: Any, bits: int) -> tuple[int, int] | None:
-    """ceil(k) and floor(k) + 1 of a number, as it is in a dtype of so many bits."""
-    if not is_number(k):
+def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
+    """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
+    if not is_number(k) or backend.symbolic(k):
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1

@@ -13,7 +13,9 @@ from .backend import Array, unknown
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """A real number, or the symbol that stands for one in a trace of PyTorch's."""
+    real = isinstance(value, numbers.Real) or hasattr(type(value), "__sym_float__")
+    return real and not isinstance(value, bool)
 
 
 def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
@@ -79,7 +81,13 @@ def check_mode(mode: Any) -> bool:
 
 
 def counted_number(k: Any, n: int, eps: float) -> Any:
-    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays."""
+    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays.
+
+    The symbol of a trace stays as it is: a comparison would compile it in.
+    """
+    symbolic = not isinstance(k, numbers.Real)
+    if symbolic:
+        return k
     if (0 <= k <= n and k == math.floor(k)) or isinstance(k, numbers.Integral):
         return k
     if abs(k - n) <= ROUNDINGS * eps * n:

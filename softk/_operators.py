@@ -55,7 +55,7 @@ def _masked(
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
         }
-    options = {"ranks": None if weights is not None else static_ranks(k, bits)}
+    options = {"ranks": None if weights is not None else static_ranks(slices.backend, k, bits)}
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 

@@ -41,9 +41,10 @@ def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, st
             "unit": Argument(slices.per_slice("unit", unit).value),
             "where": slices.kept(where),
         }
-    edges = [unit * (row + 1) for row in range(rows)]
-    few = 2 * rows <= slices.n and rows <= 64  # otherwise sorting is no dearer than selecting
-    ranks = (*(math.ceil(edge) for edge in edges), *(math.floor(edge) + 1 for edge in edges)) if few else None
+    ranks = None
+    if not slices.backend.symbolic(rows) and 2 * rows <= slices.n and rows <= 64:  # else sorting is no dearer
+        edges = [unit * (row + 1) for row in range(rows)]
+        ranks = (*(math.ceil(edge) for edge in edges), *(math.floor(edge) + 1 for edge in edges))
     return {"backend": slices.backend, "arguments": arguments, "options": {"rows": rows, "ranks": ranks}}
 
 

@@ -9,9 +9,9 @@ Everything here is plain dictionaries and import statements, which a framework t
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 import array_api_compat
@@ -93,18 +93,36 @@ def backend_of(x: Array) -> Backend:
 
 
 def _adapter(kind: type) -> Backend | None:
+    if _is_tensor(kind):
+        return ADAPTERS["torch"]()
     if kind not in _by_type:
         _by_type[kind] = _load(kind)
     return _by_type[kind]
 
 
+def _is_tensor(kind: type) -> bool:
+    """Whether PyTorch's adapter serves the type.
+
+    It is not looked up: PyTorch's compiler can list neither the bases of a parameter's type nor its module, and would
+    compile again whenever the dictionary of the types has grown.
+    """
+    from ._third_parties import ENTRIES
+
+    torch = sys.modules.get("torch")
+    if torch is None or not issubclass(kind, torch.Tensor):
+        return False
+    return not ENTRIES or kind in (torch.Tensor, torch.nn.Parameter)
+
+
 def _load(kind: type) -> Backend | None:
+    from ._third_parties import ENTRIES
+
     for base in kind.__mro__:  # a subclass from elsewhere may have a backend of its own
         root = base.__module__.partition(".")[0]
         name = base.__name__.rpartition(".")[2]  # JAX's own holds a module
         if root in ADAPTERS and name in ARRAYS[root]:
             return ADAPTERS[root]()
-        for entry in entry_points(group="softk.backends"):
+        for entry in ENTRIES:
             if entry.name == root:
                 return _third_party(entry)
     return None

@@ -267,6 +267,10 @@ class Backend:
         xp, above = self.xp, x * side
         return xp.sum(above, axis=-1, keepdims=True), xp.sum(x - above, axis=-1, keepdims=True)
 
+    def symbolic(self, number: Any) -> bool:
+        """Whether a number is a symbol of a trace: a graph may compute with it, and Python must not read its value."""
+        return False
+
     def known(self, flag: Array) -> bool | None:
         """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
         return None

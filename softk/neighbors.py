@@ -100,7 +100,7 @@ class _Pairs(Slices):
         }
 
     def options(self) -> dict[str, Any]:
-        return {"ranks": static_ranks(self.k, self.xp.finfo(self.working).bits)}
+        return {"ranks": static_ranks(self.backend, self.k, self.xp.finfo(self.working).bits)}
 
     def result(self) -> Argument:
         """A result as the primitive returns it, but for the dtype."""

@@ -18,6 +18,7 @@ import pytest
 
 import softk
 import softk._registry
+import softk._third_parties
 from softk.backend import Backend
 
 SWEEPS, TYPICAL = 12, 6  # the numbers
@@ -154,10 +155,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install entry points into an environment in which no array has been seen yet."""
 
     def install(*entries: Entry) -> None:
-        def entry_points(*, group: str) -> tuple[Entry, ...]:
-            return entries if group == "softk.backends" else ()
-
-        monkeypatch.setattr(softk._registry, "entry_points", entry_points)
+        monkeypatch.setattr(softk._third_parties, "ENTRIES", entries)
         monkeypatch.setattr(softk._registry, "_by_type", {})
         monkeypatch.setattr(softk._registry, "_by_namespace", {})
 

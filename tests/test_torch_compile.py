@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -171,15 +172,85 @@ def test_other_values_need_no_other_graph(rng: Any) -> None:
     assert counter.frame_count == 1
 
 
-def test_numbers_as_arguments_of_the_compiled_function(rng: Any) -> None:
-    """Numbers that change from call to call, which the compiler makes symbols of."""
-    compiled = torch.compile(positional("topk"), fullgraph=True, backend="aot_eager")
-    for k, epsilon in [(2, 0.7), (3, 0.9), (2.5, 1.1), (3.25, 0.4)]:
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.full), "float32"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [(k, 0.7) for k in range(2, 7)],
+        [(3, 0.9**i) for i in range(12)],
+        pytest.param([(1.5 + 0.25 * i, 0.7) for i in range(12)], marks=pytest.mark.full),
+        pytest.param([(2, 0.7), (3, 0.9), (4, 1.1), (5, 0.4)], marks=pytest.mark.full),
+    ],
+    ids=["k", "epsilon", "fractional", "both"],
+)
+def test_numbers_that_change_need_two_graphs(numbers: list[tuple[float, float]], dtype: str, rng: Any) -> None:
+    """One for the first value, and one for all others, in which the number is a symbol."""
+    counter, kind = counting(), getattr(torch, dtype)
+    compiled = torch.compile(positional("topk"), fullgraph=True, backend=counter)
+    for k, epsilon in numbers:
         values = {"x": rng.standard_normal((2, 7)), "k": np.asarray(float(k)), "epsilon": np.asarray(epsilon)}
-        x = torch.tensor(values["x"], requires_grad=True)
-        u = random(rng, 2, 7)
-        compiled(x, k, epsilon).backward(u)
-        assert_close(x.grad, closed_form.pullback("topk", u.numpy(), values)["x"])
+        x = torch.tensor(values["x"], dtype=kind, requires_grad=True)
+        u = random(rng, 2, 7).to(kind)
+        out = compiled(x, k, epsilon)
+        out.backward(u)
+        values["x"] = x.detach().double().numpy()
+        value, derivative = (1e-13, 1e-11) if dtype == "float64" else (1e-5, 2e-5)
+        assert_close(out.detach().double(), closed_form.topk(**values).astype(float), value)
+        assert_close(x.grad.double(), closed_form.pullback("topk", u.double().numpy(), values)["x"], derivative)
+    assert counter.frame_count == 2
+
+
+def test_symbols_are_checked_as_numbers_are(rng: Any) -> None:
+    compiled = torch.compile(positional("topk"), backend="eager")
+    x = random(rng, 7)
+    for k in (2, 3, 4):
+        compiled(x, k, 0.5)
+    with pytest.raises(ValueError, match="k must be from 0 to 7, the size of x along axis, got 8"):
+        compiled(x, 8, 0.5)
+    for epsilon in (0.4, 0.3):
+        compiled(x, 3, epsilon)
+    with pytest.raises(ValueError, match=r"epsilon must be a positive finite number .*, got -1.0"):
+        compiled(x, 3, -1.0)
+
+
+@pytest.mark.parametrize("function", ["topk", pytest.param("sorted_topk", marks=pytest.mark.full)])
+def test_k_of_the_shape(function: str, rng: Any) -> None:
+    """A fifth of the items: k is a symbol wherever the shape is one."""
+    counter = counting()
+
+    def f(x: Any) -> Any:
+        found = getattr(softk, function)(x, x.shape[-1] // 5, epsilon=0.5)
+        return found if function == "topk" else found.assignment
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
+    for n in (23, 40, 15):
+        x = torch.tensor(rng.standard_normal((3, n)), dtype=torch.float32, requires_grad=True)
+        out, expected = compiled(x), f(x)
+        assert_close(out.detach(), expected.detach().numpy(), 1e-5)
+        u = torch.randn_like(out)
+        gradient, wanted = (torch.autograd.grad(value, x, u)[0] for value in (out, expected))
+        assert_close(gradient, wanted.numpy(), 1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("function", ["log_topk", "threshold", "quantile", "sorted_topk", "rank", "weights"])
+def test_numbers_of_the_other_functions_that_change(function: str, rng: Any) -> None:
+    x = torch.tensor(rng.standard_normal((3, 7)), dtype=torch.float32)
+
+    def f(k: Any, epsilon: Any) -> Any:
+        if function == "weights":
+            return softk.neighbors.weights(x, 1.1 * x, k, epsilon=epsilon)
+        if function == "rank":
+            return softk.rank(x, epsilon=epsilon)
+        found = getattr(softk, function)(x, k / 8 if function == "quantile" else k, epsilon=epsilon)
+        return found.values if function == "sorted_topk" else found
+
+    counter = counting()
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for k, epsilon in [(2, 0.9), (3, 0.8), (4, 0.7), (2, 0.6)]:
+        assert_close(compiled(k, epsilon), f(k, epsilon).numpy(), 1e-5)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
@@ -280,6 +351,113 @@ def test_first_call_ever_is_compiled(rng: Any) -> None:
     gradient = eval(printed)
     expected = closed_form.pullback("topk", u, {"x": x, "k": np.asarray(2.0), "epsilon": np.asarray(0.7)})
     assert_close(np.asarray(gradient), expected["x"])
+
+
+FIRST = """
+import os, sys, traceback, types, warnings
+
+warnings.simplefilter("error")
+import torch, softk
+from torch.nn import Parameter
+
+class Gate(Parameter): pass
+class Own(torch.Tensor): pass
+
+def run(f, *given, fullgraph=True):
+    "The compiled function's value and gradients, and then the function's own."
+    leaves = [value for value in given if value.requires_grad]
+    out = torch.compile(f, fullgraph=fullgraph, backend=BACKEND)(*given)
+    expected = f(*given)
+    assert type(out) is type(expected) and out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected)
+    u = torch.randn(out.shape)
+    found, wanted = (torch.autograd.grad(value, leaves, u) for value in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+def attention():
+    from softk_torch import TopKAttention
+    attend = TopKAttention(Parameter(torch.tensor(2.5)), epsilon=Parameter(torch.tensor(0.5)))
+    run(lambda *given: attend(*given[:3]), *torch.randn(3, 2, 5, 3), *attend.parameters())
+
+def module():
+    from softk_torch import TopK
+    select = TopK(2, epsilon=Parameter(torch.tensor(0.5)))
+    run(lambda x, *_: select(x), torch.randn(7), *select.parameters())
+
+def exported():
+    class Select(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = Parameter(torch.randn(7))
+
+        def forward(self, x):
+            return softk.topk(self.gate + x, 2)
+
+    layer, x = Select(), torch.randn(7)
+    program = torch.export.export(layer, (x,), strict=True)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+def followed_in_parts():
+    "What the compiler cannot follow, it leaves, and goes on below."
+    import softk._third_parties
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+    softk._third_parties.ENTRIES = (types.SimpleNamespace(name="other"),)
+    run(lambda x: softk.topk(x, 2), Gate(torch.randn(7)), fullgraph=False)
+
+def again():
+    "And the second time."
+    from torch._dynamo.testing import CompileCounterWithBackend
+    counter = CompileCounterWithBackend(BACKEND)
+    f = torch.compile(lambda x: softk.topk(x, 2), fullgraph=True, backend=counter)
+    for _ in range(3):
+        f(Parameter(torch.randn(7)))
+    import numpy
+    softk.topk(numpy.ones(3), 1)
+    f(Parameter(torch.randn(7)))
+    assert counter.frame_count == 1, counter.frame_count
+
+GATE, FROZEN, EPSILON = Parameter(torch.randn(7)), Parameter(torch.rand(7), requires_grad=False), torch.tensor(0.5)
+CASES = {
+    "parameter": lambda: run(lambda x: softk.topk(x, 2), GATE),
+    "not of the whole graph": lambda: run(lambda x: softk.topk(x, 2), GATE, fullgraph=False),
+    "frozen": lambda: run(lambda x, a: softk.topk(torch.sin(x), 2, weights=a), GATE, FROZEN),
+    "threshold": lambda: run(lambda x, e: softk.threshold(x, 2, epsilon=e), GATE, Parameter(EPSILON)),
+    "sorted_topk": lambda: run(lambda x: softk.sorted_topk(x, 2).values, GATE),
+    "subclass of the parameter": lambda: run(lambda x: softk.topk(x, 2), Gate(torch.randn(7))),
+    "subclass of the tensor": lambda: run(lambda x: softk.topk(x, 2), torch.randn(7).as_subclass(Own).requires_grad_()),
+    "module": module,
+    "attention": attention,
+    "export": exported,
+    "in parts": followed_in_parts,
+    "again": again,
+}
+
+failed = []
+for name in NAMES:
+    sys.stdout.flush()
+    child = os.fork()  # a process that has called softk no more than this one
+    if child == 0:
+        try:
+            assert "softk_torch" not in sys.modules
+            CASES[name]()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        failed.append(name)
+print(failed)
+"""
+
+COMMON = ["parameter", "frozen", "subclass of the tensor", "module", "in parts", "again"]
+OTHERS = ["not of the whole graph", "threshold", "sorted_topk", "subclass of the parameter", "attention", "export"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("names", [COMMON, pytest.param(OTHERS, marks=pytest.mark.full)], ids=["common", "others"])
+def test_first_call_ever_has_a_type_of_its_own(names: list[str]) -> None:
+    """Each in a process of its own: after an eager call with that type, the compiler need not find its backend."""
+    assert script(f"NAMES, BACKEND = {names!r}, 'eager'\n{FIRST}") == "[]\n"
 
 
 # --- torch.export

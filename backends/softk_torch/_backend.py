@@ -20,6 +20,7 @@ from typing import Any
 import array_api_compat.torch as compat
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from softk.backend import PRIMITIVES, Array, Backend, Primitive, Words
 
@@ -106,6 +107,9 @@ class TorchBackend(Backend):
         gathered.masked_scatter_(torch.arange(width, device=x.device) < counts, found)
         return gathered.reshape(*x.shape[:-1], width)
 
+    def symbolic(self, number: Any) -> bool:
+        return torch.compiler.is_compiling() and not has_static_value(number)
+
     def known(self, flag: Array) -> bool | None:
         return _look(flag)
 
@@ -172,6 +176,7 @@ def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list
 
 
 @torch.compiler.allow_in_graph
+@torch.compiler.disable
 def _apply(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The primitive of that name. The compiler keeps the call whole, so its constants are what a graph can hold."""
     # The same tensor in two argument slots would get the sum of both gradients in each.
@@ -257,6 +262,13 @@ def _lead(value: torch.Tensor, dim: int | None, axes: int, size: int) -> torch.T
     return value.reshape(size, *(1,) * (axes - value.ndim + 1), *value.shape[1:])
 
 
+def _full(shape: tuple[int, ...], value: float, /, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A symbol of a trace is added: the compiler knows that as an operation of tensors, and keeps the symbol open."""
+    if backend.symbolic(value):
+        return torch.zeros(shape, dtype=dtype, device=device) + value
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
 def _concat(arrays: list[torch.Tensor], /, *, axis: int = 0) -> torch.Tensor:
     return torch.cat(arrays, dim=axis)
 
@@ -309,7 +321,14 @@ _OVERWRITING = _Overwriting()
 #: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.
 xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
 vars(linalg).update({**vars(compat.linalg), "solve": _solve})
-_own = {"concat": _concat, "maximum": _maximum, "minimum": _minimum, "count_nonzero": _count_nonzero, "linalg": linalg}
+_own = {
+    "concat": _concat,
+    "full": _full,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "count_nonzero": _count_nonzero,
+    "linalg": linalg,
+}
 vars(xp).update({**vars(compat), **_own})
 
 backend = TorchBackend(xp, "torch")
