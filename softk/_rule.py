@@ -46,6 +46,13 @@ from ._solver import between, exponential, is_rounding, least, limits, logits, n
 from .backend import Array, Backend
 
 
+def _asinh(xp: Any, values: Array, most: float) -> Array:
+    """The inverse of sinh, of sizes up to `most`, by functions that every runtime has in float64."""
+    size = xp.minimum(xp.abs(values), most)
+    found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
+    return xp.where(values < 0.0, -found, found)
+
+
 class Linearisation:
     """The derivative at one point. Sums run along the last axis and keep it.
 
@@ -102,16 +109,15 @@ class Linearisation:
 
     def from_sides(self) -> tuple[Array, Array]:
         """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
-        xp, constant = self.xp, self.backend.constant
+        xp, over, constant = self.xp, self.over, self.backend.constant
         bound = limits(xp, self.x.dtype)
-        z = self.z()
-        self.upper = upper = z > 0.0
+        self.upper = upper = self.z() > 0.0
         x = xp.minimum(selectable(xp, self.x, self.where), bound.largest)
         weightless = None if self.weights is None else self.weights == 0.0
         above = xp.where(upper if weightless is None else upper & ~weightless, x, math.inf)
         below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
         high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
-        del above, below
+        del above, below, x
         no_high, no_low = high == math.inf, low == -math.inf
         both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
         near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
@@ -119,14 +125,15 @@ class Linearisation:
         (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
         # Where there is none, weightless items are measured from the nearest on the other side.
         self.above, self.below = xp.where(no_high, below, above), xp.where(no_low, above, below)
-        distance = logits(
-            self.backend, x, xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low)), self.tau
-        )
-        del x
-        distance = xp.where(upper, distance, -distance)  # an absolute value has no derivative at the nearest itself
+        side = xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low))
+        distance = logits(self.backend, selectable(xp, self.x, self.where), side, self.tau)
+        del side
+        # An absolute value has no derivative at the nearest itself.
+        distance = over.multiply(distance, xp.where(upper, 1.0, -xp.ones_like(self.above)))
         if weightless is not None:
             across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
-            distance = xp.maximum(distance - across, -math.log(bound.farthest))
+            distance = over.maximum(over.subtract(distance, across), -math.log(bound.farthest))
+            del across
         return distance, xp.where(upper, xp.exp(-self.above), xp.exp(-self.below))
 
     def balance(self, tail: Array) -> Array:
@@ -148,7 +155,8 @@ class Linearisation:
         high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
         middle = 0.5 * (self.above + self.below)
         unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
-        share = xp.asinh(delta * unit / (xp.sqrt(high) * xp.sqrt(low))) + 0.5 * xp.log(high / low)
+        share = _asinh(xp, delta * unit / (xp.sqrt(high) * xp.sqrt(low)), 0.1 * bound.farthest)
+        share = share + 0.5 * xp.log(high / low)
         share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
         # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
         beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))

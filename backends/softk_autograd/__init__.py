@@ -64,6 +64,13 @@ class _Namespace:
         return _permute(x, index, axis)
 
     @staticmethod
+    def where(condition: Array, x: Any, y: Any) -> Array:
+        """Of one shape: the tape's own rule forgets that an argument was broadcast."""
+        shape = np.broadcast_shapes(*(np.shape(_value(value)) for value in (condition, x, y)))
+        x, y = (value if np.shape(_value(value)) in ((), shape) else anp.broadcast_to(value, shape) for value in (x, y))
+        return anp.where(condition, x, y)
+
+    @staticmethod
     def full(shape: Any, value: float, *, dtype: Any, device: Any) -> Array:
         return np.full(shape, value, dtype=dtype)
 
