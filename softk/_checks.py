@@ -48,27 +48,27 @@ def check_mode(mode: Any) -> bool:
     return bool(mode == "smallest")
 
 
-def counted_number(k: Any, n: int, eps: float) -> Any:
-    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays."""
-    if (0 <= k <= n and k == math.floor(k)) or isinstance(k, numbers.Integral):
+def counted_number(k: Any, n: int | None, eps: float) -> Any:
+    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays.
+
+    Without n, which weights decide, the only end is 0.
+    """
+    if isinstance(k, numbers.Integral) or (n is not None and 0 <= k <= n and k == math.floor(k)):
         return k
-    if abs(k - n) <= ROUNDINGS * eps * n:
+    if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
         return n
-    return 0.0 if k < 0.0 and -k <= ROUNDINGS * eps * n else k
+    return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
 
 
 def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
     """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
 
-    A number that misses an end by its rounding is returned as that end; the sum of weights is known to the solver alone.
+    A number that misses an end by its rounding is returned as that end. The solver alone knows the sum of weights.
     """
     if not is_number(k):
         return k
     info = xp.finfo(dtype)
-    if weighted:
-        k = 0.0 if 0.0 < -k <= ROUNDINGS * float(info.eps) else k
-    else:
-        k = counted_number(k, n, float(info.eps))
+    k = counted_number(k, None if weighted else n, float(info.eps))
     if weighted and not 0 <= k <= float(info.max):
         raise ValueError(
             f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"

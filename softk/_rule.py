@@ -26,8 +26,8 @@ A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above 
     B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
 
 delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
-distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is not
-0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
+distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
+not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
 farthest that a derivative sees.
 """
 
@@ -62,7 +62,6 @@ class Linearisation:
         xp, over = self.xp, self.over
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
-        bound = limits(xp, self.x.dtype)
         distance, height = self.from_sides() if balanced else self.from_nearest()
         # What is nothing beside 1 is exactly 0.
         distance = over.negative(distance)
@@ -97,7 +96,7 @@ class Linearisation:
 
     def from_sides(self) -> tuple[Array, Array]:
         """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
-        xp, over, constant = self.xp, self.over, self.backend.constant
+        xp, constant = self.xp, self.backend.constant
         bound = limits(xp, self.x.dtype)
         z = self.z()
         self.upper = upper = z > 0.0

@@ -464,6 +464,8 @@ def find_ends(
     held = _total(xp, xp.where(usable & ~never, weights, 0.0))
     valid = xp.all(usable | never, axis=-1, keepdims=True)  # what is never selected may weigh anything
     everything = ~nothing & (k >= held * (1.0 - rounding))
+    # Beyond the last score there is no gap, unless everything is selected: the running sums are rounded by themselves.
+    low = xp.where((low < -bound.largest) & ~everything, high, low)
     # Items without weight must be on the right side too where nothing or everything is selected.
     lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
     high = xp.where(everything & (high >= -bound.largest), lowest, high)

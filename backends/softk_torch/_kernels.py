@@ -228,7 +228,7 @@ def find_ends(x, weights, able, of_all, k, n, near):
         start = tl.where(apart & (first < lower), first, lower)
         lower, _ = select(keys, weights, start, lower, total, lower_bar, lower_bar, 0.0 * near, mass, little)
     high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
-    low_score = tl.where(nothing | everything | ~apart, high, score_of(lower))
+    low_score = tl.where(nothing | everything | ~apart | (lower == LOWEST), high, score_of(lower))
     return high, low_score, nothing, everything, valid
 
 

@@ -48,8 +48,8 @@ from ._kernels import (
     nonzero,
     rates,
     score_of,
-    sigmoid,
     sides_of,
+    sigmoid,
     store_settled,
     sweep,
     tail_of,
@@ -432,7 +432,7 @@ def frame_rows(
     apart = field_of(mass, 0, row, rows) <= lower_bar
     lowest, highest = field_of(outer, 0, row, rows), field_of(outer, 1, row, rows)
     high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
-    low = tl.where(nothing | everything | ~apart, high, score_of(lower))
+    low = tl.where(nothing | everything | ~apart | (lower == LOWEST), high, score_of(lower))
     keep(flags, 3, row, rows, high > LARGEST, 0)
     high, low, reference, z_high, z_low = frame(high, low, tau)
     keep(gap, 0, row, rows, reference, 0)
