@@ -80,34 +80,31 @@ def check_mode(mode: Any) -> bool:
     return bool(mode == "smallest")
 
 
-def counted_number(k: Any, n: int, eps: float) -> Any:
+def counted_number(k: Any, n: int | None, eps: float) -> Any:
     """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays.
 
-    The symbol of a trace stays as it is: a comparison would compile it in.
+    Without n, which weights decide, the only end is 0. The symbol of a trace stays as it is: a comparison would compile
+    it in.
     """
     symbolic = not isinstance(k, numbers.Real)
     if symbolic:
         return k
-    if (0 <= k <= n and k == math.floor(k)) or isinstance(k, numbers.Integral):
+    if isinstance(k, numbers.Integral) or (n is not None and 0 <= k <= n and k == math.floor(k)):
         return k
-    if abs(k - n) <= ROUNDINGS * eps * n:
+    if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
         return n
-    return 0.0 if k < 0.0 and -k <= ROUNDINGS * eps * n else k
+    return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
 
 
 def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
     """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
 
-    A number that misses an end by its rounding is returned as that end. Only the solver knows the sum of weights.
+    A number that misses an end by its rounding is returned as that end. The solver alone knows the sum of weights.
     """
     if not is_number(k):
         return k
     info = xp.finfo(dtype)
-    rounding = ROUNDINGS * float(info.eps)
-    if not weighted:
-        k = counted_number(k, n, float(info.eps))
-    elif 0.0 < -k <= rounding:
-        k = 0.0
+    k = counted_number(k, None if weighted else n, float(info.eps))
     if weighted and not 0 <= k <= float(info.max):
         raise ValueError(
             f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"

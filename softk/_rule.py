@@ -82,11 +82,14 @@ class Linearisation:
         decay = over.multiply(exponential(xp, distance, over), some)
         del distance, some
         # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
-        total = over.add(height * decay, 1.0)
+        total = height * decay
+        del height
+        total = over.add(total, 1.0)
         self.scaled = over.divide(decay, total)
-        del decay, height
+        del decay
         if balanced:
             self.scaled = over.multiply(self.scaled, self.balance(self.scaled))
+            del self.upper
         self.scaled = over.divide(self.scaled, total)
         del total
         self.height = xp.exp(-self.nearest)
@@ -117,7 +120,7 @@ class Linearisation:
         above = xp.where(upper if weightless is None else upper & ~weightless, x, math.inf)
         below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
         high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
-        del above, below, x
+        del above, below, x, weightless
         no_high, no_low = high == math.inf, low == -math.inf
         both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
         near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
@@ -129,8 +132,8 @@ class Linearisation:
         distance = logits(self.backend, selectable(xp, self.x, self.where), side, self.tau)
         del side
         # An absolute value has no derivative at the nearest itself.
-        distance = over.multiply(distance, xp.where(upper, 1.0, -xp.ones_like(self.above)))
-        if weightless is not None:
+        distance = xp.where(upper, distance, -distance)
+        if self.weights is not None:
             across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
             distance = over.maximum(over.subtract(distance, across), -math.log(bound.farthest))
             del across

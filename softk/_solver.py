@@ -75,7 +75,7 @@ def counted(xp: Any, k: Array, n: Any) -> Array:
     """
     unit = ROUNDINGS * limits(xp, k.dtype).eps  # of numbers of the size of n; a power of 2
     over = k - n
-    found = xp.where((k < 0.0) & (-k / unit <= n), -k, xp.zeros_like(k))
+    found = xp.where((k < 0.0) & (-k / unit <= n), -k, 0.0)
     return xp.where(xp.abs(over) / unit <= n, -over, found)
 
 
@@ -90,8 +90,8 @@ def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Arr
     part = xp.where(tau > 1.0, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
     tau = tau * part
     reach = bound.farthest * tau
-    x = xp.minimum(x, bound.largest)
-    x = x * part - reference * part
+    x = over.multiply(xp.minimum(x, bound.largest), part)
+    x = over.subtract(x, reference * part)
     z = over.divide(between(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)
 
@@ -464,6 +464,8 @@ def find_ends(
     held = _total(xp, xp.where(usable & ~never, weights, 0.0))
     valid = xp.all(usable | never, axis=-1, keepdims=True)  # what is never selected may weigh anything
     everything = ~nothing & (k >= held * (1.0 - rounding))
+    # Beyond the last score there is no gap, unless everything is selected: the running sums are rounded by themselves.
+    low = xp.where((low < -bound.largest) & ~everything, high, low)
     # Items without weight must be on the right side too where nothing or everything is selected.
     lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
     high = xp.where(everything & (high >= -bound.largest), lowest, high)

@@ -339,6 +339,88 @@ def test_the_largest_numbers_are_finite(lib: Library, dtype: str) -> None:
     np.testing.assert_array_equal(hard, [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
 
 
+@DTYPES
+def test_an_epsilon_near_the_largest_number(lib: Library, dtype: str) -> None:
+    """What is removed has no mask beside it, nor has -inf; and the difference of two scores may overflow."""
+    largest = float(np.finfo(dtype).max)
+    x = np.asarray([[1.0, 2.0, -math.inf, 3.0, 9.0], [0.9, -0.9, 0.2, -0.9, 0.0], [1.0, -1.0, 0.3, 0.9, 0.0]])
+    x = (x * np.asarray([[1.0], [largest], [largest]])).astype(dtype)
+    where = np.asarray([[True] * 4 + [False]] * 3)
+    k = np.asarray([[2.0], [1.5], [2.5]], dtype)
+    epsilon = (np.asarray([[0.3], [0.5], [0.99]]) * largest).astype(dtype)
+    found = lib.evaluate(softk.topk, x, k, epsilon=epsilon, where=where)
+    wanted = [
+        Reference(x[i][x[i] > -math.inf], k[i, 0], epsilon[i, 0], where=where[i][x[i] > -math.inf]) for i in range(3)
+    ]
+    assert np.all(found[~where | (x == -math.inf)] == 0.0)
+    for i in range(3):
+        assert mask_error(found[i][x[i] > -math.inf], wanted[i].mask) <= MASK
+
+
+# --- small masses
+
+
+@pytest.fixture
+def flushed() -> Iterator[None]:
+    """Subnormal numbers are 0 in this thread, for NumPy as well; JAX has it so always."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@DTYPES
+@pytest.mark.usefixtures("flushed")
+def test_small_masses(eager: Library, dtype: str) -> None:
+    """Each tail is in proportion to k, and the logarithm and the threshold follow it to the smallest of numbers."""
+    x, u = np.asarray([3.0, 0.0, 3.0], dtype), np.asarray([0.3, -1.0, 0.7], dtype)
+    eps = float(np.finfo(dtype).eps)
+    for k in (3.0 / (1.0 + math.exp(50.0)), 1e-33, 1e-37):
+        for mass in (k, np.asarray(k, dtype)):
+            found = eager.evaluate(softk.topk, x, mass)
+            np.testing.assert_allclose(found, np.asarray([k / 2, 0.0, k / 2]), rtol=200 * eps, atol=1e-44)
+            log = eager.evaluate(softk.log_topk, x, mass)
+            wanted = math.log(k / 2) - np.asarray([0.0, 60.0, 0.0])
+            np.testing.assert_allclose(log, wanted, rtol=8 * eps)
+            t = eager.evaluate(softk.threshold, x, mass)
+            np.testing.assert_allclose(t, 3.0 - 0.05 * math.log(k / 2), rtol=8 * eps)
+
+        def pullback(x: Any, k: Any, epsilon: Any, u: Any) -> Any:
+            return softk.vjp(softk.topk, x, k, epsilon=epsilon)[1](u)
+
+        given = (x, np.asarray(k, dtype), np.asarray(0.1, dtype), u)
+        found = eager.call(pullback, *(eager.array(value) for value in given))
+        np.testing.assert_allclose(eager.numpy(found["k"]), 0.5, rtol=1e-5)
+        if k > 1e-35:  # its products are numbers
+            wanted = k / 2 * np.asarray([-0.2, 0.0, 0.2]) / 0.05
+            np.testing.assert_allclose(eager.numpy(found["x"]), wanted, rtol=1e-4, atol=1e-44)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_logarithm_of_a_mask_of_next_to_nothing(dtype: str) -> None:
+    """Of many, of which none is a number any more."""
+    k = 1e-37 if dtype == "float32" else 1e-305
+    found = softk.log_topk(np.zeros(100_000, dtype), k)
+    np.testing.assert_allclose(found, math.log(k) - math.log(1e5), rtol=4 * np.finfo(dtype).eps)
+
+
+@DTYPES
+@pytest.mark.usefixtures("flushed")
+def test_mass_without_subnormal_numbers(dtype: str, rng: np.random.Generator) -> None:
+    """The adversarial problems once more."""
+    for n in (2, 5, 200):
+        x, k, epsilon = stacked(n, dtype, rng)
+        assert_masses(softk.topk(x, k, epsilon=epsilon), k)
+        weights = rng.exponential(size=x.shape).astype(dtype)
+        share = (k / n * weights.sum(axis=-1, keepdims=True)).astype(dtype)
+        assert_masses(softk.topk(x, share, epsilon=epsilon, weights=weights), share, weights)
+        for f in (softk.topk, softk.log_topk, softk.threshold):
+            out, pullback = softk.vjp(f, x, k, epsilon=epsilon, weights=weights * (n / weights.sum(-1, keepdims=True)))
+            found = pullback(rng.normal(size=out.shape).astype(dtype))
+            assert not any(np.isnan(value).any() for value in (out, *found.values()))
+
+
 # --- the paper's algorithm
 
 

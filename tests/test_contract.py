@@ -748,6 +748,115 @@ def test_hard_mask_has_the_soft_derivative(eager: Library) -> None:
         np.testing.assert_array_equal(hard[name], values)
 
 
+def test_hard_mask_of_a_count_that_the_dtype_does_not_hold(rng: np.random.Generator) -> None:
+    """float32 does not tell 2^24 + 1 from 2^24."""
+    x = np.zeros(2**24 + 3, np.float16)
+    x[rng.integers(0, x.size, 1000)] = 1.0
+    found = softk.topk(x, 2**24 + 1, hard=True)
+    assert int(np.count_nonzero(found)) == 2**24 + 1
+    assert np.all(found[x == 1.0] == 1.0)
+
+
+# --- a k within a rounding of an end
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_k_within_a_rounding_of_an_end(lib: Library, dtype: str) -> None:
+    """8 units of its last digit on either side of n, and as many below 0, but above it every k is itself."""
+    eps = EPS[dtype]
+    over, under = [[N * (1 + step * eps)] for step in (-8, -3, 1, 8)], [[-8 * N * eps], [-eps / 4]]
+    k = np.asarray([*over, *under, [N * (1 + 24 * eps)], [-24 * N * eps]], dtype)
+    x = np.tile(np.asarray(S, dtype), (len(k), 1))
+    expected = np.asarray([1.0] * 4 + [0.0] * 2 + [NAN] * 2, dtype)[:, None] * np.ones(N)
+    np.testing.assert_array_equal(lib.evaluate(softk.topk, x, k), expected)
+    np.testing.assert_array_equal(lib.evaluate(softk.topk, x, k, hard=True), expected)
+    ends = np.asarray([-INF] * 4 + [INF] * 2 + [NAN] * 2)
+    np.testing.assert_array_equal(lib.evaluate(softk.threshold, x, k), ends)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(lib.evaluate(softk.log_topk, x, k), np.log(expected))
+    found = cotangents(lib, "topk", {"x": x[:6], "k": k[:6]})
+    assert all(np.all(np.isfinite(values)) for values in found.values())
+    small = lib.evaluate(softk.topk, x[:1], np.asarray([[eps / 4]], dtype), epsilon=2.0**-9)
+    np.testing.assert_allclose(small, [np.where(np.asarray(S) == 3.0, eps / 4, 0.0)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_narrow_k_within_a_rounding_of_an_end(dtype: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.tensor(S, dtype=getattr(torch, dtype))
+    k = torch.tensor(N * (1 + 2 * EPS["float32"]), requires_grad=True)
+    for mask in (softk.topk(x, k), softk.topk(x, k.to(x.dtype)), softk.topk(x, N * (1 + 2 * EPS["float32"]))):
+        assert mask.dtype == x.dtype
+        assert bool((mask == 1).all())
+    # A k that left by a rounding is still moved back: by the derivative at the end.
+    u = torch.linspace(-1.0, 2.0, N)
+    (found,) = torch.autograd.grad(softk.topk(torch.tensor(S), k, epsilon=1.0) @ u, k)
+    (wanted,) = torch.autograd.grad(softk.topk(torch.tensor(S), (k - k.detach()) + N, epsilon=1.0) @ u, k)
+    assert found == wanted != 0.0
+
+
+def test_a_number_k_within_a_rounding_of_an_end(eager: Library) -> None:
+    x = np.asarray([3.0, 1.0, 2.0])
+    number = 10 * (0.1 + 0.2)
+    assert number > 3
+    for hard in (False, True):
+        np.testing.assert_array_equal(eager.evaluate(softk.topk, x, number, hard=hard), np.ones(3))
+        np.testing.assert_array_equal(eager.evaluate(softk.topk, x, 0.3 - 3 * 0.1, hard=hard), np.zeros(3))
+    np.testing.assert_array_equal(eager.evaluate(softk.topk, x, 0.3 - 3 * 0.1, weights=x), np.zeros(3))
+    np.testing.assert_array_equal(eager.evaluate(softk.topk, x.astype("float32"), 3.000001), np.ones(3))
+    np.testing.assert_array_equal(eager.evaluate(softk.topk, x, np.float64(number), mode="smallest"), np.ones(3))
+    assert eager.evaluate(softk.threshold, x, number) == -INF
+    points = np.asarray([[0.0], [1.0], [5.0]])
+    found = eager.evaluate(softk.neighbors.weights, points, points, number)
+    np.testing.assert_array_equal(found, np.ones((3, 3)))
+    np.testing.assert_array_equal(
+        eager.evaluate(softk.neighbors.weights, points, points, np.full((3, 1), number)), np.ones((3, 3))
+    )
+
+
+def test_a_probability_within_a_rounding_of_an_end(eager: Library) -> None:
+    q = np.asarray([1.0 + 2 * EPS["float64"], -EPS["float64"] / 8, 0.0, 1.0])
+    found = eager.evaluate(softk.quantile, ROWS, q)
+    np.testing.assert_array_equal(found[:2], found[:1:-1])
+    np.testing.assert_array_equal(eager.evaluate(softk.quantile, ROWS, float(q[0])), found[0])
+    np.testing.assert_array_equal(eager.evaluate(softk.quantile, ROWS, float(q[1])), found[1])
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_weights_that_sum_to_k(eager: Library, dtype: str) -> None:
+    """Normalised weights, however their sum was rounded: all that is kept is selected."""
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(200, 20)).astype(dtype), rng.uniform(size=(200, 20)).astype(dtype)
+    where = rng.uniform(size=x.shape) < 0.7
+    where[:, 0] = True
+    weights /= np.where(where, weights, 0.0).astype(dtype).sum(axis=-1, keepdims=True)
+    found = eager.evaluate(softk.topk, x, 1.0, weights=weights, where=where)
+    np.testing.assert_array_equal(found, where)
+    kept = np.where(where, weights, 0.0).astype(dtype)
+    for k in (np.cumulative_sum(kept, axis=-1)[:, -1:], np.cumulative_sum(kept[:, ::-1], axis=-1)[:, -1:]):
+        mask = eager.evaluate(softk.topk, x, k, weights=kept, epsilon=0.01)
+        np.testing.assert_array_equal(mask[where], 1.0)
+        assert not np.isnan(eager.evaluate(softk.log_topk, x, k, weights=kept)).any()
+        assert np.all(eager.evaluate(softk.threshold, x, k, weights=kept) == -INF)
+
+
+def test_a_sum_of_weights_in_another_order() -> None:
+    """One by one the same number is rounded the same way each time, which in float32 is a tenth of a percent here."""
+    for size in (0.1, 0.3, 0.123):
+        weights = np.full(100_000, size, np.float32)
+        k = np.cumulative_sum(weights)[-1]
+        mask = softk.topk(np.linspace(0.0, 1.0, weights.size, dtype=np.float32), k, weights=weights)
+        assert not np.isnan(mask).any()
+        held = min(float(k), math.fsum(weights))
+        assert abs(math.fsum(mask * weights.astype(float)) - held) <= 16 * EPS["float32"] * held
+
+
+def test_weights_of_a_part_that_sum_to_k() -> None:
+    x, weights = np.asarray([3, 2, 1, 0], np.float32), np.asarray([1.1, 1.3, 1.3, 1.0], np.float32)
+    found = softk.topk(x, 3.6999998, weights=weights, where=np.asarray([True, True, True, False]))
+    np.testing.assert_array_equal(found, [1.0, 1.0, 1.0, 0.0])
+
+
 # --- the quantile
 
 LEVELS = np.asarray([0.0, 0.125, 0.25, 0.5, 0.9375, 1.0])

@@ -194,6 +194,17 @@ EDGES: dict[str, dict[str, Any]] = {
         "weights": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3,
         "k": [[1.5], [0], [1.6]],
     },
+    "ends within a rounding": {
+        "x": [[1, 2, 3, 4, 5]] * 4,
+        "k": [[5 + 2e-6], [5 - 2e-6], [-2e-6], [5.01]],
+    },
+    "ends of weights within a rounding": {
+        "x": [[1, 2, 3, 4, 5]] * 4,
+        "weights": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 4,
+        "where": [[True] * 5, [True] * 5, [True] * 5, [False] + [True] * 4],
+        "k": [[1.5 + 1e-6], [1.5 - 1e-6], [-5e-7], [1.4 + 5e-7]],
+    },
+    "small k": {"x": [[3, 0, 3, 3, 2]] * 3, "k": [[6e-22], [1e-33], [1e-37]], "epsilon": [[0.1]] * 3},
     "a weight within the rounding of k": {"x": [[5, 4, 3, 2, 1]], "weights": [[1, 1, 1e-8, 1e-8, 1]], "k": [[2]]},
     "no weight next to the threshold": {
         "x": [[6, 3.1, 2.9, 0, -1]] * 2,
@@ -208,6 +219,8 @@ EDGES_OF_SEGMENTS = (
     "infinite scores",
     "nan",
     "nothing, everything, too much",
+    "ends of weights within a rounding",
+    "small k",
     "fewer than k",
     "weights out of range",
     "weights of any size",
@@ -304,6 +317,24 @@ def test_derivatives_beside_a_gap(device: str, rows: str, gap: float, rng: Any) 
     names = ("k",) if gap > 80.0 else ("x", "k", "epsilon")  # float32 has no number for the others
     for name in names:
         assert_near(found[name], expected[name], 2e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rest", [0.0, 32 * EPS])
+def test_derivatives_in_k_in_a_gap_of_any_width(device: str, rows: str, weighted: bool, rest: float, rng: Any) -> None:
+    """Each side's scores are as far apart as its nearest one says, however far the threshold is."""
+    epsilon = np.array([[1e-2], [1e-4], [1e-6], [1e-9]])
+    inside = np.arange(40) < 15
+    x = np.where(inside, 1.375, 0.25) + epsilon * np.round(rng.normal(size=(4, 40)), 2)
+    weights = np.round(8.0 * rng.uniform(0.5, 2.5, (4, 40))) / 8.0
+    k = (weights if weighted else inside)[:, inside].sum(-1, keepdims=True) + (0.0 if weighted else rest)
+    values = {"x": x, "k": k, "epsilon": epsilon, **({"weights": weights} if weighted else {})}
+    given = {name: torch.tensor(value).float().to(device) for name, value in values.items()}
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found, expected = differentiated(topk, **given), differentiated(topk, **wide)
+    assert_near(found["k"], expected["k"], 2e-5)
+    if weighted:
+        assert_near(found["weights"], expected["weights"], 2e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

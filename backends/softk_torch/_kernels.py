@@ -309,7 +309,7 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
         below, _ = select(counted, weights, start, below, total, lower_bar, lower_bar, 0.0 * near, mass, little)
         lower = score_of(below)
     high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
-    return high, tl.where(nothing | everything | ~apart, high, lower), nothing, everything, valid
+    return high, tl.where(nothing | everything | ~apart | (lower == -INFINITY), high, lower), nothing, everything, valid
 
 
 # --- the threshold

@@ -433,7 +433,7 @@ def frame_rows(
     apart = field_of(mass, 0, row, rows) <= lower_bar
     lowest, highest = field_of(outer, 0, row, rows), field_of(outer, 1, row, rows)
     high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
-    low = tl.where(nothing | everything | ~apart, high, lower)
+    low = tl.where(nothing | everything | ~apart | (lower == -INFINITY), high, lower)
     keep(flags, 3, row, rows, high > LARGEST, 0)
     high, low, reference, z_high, z_low = frame(high, low, tau)
     keep(gap, 0, row, rows, reference, 0)
