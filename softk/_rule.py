@@ -150,6 +150,7 @@ class Linearisation:
             tail = self.weigh(tail)
         delta = self.k - mass
         high, low = self.total(xp.where(upper, tail, 0.0)), self.total(xp.where(upper, 0.0, tail))
+        del tail
         # No offset supplies k where nothing or everything is selected: there one side is empty.
         exact = (high > 0.0) & (low > 0.0)
         if self.weights is not None:  # of which sums are rounded: more than a rounding is in the offset already
@@ -262,7 +263,7 @@ class Linearisation:
         """p times a number a slice. The inverse of the sum of tiny weights is not a number that exists."""
         if self.weights is None:
             return self.scaled * (factor / self.normal)
-        return self.over.divide(self.weigh(self.scaled), self.normal) * factor
+        return self.over.multiply(self.over.divide(self.weigh(self.scaled), self.normal), factor)
 
     def total(self, values: Array) -> Array:
         return self.xp.sum(values, axis=-1, keepdims=True)
