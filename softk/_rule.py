@@ -220,8 +220,8 @@ class Linearisation:
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
         share = self.relative(most, held)
         level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
-        share = share * level
-        u = self.others(most, u - share)
+        share = over.multiply(share, level)
+        u = self.others(most, over.negative(over.subtract(share, u)))
         del most, share
         found = over.multiply(u, self.gain())
         return over.add(found, self.shares(g - self.total(found)))
