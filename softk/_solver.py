@@ -90,8 +90,8 @@ def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Arr
     part = xp.where(tau > 1.0, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
     tau = tau * part
     reach = bound.farthest * tau
-    x = over.multiply(xp.minimum(x, bound.largest), part)
-    x = over.subtract(x, reference * part)
+    x = xp.minimum(x, bound.largest) * part
+    x = x - reference * part
     z = over.divide(between(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)
 
