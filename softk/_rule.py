@@ -220,15 +220,18 @@ class Linearisation:
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
         share = self.relative(most, held)
         level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
-        share = over.multiply(share, level)
-        u = self.others(most, over.negative(over.subtract(share, u)))
+        if over is not self.xp:
+            most = None  # `others` reads it only where operations are differentiated
+        share = share * level
+        fresh = over if self.where is not None else self.xp  # without `where` u is the caller's
+        u = self.others(most, fresh.subtract(u, share))
         del most, share
         found = over.multiply(u, self.gain())
         return over.add(found, self.shares(g - self.total(found)))
 
-    def others(self, most: Array, values: Array) -> Array:
+    def others(self, most: Array | None, values: Array) -> Array:
         """Zero at the item that dominates p, where the values are zero: a choice, if they are differentiated."""
-        return self.xp.where(most > 0.0, 0.0, values) if self.over is self.xp else values
+        return values if most is None or self.over is not self.xp else self.xp.where(most > 0.0, 0.0, values)
 
     def relative(self, most: Array, held: Array) -> Array:
         """The weights, which may be of any size, in units of that of the item that dominates p, or of the largest."""
@@ -263,7 +266,7 @@ class Linearisation:
         """p times a number a slice. The inverse of the sum of tiny weights is not a number that exists."""
         if self.weights is None:
             return self.scaled * (factor / self.normal)
-        return self.over.multiply(self.over.divide(self.weigh(self.scaled), self.normal), factor)
+        return self.over.divide(self.weigh(self.scaled), self.normal) * factor
 
     def total(self, values: Array) -> Array:
         return self.xp.sum(values, axis=-1, keepdims=True)

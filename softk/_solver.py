@@ -82,15 +82,18 @@ def counted(xp: Any, k: Array, n: Any) -> Array:
 def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Array | None = None) -> Array:
     """(x - reference) / tau, clipped to the farthest distance that a derivative still sees, less the offset.
 
-    +inf counts as the largest score: many of them tie, and share k when they are more than k. Beside a large tau scores
-    are made smaller first, by a power of two: neither does the difference of two overflow there, nor what clips it.
+    +inf counts as the largest score: many of them tie, and share k when they are more than k. Beside a tau so large
+    that what clips them would overflow, scores are made smaller first, by a power of two.
     """
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, x.dtype)
-    part = xp.where(tau > 1.0, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
+    # Only there: the second derivative of a quotient has the square of its denominator.
+    large = bound.largest / bound.farthest
+    part = xp.where(tau > large, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
     tau = tau * part
     reach = bound.farthest * tau
-    x = xp.minimum(x, bound.largest) * part
+    x = xp.minimum(x, bound.largest)  # one step at a time: each lets go of the array before it
+    x = x * part
     x = x - reference * part
     z = over.divide(between(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)

@@ -130,7 +130,7 @@ class Segments(Problem):
             "LENGTH": length,
             "BLOCK": BLOCK,
             "SEGMENTS": 1 << (self.segments - 1).bit_length(),
-            "num_warps": max(BLOCK // PER_WARP, 1),
+            "num_warps": max((1 if self.weights is None else 2) * BLOCK // PER_WARP, 1),
         }
 
     def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
