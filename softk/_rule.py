@@ -350,7 +350,10 @@ class LogLinearisation(Linearisation):
     def gain(self) -> Array:
         z = self.z()
         never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
-        return self.xp.where(never, 0.0, self.backend.sigmoid(-z))
+        found = self.backend.sigmoid(-z)
+        if self.weights is None:  # rounded as p is, of which `spread` takes it
+            found = self.xp.where(z > 0.0, self.height * self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))), found)
+        return self.xp.where(never, 0.0, found)
 
     def response(self, w: Array, most: Array, held: Array) -> Array:
         return self.gain() * w
