@@ -326,8 +326,8 @@ def test_derivatives_in_k_in_a_gap_of_any_width(device: str, rows: str, weighted
     epsilon = np.array([[1e-2], [1e-4], [1e-6], [1e-9]])
     inside = np.arange(40) < 15
     x = np.where(inside, 1.375, 0.25) + epsilon * np.round(rng.normal(size=(4, 40)), 2)
-    weights = np.round(8.0 * rng.uniform(0.5, 2.5, (4, 40))) / 8.0
-    k = (weights if weighted else inside)[:, inside].sum(-1, keepdims=True) + (0.0 if weighted else rest)
+    weights = np.round(8.0 * rng.uniform(0.5, 2.5, (4, 40))) / 8.0 if weighted else np.ones((4, 40))
+    k = weights[:, inside].sum(-1, keepdims=True) + (0.0 if weighted else rest)
     values = {"x": x, "k": k, "epsilon": epsilon, **({"weights": weights} if weighted else {})}
     given = {name: torch.tensor(value).float().to(device) for name, value in values.items()}
     wide = {name: value.double().cpu() for name, value in given.items()}
