@@ -192,7 +192,7 @@ def attention_weights(
     if n == 0:
         return xp.astype(scores, query.dtype)
     if is_number(k):
-        k = min(k, n)
+        k = n if k > n else k
     else:
         require_array("k", k, or_number=True)
         k = xp.where(k > n, n, k)
