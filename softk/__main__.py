@@ -27,10 +27,15 @@ HEADER = ("library", "version", "device", "dtype", "autodiff", "mass error", "gr
 
 
 def main() -> int:
-    """Print the table; the exit status is 1 if a self-check failed."""
+    """Print the table; the exit status is 1 if a self-check failed, or there was nothing to check."""
     print(f"softk {__version__}, Python {platform.python_version()}, {platform.platform()}\n")
     reference = _reference()
     rows = [row for name in _names() for row in _rows(name, reference)]
+    if not rows:
+        print("No array library that softk has an adapter for is installed. Install one of them, for example:\n")
+        print("    python -m pip install numpy\n")
+        print(f"The others are {', '.join(name for name in ADAPTERS if name not in ('numpy', 'jaxlib'))}.")
+        return 1
     table = [HEADER, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
     for i, row in enumerate(table):

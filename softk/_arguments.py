@@ -11,12 +11,21 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
-from ._checks import check_axis, is_number, kind_of, require_array
+from ._checks import (
+    check_axis,
+    is_number,
+    kind_of,
+    require_array,
+    require_equal_sizes,
+    require_size,
+    working_dtype,
+)
 from ._registry import backend_of
-from .backend import Array, Backend, Primitive
+from ._solver import counted
+from .backend import Array, Backend, Primitive, broadcast_like, unknown
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,11 @@ class Argument:
         )
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
-class Call:
+class Call(Generic[R]):
     """A public function applied to arguments: a primitive, its canonical inputs and the way back.
 
     `restores` are for the outputs of the primitive from the first one; `build` makes of them what the user gets.
@@ -78,7 +90,7 @@ class Call:
     options: dict[str, Any]
     arguments: dict[str, Argument]
     restores: tuple[Argument, ...]
-    build: Callable[..., Any] = lambda result: result
+    build: Callable[..., R] = lambda result: result
 
     @property
     def inputs(self) -> tuple[Array | None, ...]:
@@ -92,7 +104,7 @@ class Call:
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
-    def evaluate(self) -> Any:
+    def evaluate(self) -> R:
         """The result, differentiable by the arrays' own framework."""
         with self.backend.quiet():
             return self.build(*self.restore(self.bound()(*self.inputs)))
@@ -113,21 +125,36 @@ class Slices:
         self.backend = backend = common_backend(called, x, arrays)
         self.xp = xp = backend.xp
         if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
-            raise TypeError(
-                f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}; "
-                "convert it, for example with astype, to float32"
-            )
+            is_complex = xp.isdtype(x.dtype, "complex floating")
+            advice = "" if is_complex else f"; convert it: {backend.words.cast.format(called)}"
+            raise TypeError(f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}{advice}")
         if x.ndim == 0:
             raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
         self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
         self.axis = check_axis(axis, x.ndim)
+        require_size(called, x, self.axis)
+        beside = {name: value for name, value in arrays.items() if value.ndim}
+        if beside:
+            require_equal_sizes({called: x, **beside})
         self.n = self.shape[self.axis]
         self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         self.dtype = x.dtype
-        self.working = xp.float32 if xp.finfo(x.dtype).bits < 32 else x.dtype
+        self.working = working_dtype(xp, x.dtype)
         self.sign = -1.0 if smallest else 1.0
 
+    def require_sizes(self) -> None:
+        """All sizes are numbers, or those of a library that computes block by block."""
+        for axis, size in enumerate(self.shape):
+            if size is None:
+                require_size("x", self.given, axis)
+
     # -- conversions
+
+    def _repeat(self, values: Array, shape: tuple[Any, ...]) -> Array:
+        """Broadcast to a shape that is the batch, with axes of the values' own behind it or in front of it."""
+        if not any(unknown(size) for size in shape):
+            return self.xp.broadcast_to(values, shape)
+        return broadcast_like(self.xp, values, shape, self._last(self.given)[..., :1])
 
     def _last(self, values: Array) -> Array:
         return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, self.axis, -1)
@@ -136,7 +163,7 @@ class Slices:
         return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
 
     def _cast(self, values: Array, dtype: Any) -> Array:
-        return values if values.dtype == dtype else self.xp.astype(values, dtype)
+        return cast(self.xp, values, dtype)
 
     def _stretch(self, name: str, values: Array) -> Array:
         """Broadcast an array of one value an item to the scores."""
@@ -144,7 +171,7 @@ class Slices:
             return values
         if not fits(tuple(values.shape), self.shape):
             raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
-        return self.xp.broadcast_to(values, self.shape)
+        return broadcast_like(self.xp, values, self.shape, self.given)
 
     def scores(self, *, narrow: bool = False) -> Argument:
         """x; `narrow` is for a primitive that converts it by itself."""
@@ -172,22 +199,45 @@ class Slices:
         if not fits(shape, slices):
             raise ValueError(
                 f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
-                f"got shape {shape}"
+                f"got shape {shape}{self._with_axis(name, shape)}"
             )
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
 
         def push(values: Array) -> Array:
-            values = self._last(xp.reshape(self._cast(values, self.working), aligned))
+            values = self._cast(values, self.working)
+            if len(shape) < self.ndim:
+                values = xp.reshape(values, aligned)
+            values = self._last(values)
             if scale != 1.0:
                 values = scale * values
-            return xp.broadcast_to(values, target)
+            return self._repeat(values, target)
 
         def pull(cotangent: Array) -> Array:
-            cotangent = self._back(xp.broadcast_to(cotangent, target))
+            cotangent = self._back(self._repeat(cotangent, target))
             return self._cast(scale * shrink(xp, cotangent, shape), value.dtype)
 
         return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def mass(self, k: Any, weights: Any = None) -> Argument:
+        """k: without weights, an array's value that misses 0 or n by its rounding becomes that, and moves as before."""
+        argument = self.per_slice("k", k)
+        if weights is not None or is_number(k):
+            return argument
+        return self._counted(argument, self.n)
+
+    def _counted(self, argument: Argument, n: int) -> Argument:
+        value: Any = argument.value
+        return replace(argument, value=value + self.backend.constant(counted(self.xp, value, n)))
+
+    def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
+        """What to write where all that lacks for one value a slice is the selected axis."""
+        behind = self.ndim - 1 - self.axis
+        if len(shape) < behind or not fits(shape, self.batch):
+            return ""
+        ahead = len(shape) - behind
+        index = [*[":"] * ahead, "None", *[":"] * behind]
+        return f"; write {name}[{', '.join(index)}]"
 
     def per_item(self, name: str, value: Any) -> Argument:
         """weights: an array that broadcasts to the scores."""
@@ -225,12 +275,12 @@ class Slices:
         apart, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
 
         def push(values: Array) -> Array:
-            return xp.broadcast_to(xp.reshape(self._cast(values, self.working), apart), full)
+            return self._repeat(xp.reshape(self._cast(values, self.working), apart), full)
 
         def pull(cotangent: Array) -> Array:
             return self._cast(xp.reshape(shrink(xp, cotangent, apart), shape), q.dtype)
 
-        return Probabilities(Argument(push(q), q, *self._linear(q, push, pull)), shape)
+        return Probabilities(self._counted(Argument(push(q), q, *self._linear(q, push, pull)), 1), shape)
 
     def per_anchor(self, name: str, value: Array, anchors: int | None = None) -> Argument:
         """anchors or marginals: one value an anchor along the last axis, for all slices or for each."""
@@ -247,7 +297,7 @@ class Slices:
             )
 
         def push(values: Array) -> Array:
-            return xp.broadcast_to(self._cast(values, self.working), (*self.batch, shape[-1]))
+            return self._repeat(self._cast(values, self.working), (*self.batch, shape[-1]))
 
         def pull(cotangent: Array) -> Array:
             return self._cast(shrink(xp, cotangent, shape), value.dtype)
@@ -347,12 +397,12 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
         if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
             raise TypeError(
                 f"{name} must be an array of the same library as {first}: got {kind_of(value)} beside {kind_of(x)}; "
-                "convert one"
+                f"convert one, for example {backend.words.own.format(name)}"
             )
         if not backend.share_device(x, value):
             raise TypeError(
                 f"{name} must be on the device of {first}: got {backend.device(value)} beside {backend.device(x)}; "
-                "move one"
+                f"move one, for example {backend.words.move.format(name, first)}"
             )
     return backend
 
@@ -363,6 +413,11 @@ def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
+
+
+def cast(xp: Any, values: Array, dtype: Any) -> Array:
+    """astype, without a copy where nothing is converted."""
+    return values if values.dtype == dtype else xp.astype(values, dtype)
 
 
 # --- shapes
@@ -382,7 +437,9 @@ def move_axis(xp: Any, values: Array, source: Any, destination: Any) -> Array:
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of the shape broadcasts to the target without enlarging it."""
     pairs = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(size in (1, full) for size, full in pairs)
+    return len(shape) <= len(target) and all(
+        size in (1, full) or (unknown(size) and full != 1) or unknown(full) for size, full in pairs
+    )
 
 
 def shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
@@ -391,4 +448,4 @@ def shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
     repeated = tuple(i for i in range(values.ndim) if i < lead or (shape[i - lead] == 1 and values.shape[i] != 1))
     if repeated:
         values = xp.sum(values, axis=repeated, keepdims=True)
-    return xp.reshape(values, shape)
+    return xp.reshape(values, shape) if lead else values

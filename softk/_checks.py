@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
-from ._registry import is_array
+from ._registry import backend_of, is_array
+from ._solver import ROUNDINGS
+from .backend import Array, unknown
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """A real number, or the symbol that stands for one in a trace of PyTorch's."""
     real = isinstance(value, numbers.Real) or hasattr(type(value), "__sym_float__")
     return real and not isinstance(value, bool)
@@ -22,8 +25,29 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
             f"{name} must be {wanted} of a library that follows the Python Array API standard "
             f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
         )
-    if type(value).__name__ in ("MaskedArray", "matrix") and type(value).__module__.startswith("numpy"):
+    kind = type(value)
+    if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
         raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+    dense = backend_of(value).densely(value)
+    if dense is not None:
+        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
+
+
+def require_size(name: str, x: Array, axis: int) -> None:
+    """The size of an axis is a number, as a solver needs it, and not left open."""
+    if unknown(x.shape[axis]):
+        words = backend_of(x).words
+        raise ValueError(
+            f"{name} must have a known size along axis {axis}, got shape {tuple(x.shape)}; {words.measure.format(name)}"
+        )
+
+
+def require_equal_sizes(arrays: dict[str, Array]) -> None:
+    """No size is NaN, which equals none: nobody could say which blocks of two Dask arrays belong together."""
+    for name, value in arrays.items():
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, float):
+                require_size(name, value, axis)
 
 
 def kind_of(value: Any) -> str:
@@ -33,12 +57,20 @@ def kind_of(value: Any) -> str:
 def check_axis(axis: Any, ndim: int) -> int:
     """The axis counted from the first."""
     try:
+        if isinstance(axis, bool):
+            raise TypeError
         number = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     if not -ndim <= number < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
     return number % ndim
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Neither "no" nor an array is a switch, though both may count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_mode(mode: Any) -> bool:
@@ -48,17 +80,56 @@ def check_mode(mode: Any) -> bool:
     return bool(mode == "smallest")
 
 
-def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> None:
-    """k as a number: 0 <= k <= n, or any that there is where weights decide how much is selected."""
+def counted_number(k: Any, n: int, eps: float) -> Any:
+    """A number k, or the end, 0 or n, that it misses by its rounding; `softk._solver.counted` says it of arrays.
+
+    The symbol of a trace stays as it is: a comparison would compile it in.
+    """
+    symbolic = not isinstance(k, numbers.Real)
+    if symbolic:
+        return k
+    if (0 <= k <= n and k == math.floor(k)) or isinstance(k, numbers.Integral):
+        return k
+    if abs(k - n) <= ROUNDINGS * eps * n:
+        return n
+    return 0.0 if k < 0.0 and -k <= ROUNDINGS * eps * n else k
+
+
+def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
+    """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
+
+    A number that misses an end by its rounding is returned as that end. Only the solver knows the sum of weights.
+    """
     if not is_number(k):
-        return
+        return k
     info = xp.finfo(dtype)
+    rounding = ROUNDINGS * float(info.eps)
+    if not weighted:
+        k = counted_number(k, n, float(info.eps))
+    elif 0.0 < -k <= rounding:
+        k = 0.0
     if weighted and not 0 <= k <= float(info.max):
         raise ValueError(
             f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"
         )
     if not weighted and not 0 <= k <= n:
         raise ValueError(f"k must be from 0 to {n}, {of}, got {k!r}")
+    return k
+
+
+def working_dtype(xp: Any, dtype: Any) -> Any:
+    """What a real floating dtype is computed in: float32 at least."""
+    return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
+
+
+def check_precision(xp: Any, name: str, value: Any, of: str, other: Any, *, besides: str = "") -> None:
+    """Two arrays that are computed in one dtype: float16, bfloat16 and float32 may stand beside each other."""
+    if xp.isdtype(value.dtype, "real floating") and working_dtype(xp, value.dtype) == working_dtype(xp, other.dtype):
+        return
+    narrow = ", or another of at most 32 bits" if xp.finfo(other.dtype).bits <= 32 else ""
+    raise TypeError(
+        f"{name} must {besides}have the dtype of {of}, {other.dtype}{narrow}, got {value.dtype}; convert one"
+    )
 
 
 def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._arguments import Call
-from ._checks import is_number, kind_of, require_array
+from ._arguments import Call, R
+from ._checks import is_number, kind_of, require_array, require_equal_sizes
 from ._registry import backend_of
 from .backend import Array, Backend
 
 __all__ = ["jvp", "vjp"]
 
 
-def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[Any], dict[str, Array]]]:
+def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R, Callable[[Any], dict[str, Array]]]:
     """A function of softk and the pullback of its derivative (reverse mode), on arrays of any library.
 
     Parameters
@@ -36,9 +36,9 @@ def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[
     Raises
     ------
     TypeError
-        If `f` is not a function of softk.
+        If `f` is not a function of softk; from `pullback`, if the cotangent is not real or not of the structure above.
     ValueError
-        If the cotangent has another shape than `out`.
+        From `pullback`, if the cotangent has another shape than `out`.
 
     See Also
     --------
@@ -63,18 +63,19 @@ def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[
         parts = call.restore(outputs)
         out = call.build(*parts)
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
+    names = getattr(type(out), "_fields", ())
     needed = tuple(argument.pull is not None for argument in call.arguments.values())
 
     def pullback(cotangent: Any) -> dict[str, Array]:
+        _require_structure(cotangent, [names[i] for i in moving] if names else [])
         given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
-        if len(given) != len(moving):
-            raise ValueError(f"cotangent must have {len(moving)} parts, one a result, got {len(given)}")
         canonical: list[Array | None] = [None] * (len(outputs) - primitive.constants)
         with backend.quiet():
             for i, value in zip(moving, given, strict=True):
                 pull = call.restores[i].pull
                 if pull is not None and (value is not None or len(moving) == 1):
-                    _require_like("cotangent", value, parts[i], backend)
+                    label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
+                    _require_like(label, value, parts[i], backend)
                     canonical[i] = pull(value)
             found = backend.pull(primitive, call.inputs, outputs, tuple(canonical), needed)
             return {
@@ -86,9 +87,7 @@ def vjp(f: Callable[..., Any], x: Array, /, *args: Any, **kwargs: Any) -> tuple[
     return out, pullback
 
 
-def jvp(
-    f: Callable[..., Any], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any
-) -> tuple[Any, Any]:
+def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any) -> tuple[R, Any]:
     """A function of softk and its derivative along tangents (forward mode), on arrays of any library.
 
     Parameters
@@ -112,7 +111,7 @@ def jvp(
     Raises
     ------
     TypeError
-        If `f` is not a function of softk.
+        If `f` is not a function of softk, `tangents` no mapping, or a tangent not real.
     ValueError
         If a tangent names no such argument or has another shape than it.
 
@@ -135,6 +134,8 @@ def jvp(
     """
     call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
+    if not isinstance(tangents, Mapping):
+        raise TypeError(f"tangents must be a mapping {{argument name: tangent}}, got {kind_of(tangents)}")
     known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
     for name, tangent in tangents.items():
         if name not in known:
@@ -152,11 +153,21 @@ def jvp(
         return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)
 
 
-def _describe(f: Any) -> Callable[..., Call]:
-    describe: Callable[..., Call] | None = getattr(f, "call", None)
+def _describe(f: Any) -> Callable[..., Call[Any]]:
+    describe: Callable[..., Call[Any]] | None = getattr(f, "call", None)
     if describe is None:
         raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
     return describe
+
+
+def _require_structure(cotangent: Any, names: list[str]) -> None:
+    """One array, or a tuple of one for each of the results that have derivatives."""
+    if len(names) > 1 and (not isinstance(cotangent, (tuple, list)) or len(cotangent) != len(names)):
+        got = f"{len(cotangent)} parts" if isinstance(cotangent, (tuple, list)) else kind_of(cotangent)
+        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), of which each may be None, got {got}")
+    if len(names) <= 1 and isinstance(cotangent, (tuple, list, dict)):
+        of = f", that of {names[0]} alone" if names else ""
+        raise TypeError(f"cotangent must be one array{of}, got {kind_of(cotangent)}")
 
 
 def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
@@ -168,5 +179,8 @@ def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
         raise TypeError(
             f"{name} must be an array of the same library as x: got {kind_of(given)} beside {kind_of(like)}"
         )
+    if not backend.xp.isdtype(given.dtype, ("real floating", "integral")):
+        raise TypeError(f"{name} must be real, got dtype {given.dtype}")
+    require_equal_sizes({"x": like, name: given})
     if tuple(given.shape) != tuple(like.shape):
         raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(given.shape)}")

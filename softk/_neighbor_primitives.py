@@ -154,12 +154,12 @@ class Block:
     def inputs(self) -> tuple[Any, ...]:
         return self.scores, self.k, self.tau, None, None
 
-    def rule(self, offset: Array, reference: Array, *, tau: bool) -> Linearisation:
-        """The mask's; `tau` says whether a derivative in the temperature is asked for."""
-        return Linearisation(self.backend, self.inputs, reference, offset, balanced=tau)
+    def rule(self, offset: Array, reference: Array, *, balanced: bool) -> Linearisation:
+        """The mask's, which needs no balance where only the derivative in the points is asked for."""
+        return Linearisation(self.backend, self.inputs, reference, offset, balanced=balanced)
 
-    def log_rule(self, offset: Array, reference: Array, *, tau: bool) -> LogLinearisation:
-        return LogLinearisation(self.backend, self.inputs, reference, offset, balanced=tau)
+    def log_rule(self, offset: Array, reference: Array) -> LogLinearisation:
+        return LogLinearisation(self.backend, self.inputs, reference, offset)
 
 
 class Shares:
@@ -281,7 +281,8 @@ def _weights_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: In
     def block(queries: Any, offset: Any, reference: Any, dqueries: Any, dk: Any, dtau: Any, *given: Any) -> Arrays:
         here = Block(backend, cache, queries, *given)
         dx = cache.push(here.queries, dqueries, dkeys)
-        return here.rule(offset, reference, tau=dtau is not None).push(dx, dk, dtau, None)[:2]
+        balanced = dk is not None or dtau is not None
+        return here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)[:2]
 
     arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
     return backend.by_rows(block, _rows(queries, keys), *arrays)
@@ -291,7 +292,7 @@ def _weights_vjp(
     backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
 ) -> Inputs:
     queries, keys, k, tau, where, exclude = inputs
-    of_tau = needed[3]
+    of_tau, balanced = needed[3], needed[2] or needed[3]
     wanted = (True, True, of_tau, False)
     cache = Keys(backend, keys)
 
@@ -299,7 +300,7 @@ def _weights_vjp(
         arrays = (k, tau, where, exclude, *outputs[-2:], *cotangents)
         for *given, offset, reference, u, c in _blocks(queries, keys, *arrays):
             here = Block(backend, cache, *given)
-            xbar, kbar, taubar, _ = here.rule(offset, reference, tau=of_tau).pull(u, c, None, wanted)
+            xbar, kbar, taubar, _ = here.rule(offset, reference, balanced=balanced).pull(u, c, None, wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             yield by_queries, kbar, taubar, by_keys
 
@@ -345,7 +346,8 @@ def _votes_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inpu
     ) -> Arrays:
         here = Block(backend, cache, queries, k, *given)
         dx = cache.push(here.queries, dqueries, dkeys)
-        dmask, ds, _ = here.rule(offset, reference, tau=dtau is not None).push(dx, dk, dtau, None)
+        balanced = dk is not None or dtau is not None
+        dmask, ds, _ = here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)
         tangent = dmask @ values
         if dvalues is not None or dk is not None:
             mask = here.mask(offset, reference)
@@ -363,7 +365,7 @@ def _votes_vjp(
     backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
 ) -> Inputs:
     queries, keys, values, *others = inputs
-    of_tau = needed[4]
+    of_tau, balanced = needed[4], needed[3] or needed[4]
     wanted = (True, True, of_tau, False)
     cache, xp = Keys(backend, keys), backend.xp
     columns = transpose(xp, values)
@@ -372,7 +374,8 @@ def _votes_vjp(
         for *given, offset, reference, u, c in _blocks(queries, keys, *others, *outputs[-2:], *cotangents):
             here = Block(backend, cache, *given)
             share = xp.zeros_like(here.scores) @ values if u is None else u / here.k
-            xbar, kbar, taubar, _ = here.rule(offset, reference, tau=of_tau).pull(share @ columns, c, None, wanted)
+            rule = here.rule(offset, reference, balanced=balanced)
+            xbar, kbar, taubar, _ = rule.pull(share @ columns, c, None, wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             mask = here.mask(offset, reference)
             kbar = kbar - xp.sum(share * (mask @ values), axis=-1, keepdims=True) / here.k
@@ -431,7 +434,7 @@ def _likelihood_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents:
         here = Block(backend, cache, queries, *given)
         part = Shares(here, targets, values, floor, offset, reference)
         dx = cache.push(here.queries, dqueries, dkeys)
-        dlog, ds, _ = here.log_rule(offset, reference, tau=dtau is not None).push(dx, dk, dtau, None)
+        dlog, ds, _ = here.log_rule(offset, reference).push(dx, dk, dtau, None)
         shares = part.shares()
         tangent = xp.sum(shares * dlog, axis=-1, keepdims=True)
         if dk is not None:
@@ -464,7 +467,7 @@ def _likelihood_vjp(
             if u is None:
                 u = xp.zeros_like(offset)
             upon = u * part.shares()
-            xbar, kbar, taubar, _ = here.log_rule(offset, reference, tau=of_tau).pull(upon, c, None, wanted)
+            xbar, kbar, taubar, _ = here.log_rule(offset, reference).pull(upon, c, None, wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             kbar = kbar - xp.sum(upon, axis=-1, keepdims=True) / here.k
             if part.integers:

@@ -5,48 +5,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, ParamSpec, Protocol, cast
+from inspect import signature
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from . import _primitives
 from ._arguments import Call, Slices, static_ranks
-from ._checks import check_mass, check_mode, check_temperature, is_number
-from .backend import Array, Primitive
+from ._checks import check_flag, check_mass, check_mode, check_temperature, counted_number, is_number
+from ._signatures import explained
+from .backend import AnyArray, ArrayT, Primitive
 
 Mode = Literal["largest", "smallest"]
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Operator(Protocol[P]):
-    """A public function that can also say what it would compute, which is where `softk.vjp` and `softk.jvp` start."""
+def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
+    """The public function whose calls `describe` describes.
 
-    call: Callable[P, Call]
+    Its attribute `call` is `describe`: what the function would compute, where `softk.vjp` and `softk.jvp` start.
+    """
+    call = explained(describe)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Array: ...
-
-
-def operator_from(describe: Callable[P, Call]) -> Operator[P]:
     @wraps(describe)
-    def function(*args: P.args, **kwargs: P.kwargs) -> Array:
-        return describe(*args, **kwargs).evaluate()
+    def function(*args: P.args, **kwargs: P.kwargs) -> R:
+        return call(*args, **kwargs).evaluate()
 
-    function.__annotations__ = {**describe.__annotations__, "return": "Array"}
-    function.call = describe  # type: ignore[attr-defined]
-    return cast("Operator[P]", function)
+    returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")
+    function.__annotations__ = {**describe.__annotations__, "return": returned}
+    function.__signature__ = signature(describe).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    function.call = call  # type: ignore[attr-defined]
+    return function
 
 
 def _masked(
-    primitive: Primitive, x: Array, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
+    primitive: Primitive, x: Any, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
 ) -> tuple[Slices, dict[str, Any]]:
     """The arguments that topk and threshold share, checked and canonical."""
     smallest = check_mode(mode)
     slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
-    check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
+    k = check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
-    bits = slices.xp.finfo(slices.working).bits
+    # A count of the hard mask is a number, however few digits the working dtype has.
+    bits = 64 if primitive is _primitives.hard_mask else slices.xp.finfo(slices.working).bits
     with slices.backend.quiet():
         arguments = {
             "x": slices.scores(narrow=primitive.narrow),
-            "k": slices.per_slice("k", k),
+            "k": slices.mass(k, weights),
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
@@ -57,17 +61,17 @@ def _masked(
 
 @operator_from
 def topk(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     hard: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft indicator of the k largest scores along an axis, with useful gradients.
 
     The mask is the exact solution of the entropic optimal transport problem between the scores and the anchors 0
@@ -136,29 +140,31 @@ def topk(
     >>> float(mask.sum().round(9))
     2.0
     """
+    check_flag("hard", hard)
     primitive = _primitives.hard_mask if hard else _primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:
         call |= {"primitive": _primitives.empty_mask, "options": {}}
     if hard and weights is not None:
         raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
-    if hard and is_number(k) and k != math.floor(k):
+    counted = call["arguments"]["k"].given
+    if hard and is_number(counted) and counted != math.floor(counted):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
     return Call(**call, restores=(slices.like_scores(narrow=True),))
 
 
 @operator_from
 def log_topk(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Logarithm of the mask of `softk.topk`, accurate where the mask underflows or rounds to 1.
 
     A cross-entropy needs it: ``-sum(target * log_topk(x, k))`` has a gradient for a target that is far from selected.
@@ -201,17 +207,17 @@ def log_topk(
 
 @operator_from
 def threshold(
-    x: Array,
-    k: Any,
+    x: ArrayT,
     /,
+    k: float | AnyArray,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     keepdims: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft k-th largest score along an axis: the level t at which the mask of `topk` is one half.
 
     Parameters
@@ -251,6 +257,7 @@ def threshold(
     >>> float(t.round(6))
     0.55
     """
+    check_flag("keepdims", keepdims)
     slices, call = _masked(_primitives.threshold, x, k, axis, mode, epsilon, weights, where)
     require_scores(slices)
     return Call(**call, restores=(slices.one_a_slice(keepdims),))
@@ -258,16 +265,16 @@ def threshold(
 
 @operator_from
 def quantile(
-    x: Array,
-    q: Any,
+    x: ArrayT,
     /,
+    q: float | AnyArray,
     *,
     axis: int = -1,
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     keepdims: bool = False,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft quantile along an axis: NumPy's default quantile with soft order statistics.
 
     The j-th smallest of n scores (j from 0) becomes the threshold at k = n - j - 1/2, half-way between the counts;
@@ -282,7 +289,9 @@ def quantile(
     axis, epsilon
         As for `softk.topk`.
     weights : array, optional
-        Frequencies, at least 0, broadcasting to the shape of `x`: their sum takes the place of n.
+        Frequencies, at least 0, broadcasting to the shape of `x`: how many observations each item stands for. Their sum
+        takes the place of n. Several items whose frequencies sum to at most 1 are no sample, and their quantile is NaN;
+        see the notes for weights that are probabilities.
     where : array of bool, optional
         Items that count, broadcasting to the shape of `x`.
     keepdims : bool, optional
@@ -298,6 +307,19 @@ def quantile(
     TypeError, ValueError
         As `softk.topk`; also if there are no scores along `axis`.
 
+    Notes
+    -----
+    A soft quantile may lie beyond the data: it is a threshold, not a convex combination of the scores. Without weights
+    that for q = 1 is never below the largest score, since the mask of `softk.topk` sums to one half there. All soft
+    quantiles lie between ``min(x) - d`` and ``max(x) + d`` with ``d = epsilon / 2 * log(2 n - 1)``. Both bounds are
+    reached where all scores are equal.
+
+    Weights have two readings. Here they are frequencies: doubling them all doubles the sample, and whole ones do what
+    repeating the items does. In ``numpy.quantile(x, q, weights=w, method="inverted_cdf")`` they are probabilities up to
+    a factor. That quantile is the level above which a share ``1 - q`` of the weight lies, with a soft twin in
+    ``softk.threshold(x, (1 - q) * w.sum(), weights=w)`` for q between 0 and 1. Frequencies are made of probabilities by
+    multiplying with the number of observations that they stand for; the more, the nearer the two readings are.
+
     References
     ----------
     Hyndman and Fan, "Sample Quantiles in Statistical Packages", The American Statistician 1996, definition 7, with
@@ -309,11 +331,23 @@ def quantile(
     >>> import softk
     >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
     [1.0, 5.0, 7.5]
+
+    Probabilities, by the two readings, as a sample of ten and as a level above which half of them lie:
+
+    >>> x, w = np.asarray([1.0, 2.0, 3.0, 4.0]), np.asarray([0.1, 0.2, 0.3, 0.4])
+    >>> float(softk.quantile(x, 0.25, epsilon=0.01, weights=10 * w).round(2))
+    2.25
+    >>> float(softk.threshold(x, 0.75 * w.sum(), epsilon=0.01, weights=w).round(2))
+    2.01
     """
+    check_flag("keepdims", keepdims)
     slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
-    if is_number(q) and not 0.0 <= q <= 1.0:
-        raise ValueError(f"q must be from 0 to 1, got {q!r}")
+    if is_number(q):
+        number = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"q must be from 0 to 1, got {q!r}")
+        q = number
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         probability = slices.probabilities(q)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from . import _plan_primitives
 from ._arguments import Argument, Call, Slices
-from ._checks import check_mode, check_temperature
+from ._checks import check_flag, check_mode, check_temperature
 from ._operators import Mode, operator_from, require_scores
-from .backend import Array
+from ._signatures import plain_tuple
+from .backend import AnyArray, Array, ArrayT
 
 
-class TopK(NamedTuple):
+@plain_tuple
+class TopK(NamedTuple, Generic[ArrayT]):
     """The soft twin of a library's top-k.
 
     Attributes
@@ -24,12 +26,13 @@ class TopK(NamedTuple):
         Which scores they are made of: the shape of `x` with two axes (k, n) in the place of n.
     """
 
-    values: Array
-    assignment: Array
+    values: ArrayT
+    assignment: ArrayT
 
 
 def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, step: float) -> dict[str, Any]:
     """The call of a primitive with `rows` anchors of mass `unit` at the distance `step`."""
+    slices.require_sizes()
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         arguments = {
@@ -47,15 +50,15 @@ def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, st
 
 @operator_from
 def sorted_topk(
-    x: Array,
-    k: int,
+    x: ArrayT,
     /,
+    k: int,
     *,
     axis: int = -1,
     mode: Mode = "largest",
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+) -> Call[TopK[ArrayT]]:
     """Soft top-k in order: the k largest values, and which scores each of them is made of.
 
     The scores are transported to the anchors k, ..., 1, which take one unit each, and 0, which takes the rest. Row j of
@@ -120,14 +123,14 @@ def sorted_topk(
 
 @operator_from
 def sort(
-    x: Array,
+    x: ArrayT,
     /,
     *,
     axis: int = -1,
     descending: bool = False,
-    epsilon: Any = 0.1,
+    epsilon: float | AnyArray = 0.1,
     num_anchors: int | None = None,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft sort along an axis.
 
     The scores are transported to n anchors at unit distance, of equal mass; each sorted value is the mean of the scores
@@ -168,6 +171,7 @@ def sort(
     >>> softk.sort(np.asarray([0.2, 1.7, -0.5, 0.9]), epsilon=0.1).round(3).tolist()
     [-0.499, 0.2, 0.9, 1.7]
     """
+    check_flag("descending", descending)
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
     call = _anchored(slices, epsilon, num_anchors)
     return Call(primitive=_plan_primitives.sorted_plan, restores=(slices.one_a_row(),), **call)
@@ -175,14 +179,14 @@ def sort(
 
 @operator_from
 def rank(
-    x: Array,
+    x: ArrayT,
     /,
     *,
     axis: int = -1,
     descending: bool = False,
-    epsilon: Any = 0.1,
+    epsilon: float | AnyArray = 0.1,
     num_anchors: int | None = None,
-) -> Call:
+) -> Call[ArrayT]:
     """Soft ranks along an axis: 0 for the smallest score, n - 1 for the largest; ties share their mean.
 
     The scores are transported to n anchors 0, ..., n - 1 of equal mass; the rank of a score is the mean of the anchors
@@ -216,6 +220,7 @@ def rank(
     >>> softk.rank(np.asarray([0.2, 1.7, -0.5, 0.9]), epsilon=0.1).round(3).tolist()
     [1.0, 3.0, 0.001, 1.999]
     """
+    check_flag("descending", descending)
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
     call = _anchored(slices, epsilon, num_anchors)
     return Call(primitive=_plan_primitives.soft_rank, restores=(slices.like_scores(),), **call)

@@ -15,7 +15,7 @@ differences of neighbours D_j = U_j - U_j+1,
     abar = sum_j lambda_j Q_j,   Cbar = -lambda
 
 (c the cotangent of s). At a boundary that one score dominates, w less its mean and D + a lambda nearly cancel: both are
-measured from that score, as in the rule of the mask.
+measured from that score, and are zero there by a choice, as in the rule of the mask.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class PlanLinearisation:
         self.system = System(backend, self.share, self.above, self.below, task.weights)
         weight = task.weights * (self.above * self.below)
         self.peak = (weight >= xp.max(weight, axis=-1, keepdims=True)) & (weight > 0.0)
+        self.alone = self.peak & (xp.count_nonzero(self.peak, axis=-1, keepdims=True) == 1)
 
     def total(self, values: Array) -> Array:
         return self.xp.sum(values, axis=-1, keepdims=True)
@@ -92,7 +93,7 @@ class PlanLinearisation:
         if dtau is not None:
             w = w - self.apart * (dtau / tau)
         origin = self.at_peak(w)
-        w = w - origin
+        w = xp.where(self.alone, 0.0, w - origin)
         change = self.weighed(w)
         if da is not None:
             change = change + self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
@@ -106,7 +107,7 @@ class PlanLinearisation:
         xp, tau, weights = self.xp, self.task.tau, self.task.weights
         difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
         origin = self.at_peak(difference) / nonzero(xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape)))
-        difference = difference - weights * origin
+        difference = xp.where(self.alone, 0.0, difference - weights * origin)
         boundaries = self.total(self.across(difference))
         wanted = -self.system.choose(boundaries, self.total(self.spread(difference)[..., :-1, :]))
         if c is not None:

@@ -19,10 +19,10 @@ Arrays = tuple[Array, ...]
 Needed = tuple[bool, ...]
 
 
-def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, tau: bool) -> Linearisation:
-    """The rule; `tau` says whether a derivative in the temperature is asked for."""
+def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, balanced: bool = True) -> Linearisation:
+    """The rule; the mask's needs no balance where only the derivative in the scores is asked for."""
     *_, offset, reference = outputs
-    return Linearisation(backend, inputs, reference, offset, balanced=tau)
+    return Linearisation(backend, inputs, reference, offset, balanced=balanced)
 
 
 # --- scores narrower than what is computed in
@@ -75,14 +75,15 @@ def _mask_forward(
 
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    balanced = any(tangent is not None for tangent in tangents[1:4])
+    rule = _linearise(backend, inputs, outputs, balanced=balanced)
     mask, offset, _ = rule.push(*tangents[:-1])
     return mask, offset
 
 
 def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
+    return (*_linearise(backend, inputs, outputs, balanced=any(needed[1:4])).pull(u, c, None, needed), None)
 
 
 mask = Primitive("topk_mask", *_widening(_mask_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
@@ -113,20 +114,20 @@ def _log_forward(
     return xp.where(never, -math.inf, found), offset, reference
 
 
-def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, tau: bool) -> LogLinearisation:
+def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearisation:
     *_, offset, reference = outputs
-    return LogLinearisation(backend, inputs, reference, offset, balanced=tau)
+    return LogLinearisation(backend, inputs, reference, offset)
 
 
 def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _log_linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    rule = _log_linearise(backend, inputs, outputs)
     found, offset, _ = rule.push(*tangents[:-1])
     return found, offset
 
 
 def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_log_linearise(backend, inputs, outputs, tau=needed[2]).pull(u, c, None, needed), None)
+    return (*_log_linearise(backend, inputs, outputs).pull(u, c, None, needed), None)
 
 
 log_mask = Primitive("topk_log_mask", *_widening(_log_forward, _log_jvp, _log_vjp), constants=1, narrow=True)
@@ -150,6 +151,8 @@ def _hard_forward(
     reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
     wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
+    if ranks is not None:
+        wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
     # score has a finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
@@ -204,14 +207,14 @@ def _threshold_forward(
 
 
 def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearise(backend, inputs, outputs, tau=tangents[2] is not None)
+    rule = _linearise(backend, inputs, outputs)
     _, offset, threshold = rule.push(*tangents[:-1])
     return threshold, offset
 
 
 def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, c = cotangents
-    return (*_linearise(backend, inputs, outputs, tau=needed[2]).pull(None, c, b, needed), None)
+    return (*_linearise(backend, inputs, outputs).pull(None, c, b, needed), None)
 
 
 threshold = Primitive("topk_threshold", _threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)
@@ -228,9 +231,14 @@ class _Place:
             n = xp.full_like(q, x.shape[-1])
             if where is not None:
                 n = n - xp.astype(xp.count_nonzero(~where, axis=-1, keepdims=True), q.dtype)
+            sampled = n > 0.0
         else:
             counted = weights if where is None else xp.where(where, weights, 0.0)
             n = xp.sum(xp.where(counted >= 0.0, counted, math.nan), axis=-1, keepdims=True)
+            items = xp.astype(xp.count_nonzero(counted > 0.0, axis=-1, keepdims=True), q.dtype)
+            # The place (n - 1) q tells no q from another unless there is more than one observation: several items that
+            # are one together, or less, have no quantiles. Probabilities sum to 1 but for a rounding an item.
+            sampled = (n - 1.0 > float(xp.finfo(q.dtype).eps) * items) | ((n > 0.0) & (items == 1.0))
         position = (n - 1.0) * q
         index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
         margin = 0.5 * xp.minimum(n, 1.0)
@@ -241,7 +249,7 @@ class _Place:
         held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
         self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)
         self.second_rate = xp.where(n - index - 1.5 >= margin, 1.0, held)
-        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & (n > 0.0), xp.maximum(position - index, 0.0), math.nan)
+        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & sampled, xp.maximum(position - index, 0.0), math.nan)
 
 
 def _quantile_forward(

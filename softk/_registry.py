@@ -66,6 +66,17 @@ ADAPTERS: dict[str, Callable[[], Backend]] = {
     "autograd": _autograd,
 }
 
+#: The names of the array types among the types of a module: a mixin, a module or a random generator is no array.
+ARRAYS: dict[str, tuple[str, ...]] = {
+    "numpy": ("ndarray", "generic"),
+    "torch": ("Tensor",),
+    "jax": ("Array", "Tracer"),
+    "jaxlib": ("ArrayImpl",),
+    "cupy": ("ndarray",),
+    "dask": ("Array",),
+    "autograd": ("ArrayBox",),
+}
+
 _by_type: dict[type, Backend | None] = {}
 _by_namespace: dict[str, Backend] = {}
 
@@ -108,7 +119,8 @@ def _load(kind: type) -> Backend | None:
 
     for base in kind.__mro__:  # a subclass from elsewhere may have a backend of its own
         root = base.__module__.partition(".")[0]
-        if root in ADAPTERS:
+        name = base.__name__.rpartition(".")[2]  # JAX's own holds a module
+        if root in ADAPTERS and name in ARRAYS[root]:
             return ADAPTERS[root]()
         for entry in ENTRIES:
             if entry.name == root:

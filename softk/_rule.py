@@ -17,9 +17,24 @@ v underflows far from the threshold, but v / V and p do not: with the distance d
 weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
 quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
 
-z - s is held to eps |z| only, and so is p, which is not enough in a wide gap for the derivative in tau, where <p, z> is
-the difference of two large numbers. But the mass is known to be k, so the tails of the rounded z say how much s is off:
-(L - U - delta) / V, in units of exp(-d). p is corrected by it, with the sign of z, which balances its two sides.
+z is held to eps |z| only, and so is a p that is read off it. In a gap that is not enough: not for the derivatives in k,
+the weights and the temperature, nor for those of the threshold and of the log mask, which are all in proportion to p.
+But the distance of a score from the nearest one on its side of the threshold is known to a rounding of its own, which
+determines p but for one number: how much of it lies on either side. That number follows from the mass. With the tails
+A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above and l below the threshold,
+
+    B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
+
+delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
+distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
+not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
+farthest that a derivative sees.
+
+**Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
+reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item
+j with nearly all of p has a derivative that is minus the sum of the others', and is lost in rounding as a difference of
+its own terms. So it is chosen out and not subtracted, in both directions: w - w_j and u - a u_j / a_j are zero there by
+a choice, of which the transpose sums up the others; and its tangent is -sum_{i != j} a_i dm_i / a_j.
 """
 
 from __future__ import annotations
@@ -27,7 +42,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._solver import exponential, least, limits, logits, nonzero, selectable, weigh
+from ._solver import between, exponential, is_rounding, least, limits, logits, nonzero, selectable, weigh
 from .backend import Array, Backend
 
 
@@ -43,7 +58,7 @@ class Linearisation:
     reference, offset : array
         The solution, as `softk._solver.solve` returns it.
     balanced : bool
-        Whether p is corrected by the slip, which only the derivative in the temperature can see.
+        Whether p must be exact in a gap too, where the mask has no derivative in the scores that is a number.
     """
 
     def __init__(
@@ -53,21 +68,8 @@ class Linearisation:
         xp, over = self.xp, self.over
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
-        bound = limits(xp, self.x.dtype)
-        distance = self.z()
-        upper = distance > 0.0 if balanced else None
-        distance = over.abs(distance)
-        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
-        nearest = xp.min(weighty, axis=-1, keepdims=True)
-        del weighty
-        # A score at the farthest distance has no part in the derivative, though it be the nearest.
-        nearest = xp.minimum(nearest, 0.5 * bound.farthest)
-        self.height = height = xp.exp(-nearest)
-        # Everything in units of exp(-nearest); only an item without weight can come closer. What is nothing beside 1 is
-        # exactly 0.
-        distance = over.subtract(distance, nearest)
-        if self.weights is not None:
-            distance = over.maximum(distance, -math.log(bound.farthest))
+        distance, height = self.from_sides() if balanced else self.from_nearest()
+        # What is nothing beside 1 is exactly 0.
         distance = over.negative(distance)
         some = backend.indicator(distance, math.log(least(xp, self.x.dtype)))
         decay = over.multiply(exponential(xp, distance, over), some)
@@ -75,32 +77,89 @@ class Linearisation:
         # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
         total = over.add(height * decay, 1.0)
         self.scaled = over.divide(decay, total)
-        del decay
-        if upper is not None:
-            slip = backend.constant(self.slip(nearest, upper, self.scaled))
-            balance = xp.where(upper, xp.exp(slip), xp.exp(-slip))
-            self.scaled = over.multiply(self.scaled, balance)
-            del upper, balance
+        del decay, height
+        if balanced:
+            self.scaled = over.multiply(self.scaled, self.balance(self.scaled))
         self.scaled = over.divide(self.scaled, total)
         del total
+        self.height = xp.exp(-self.nearest)
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
         self.normal = nonzero(xp, self.normal)
-        self.nearest = nearest
 
-    def slip(self, nearest: Array, upper: Array, tail: Array) -> Array:
-        """What the offset is off by. Zero where no offset supplies k: where nothing or everything is selected."""
-        xp = self.xp
+    def from_nearest(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight, and exp(-|z|) of that one."""
+        xp, over = self.xp, self.over
+        bound = limits(xp, self.x.dtype)
+        distance = over.abs(self.z())
+        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        self.nearest = xp.minimum(xp.min(weighty, axis=-1, keepdims=True), 0.5 * bound.farthest)
+        del weighty
+        distance = over.subtract(distance, self.nearest)
+        if self.weights is not None:  # an item without weight can come closer
+            distance = over.maximum(distance, -math.log(bound.farthest))
+        return distance, xp.exp(-self.nearest)
+
+    def from_sides(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+        xp, constant = self.xp, self.backend.constant
+        bound = limits(xp, self.x.dtype)
+        z = self.z()
+        self.upper = upper = z > 0.0
+        x = xp.minimum(selectable(xp, self.x, self.where), bound.largest)
+        weightless = None if self.weights is None else self.weights == 0.0
+        above = xp.where(upper if weightless is None else upper & ~weightless, x, math.inf)
+        below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
+        high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
+        del above, below
+        no_high, no_low = high == math.inf, low == -math.inf
+        both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
+        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
+        near = xp.minimum(near, 0.5 * bound.farthest)
+        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
+        # Where there is none, weightless items are measured from the nearest on the other side.
+        self.above, self.below = xp.where(no_high, below, above), xp.where(no_low, above, below)
+        distance = logits(
+            self.backend, x, xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low)), self.tau
+        )
+        del x
+        distance = xp.where(upper, distance, -distance)  # an absolute value has no derivative at the nearest itself
+        if weightless is not None:
+            across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
+            distance = xp.maximum(distance - across, -math.log(bound.farthest))
+        return distance, xp.where(upper, xp.exp(-self.above), xp.exp(-self.below))
+
+    def balance(self, tail: Array) -> Array:
+        """What the tails of either side, each in units of its own, are to be multiplied with."""
+        xp, constant, upper = self.xp, self.backend.constant, self.upper
+        bound = limits(xp, tail.dtype)
         if self.weights is None:
-            above = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
+            mass = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
         else:
-            above = self.total(xp.where(upper, self.weights, 0.0))
+            mass = self.total(xp.where(upper, self.weights, 0.0))
             tail = self.weigh(tail)
-        delta = self.k - above
-        delta = xp.where(xp.abs(delta) <= 4.0 * limits(xp, tail.dtype).eps * self.k, 0.0, delta * xp.exp(nearest))
-        lower = self.total(xp.where(upper, 0.0, tail))
-        upper = self.total(xp.where(upper, tail, 0.0))
-        slip = (lower - upper - delta) / nonzero(xp, lower + upper)
-        return xp.where(xp.abs(slip) < 0.5, slip, 0.0)
+        delta = self.k - mass
+        high, low = self.total(xp.where(upper, tail, 0.0)), self.total(xp.where(upper, 0.0, tail))
+        # No offset supplies k where nothing or everything is selected: there one side is empty.
+        exact = (high > 0.0) & (low > 0.0)
+        if self.weights is not None:  # of which sums are rounded: more than a rounding is in the offset already
+            exact = exact & is_rounding(xp, delta, self.k)
+            delta = xp.zeros_like(delta)
+        high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
+        middle = 0.5 * (self.above + self.below)
+        unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
+        share = xp.asinh(delta * unit / (xp.sqrt(high) * xp.sqrt(low))) + 0.5 * xp.log(high / low)
+        share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
+        # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
+        beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))
+        nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
+        self.nearest = constant(nearest)
+        # Constants leave it to these zeros to carry the derivative.
+        above, below = constant(self.above) - self.above, constant(self.below) - self.below
+        above, below = xp.exp(above - share - xp.abs(share)), xp.exp(below + share - xp.abs(share))
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        above = xp.where(self.above < 0.5 * bound.farthest, above, 0.0)
+        return xp.where(upper, above, xp.where(self.below < 0.5 * bound.farthest, below, 0.0))
 
     def z(self) -> Array:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
@@ -143,20 +202,38 @@ class Linearisation:
         most, held = self.dominating()
         u = self.kept(u)
         if self.weights is None:
-            u = u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal)
+            u = self.others(most, u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal))
             del most
             g = g - self.height * dot(self.scaled, u)
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
-        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
-        unit = xp.where(held, dot(most, share), xp.max(share, axis=-1, keepdims=True))
-        share = over.divide(share, nonzero(xp, unit))  # weights may be of any size
+        share = self.relative(most, held)
         level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
-        del most
         share = share * level
-        u = u - share
-        del share
+        u = self.others(most, u - share)
+        del most, share
         found = over.multiply(u, self.gain())
         return over.add(found, self.shares(g - self.total(found)))
+
+    def others(self, most: Array, values: Array) -> Array:
+        """Zero at the item that dominates p, where the values are zero: a choice, if they are differentiated."""
+        return self.xp.where(most > 0.0, 0.0, values) if self.over is self.xp else values
+
+    def relative(self, most: Array, held: Array) -> Array:
+        """The weights, which may be of any size, in units of that of the item that dominates p, or of the largest."""
+        xp = self.xp
+        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
+        unit = xp.where(held, self.backend.dot(most, share), xp.max(share, axis=-1, keepdims=True))
+        return self.over.divide(share, nonzero(xp, unit))
+
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        """v w, for a w whose mean by p is 0. Its weighted sum is 0, which gives the value where p dominates."""
+        xp, dot = self.xp, self.backend.dot
+        moved = xp.where(most > 0.0, 0.0, self.gain() * w)
+        if self.weights is None:
+            return moved - self.total(moved) * xp.where(held, most, self.scaled / self.normal)
+        share = self.relative(most, held)
+        rest = dot(share, moved)
+        return moved - rest * xp.where(held, most, self.scaled / nonzero(xp, dot(self.scaled, share)))
 
     def still(self, values: Array) -> Array:
         """Zero for the scores that do not move: +inf, and those that are removed."""
@@ -194,12 +271,12 @@ class Linearisation:
         dh = zero if dk is None else dk + zero
         if da is not None:
             dh = dh - self.total(self.mask() * self.kept(da))
-        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean.
+        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean, and
+        # is zero there whatever a compiler makes of a product and a difference.
         share = self.weigh(self.scaled)
         most, held = self.dominating()
         origin = xp.where(held, self.backend.dot(most, w), self.backend.dot(share, w) / self.normal)
-        del most
-        w = w - origin
+        w = xp.where(most > 0.0, 0.0, w - origin)
         shifted = self.backend.dot(share, w) / self.normal
         del share
         mean = shifted + origin
@@ -207,7 +284,7 @@ class Linearisation:
         ds = mean - found
         if dtau is not None:
             ds = ds - self.offset * (dtau / self.tau)
-        moved = self.gain() * (w - shifted)
+        moved = self.response(w - shifted, most, held)
         if dk is not None or da is not None:
             moved = moved + self.lift() * dh
         return moved, ds, self.tau * (mean - found)
@@ -260,6 +337,9 @@ class LogLinearisation(Linearisation):
         never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
         return self.xp.where(never, 0.0, self.backend.sigmoid(-z))
 
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        return self.gain() * w
+
     def lift(self) -> Array:
         """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
         z = self.z()
@@ -274,4 +354,5 @@ class LogLinearisation(Linearisation):
         share = self.shares(self.xp.ones_like(self.offset))
         share = share / self.xp.where(held, self.backend.dot(most, share), 1.0)
         found = direct - share * self.xp.where(held, self.backend.dot(most, direct), self.total(direct))
+        found = self.others(most, found)
         return self.shares(g - self.total(found)) + found

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .backend import Array, Backend
+from .backend import Array, Backend, broadcast_like
 
 #: Steps before the correction, at most.
 STEPS = 11
@@ -47,6 +47,8 @@ STEPS = 11
 CORRECTIONS = 2
 #: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
 MARGIN = 4.0
+#: A mass is rounded by as many units of its last digit: that close to 0, n or a sum of weights, it counts as that.
+ROUNDINGS = 8.0
 
 
 class Limits(NamedTuple):
@@ -66,17 +68,30 @@ def limits(xp: Any, dtype: Any) -> Limits:
     return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
 
 
+def counted(xp: Any, k: Array, n: Any) -> Array:
+    """What to add to a mass k of n items, so that it is the end, 0 or n, that it misses by its rounding.
+
+    `n` may be a symbol of a trace, which is only compared. Above 0 there is nothing to add, however small k is.
+    """
+    unit = ROUNDINGS * limits(xp, k.dtype).eps  # of numbers of the size of n; a power of 2
+    over = k - n
+    found = xp.where((k < 0.0) & (-k / unit <= n), -k, xp.zeros_like(k))
+    return xp.where(xp.abs(over) / unit <= n, -over, found)
+
+
 def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Array | None = None) -> Array:
     """(x - reference) / tau, clipped to the farthest distance that a derivative still sees, less the offset.
 
-    +inf counts as the largest score: many of them tie, and share k when they are more than k. The difference of two
-    scores may overflow, and is clipped then too.
+    +inf counts as the largest score: many of them tie, and share k when they are more than k. Beside a large tau scores
+    are made smaller first, by a power of two: neither does the difference of two overflow there, nor what clips it.
     """
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, x.dtype)
-    reach = xp.minimum(bound.farthest * tau, bound.largest)
+    part = xp.where(tau > 1.0, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
+    tau = tau * part
+    reach = bound.farthest * tau
     x = xp.minimum(x, bound.largest)
-    x = x - reference
+    x = x * part - reference * part
     z = over.divide(between(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)
 
@@ -135,14 +150,15 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
 def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
     """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
     both = tails.lower + tails.upper
-    # Beside the other, a tail may be nothing at all; and weights may be as small as numbers are.
-    floor = xp.minimum(float(xp.finfo(delta.dtype).eps) * both, least(xp, delta.dtype))
-    lower, upper = xp.maximum(tails.lower, floor), xp.maximum(tails.upper, floor)
+    # A tail may be nothing at all beside the other; and weights may be as small as numbers are. A mass, however small,
+    # is not below the floor.
+    info = xp.finfo(delta.dtype)
+    floor = xp.minimum(float(info.eps) * both, float(info.smallest_normal))
     more = xp.maximum(delta, 0.0)
-    rising = upper + more
-    falling = lower + (more - delta)
-    rate = (lower / falling + upper / rising) * tails.slope
-    return xp.log(falling / rising) * both / rate
+    rising = xp.maximum(tails.upper + more, floor)
+    falling = xp.maximum(tails.lower + (more - delta), floor)
+    rate = (tails.lower / falling + tails.upper / rising) * tails.slope
+    return xp.log(falling / rising) * (both / nonzero(xp, rate))
 
 
 class Solution(NamedTuple):
@@ -185,7 +201,7 @@ def solve(
     """
     xp = backend.xp
     bound = limits(xp, x.dtype)
-    valid = (tau > 0.0) & (tau <= bound.largest) & (k >= 0.0) & (k <= bound.largest)
+    valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
     given = {"x": x, "k": k, "tau": tau, "weights": weights, "where": where}
     names = tuple(name for name, value in given.items() if value is not None)
@@ -282,7 +298,7 @@ def _approach_within(
         reference,
         offset + middle(gap),
         *gap,
-        xp.broadcast_to(ends.nothing, offset.shape),
+        broadcast_like(xp, ends.nothing, offset.shape, offset),
         ends.everything,
         settled,
         ends.high > bound.largest,
@@ -331,7 +347,8 @@ def search(
     xp = backend.xp
     bound = limits(xp, odds.dtype)
     tolerance = bound.eps**0.25  # two steps of second order away from eps: the last, and one more
-    ceiling = math.log(bound.largest) - 1.0  # of which exp is a number; beyond it, k is nothing beside 1
+    # Beyond it on either side all tails are exponentials, of which the last step is exact, and they are numbers still.
+    ceiling = math.log(bound.farthest)
 
     def measure(offset: Array) -> tuple[Tails, Array]:
         tails = sweep(backend, odds, xp.exp(offset), weights)
@@ -344,7 +361,7 @@ def search(
         small = ~(xp.abs(size) > tolerance)
         half_width = 0.5 * (most - least)  # the offset is at one end, and goes as far as the middle
         size = between(xp, size, -half_width, half_width)
-        offset = xp.where(done, offset, xp.minimum(offset + size, ceiling))
+        offset = xp.where(done, offset, between(xp, offset + size, -ceiling, ceiling))
         done = done | small
         return (offset, least, most, done), done
 
@@ -352,7 +369,7 @@ def search(
     state = (start, start - math.inf, start + math.inf, fixed | xp.isnan(half))
     offset, *_ = backend.repeat(step, state, limit)
     tails, size = measure(offset)
-    return xp.where(fixed, offset, xp.minimum(offset + size, ceiling)), tails
+    return xp.where(fixed, offset, offset + size), tails
 
 
 def middle(gap: Gap) -> Array:
@@ -387,8 +404,12 @@ def lacking(xp: Any, tails: Tails, offset: Array, half: Array, k: Array, weights
     delta = k - tails.above
     if weights is None:
         return delta
-    rounded = (xp.abs(offset) < half) & (xp.abs(delta) <= 4.0 * limits(xp, k.dtype).eps * k)
-    return xp.where(rounded, 0.0, delta)
+    return xp.where((xp.abs(offset) < half) & is_rounding(xp, delta, k), 0.0, delta)
+
+
+def is_rounding(xp: Any, delta: Array, k: Array) -> Array:
+    """Whether what a sum of weights lacks of k is no more than the rounding of a sum."""
+    return xp.abs(delta) <= ROUNDINGS * limits(xp, k.dtype).eps * k
 
 
 def _correction(
@@ -433,19 +454,23 @@ def find_ends(
     nothing = k <= 0.0
     if weights is None:
         high, low = _edges(backend, selectable(xp, x, where), k, ranks)
-        return Ends(high, low, nothing, ~nothing & (low < -bound.largest), k <= n)
-    rounding = 4.0 * bound.eps  # a user's sum of weights is rounded in another way
-    high, low = _weighted_edges(xp, x, where, k * (1.0 - rounding), k, weights)
+        return Ends(high, low, nothing, ~nothing & (low < -bound.largest), (k >= 0.0) & (k <= n))
+    rounding = ROUNDINGS * bound.eps  # a user's sum of weights is rounded in another way
+    high, low = _weighted_edges(xp, x, where, k * (1.0 - rounding), k * (1.0 + rounding), weights)
     x = selectable(xp, x, where)
     usable = (weights >= 0.0) & (weights < math.inf)
+    never = x == -math.inf
     total = _total(xp, xp.where(usable, weights, 0.0))
-    valid = xp.all(usable | (x == -math.inf), axis=-1, keepdims=True)  # what is never selected may weigh anything
-    everything = ~nothing & ((low < -bound.largest) | (k >= total * (1.0 - rounding)))
+    held = _total(xp, xp.where(usable & ~never, weights, 0.0))
+    valid = xp.all(usable | never, axis=-1, keepdims=True)  # what is never selected may weigh anything
+    everything = ~nothing & (k >= held * (1.0 - rounding))
     # Items without weight must be on the right side too where nothing or everything is selected.
     lowest = xp.min(xp.where(x >= -bound.largest, x, math.inf), axis=-1, keepdims=True)
     high = xp.where(everything & (high >= -bound.largest), lowest, high)
     high = xp.where(nothing, xp.max(x, axis=-1, keepdims=True), high)
-    return Ends(high, low, nothing, everything, valid & (k <= total * (1.0 + 4.0 * rounding)))
+    # Two sums of n weights, each added up in an order of its own, are apart by at most a rounding an item.
+    valid = valid & (k >= -rounding * total) & (k - total <= (rounding + n * bound.eps) * total)
+    return Ends(high, low, nothing, everything, valid)
 
 
 def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple
 
 from . import _plan_primitives
 from ._arguments import Argument, Call, Slices
 from ._checks import check_temperature, is_number, require_array
 from ._operators import operator_from, require_scores
 from ._plan import STEPS
-from .backend import Array
+from ._signatures import plain_tuple
+from .backend import AnyArray, Array, ArrayT
 
 
 class ConvergenceWarning(UserWarning):
     """A transport problem was not solved to its tolerance."""
 
 
-class Plan(NamedTuple):
+@plain_tuple
+class Plan(NamedTuple, Generic[ArrayT]):
     """The solution of a transport problem. Only `plan` has derivatives.
 
     Attributes
@@ -38,28 +40,28 @@ class Plan(NamedTuple):
         Whether the marginal error is within the tolerance, one a slice.
     """
 
-    plan: Array
-    potentials: Array
-    marginal_error: Array
-    iterations: Array
-    converged: Array
+    plan: ArrayT
+    potentials: ArrayT
+    marginal_error: ArrayT
+    iterations: ArrayT
+    converged: ArrayT
 
 
 @operator_from
 def transport(
-    x: Array,
-    anchors: Array,
-    marginals: Array,
+    x: ArrayT,
     /,
+    anchors: AnyArray,
+    marginals: AnyArray,
     *,
     axis: int = -1,
-    epsilon: Any = 0.1,
-    weights: Array | None = None,
-    where: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
     method: Literal["newton", "sinkhorn"] = "newton",
     tolerance: float | None = None,
     max_iterations: int | None = None,
-) -> Call:
+) -> Call[Plan[ArrayT]]:
     """Entropic optimal transport between scores and anchors on a line, with diagnostics.
 
     The plan minimises ``sum(plan * cost) + epsilon * sum(plan * (log(plan) - 1))`` with ``cost = (x - anchor)**2``
@@ -127,11 +129,11 @@ def transport(
     >>> bool(found.converged)
     True
     """
-    arrays = {"epsilon": epsilon, "weights": weights, "where": where}
     require_array("anchors", anchors)
     require_array("marginals", marginals)
-    slices = Slices(x, axis, anchors=anchors, marginals=marginals, **arrays)
+    slices = Slices(x, axis, anchors=anchors, marginals=marginals, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
+    slices.require_sizes()
     xp = slices.xp
     check_temperature(xp, epsilon, slices.working)
     if method not in ("newton", "sinkhorn"):
@@ -156,7 +158,7 @@ def transport(
         }
     options = {"method": method, "tolerance": float(tolerance), "limit": int(limit)}
 
-    def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan:
+    def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
         converged = error <= tolerance
         if slices.backend.known(xp.any(error > tolerance)):
             warnings.warn(

@@ -11,28 +11,30 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._arguments import common_backend, fits
-from ._checks import is_number, require_array
+from ._arguments import cast, common_backend, fits
+from ._checks import check_flag, check_precision, is_number, require_array, working_dtype
 from ._operators import log_topk
-from .backend import Array, Backend
+from ._registry import backend_of
+from ._signatures import explained
+from .backend import AnyArray, Array, ArrayT, Backend
 
 __all__ = ["attention_weights", "topk_attention"]
 
 
+@explained
 def topk_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    k: Any,
-    /,
+    query: ArrayT,
+    key: AnyArray,
+    value: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    mask: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dropout: Callable[[Array], Array] | None = None,
-) -> Array:
+    dropout: Callable[[Any], Any] | None = None,
+) -> ArrayT:
     """Scaled dot-product attention of which each query takes about k keys.
 
     The weights are the softmax of the scores times their soft top-k mask, normalised to a sum of 1. Where a query may
@@ -43,9 +45,10 @@ def topk_attention(
     query : array
         Shape (..., L, E), real floating-point.
     key : array
-        Shape (..., S, E). Leading axes broadcast against those of `query`.
+        Shape (..., S, E), of the dtype of `query`. Leading axes broadcast against those of `query`. float16, bfloat16
+        and float32 may stand beside each other, as they do under an automatic cast of a framework.
     value : array
-        Shape (..., S, V), its leading axes likewise.
+        Shape (..., S, V), its dtype and its leading axes likewise.
     k : number or array
         How many keys a query takes, not necessarily whole. What is above the number of keys that it may attend to
         counts as that number; for 0 the result is 0. An array broadcasts against (..., L, 1).
@@ -63,11 +66,12 @@ def topk_attention(
         `key` and `value`; neighbouring heads of `query` share one of theirs.
     dropout : callable, optional
         What is done to the weights before they meet the values: a function of an array, such as a framework's dropout.
+        Its argument is of float32 at least.
 
     Returns
     -------
     array
-        Shape (..., L, V), of the dtype of `query`. A query that may attend to nothing gets 0, with a derivative of 0.
+        Shape (..., L, V), of the dtype of `value`. A query that may attend to nothing gets 0, with a derivative of 0.
 
     Raises
     ------
@@ -80,7 +84,9 @@ def topk_attention(
 
     Notes
     -----
-    The (L, S) weights are held in memory. float16 and bfloat16 weights are computed in float32. The derivatives are the
+    The (L, S) weights are held in memory. Scores, weights and their products with the values are computed in float32
+    where the arrays are in half precision, also under an automatic cast such as ``torch.autocast``; the result alone
+    is rounded to the dtype of `value`. The derivatives are the
     framework's own: there is no `softk.vjp` of an attention, so that a library without autodiff has none.
 
     References
@@ -98,31 +104,34 @@ def topk_attention(
     >>> topk_attention(query, key, np.eye(3), 3).round(3).tolist()
     [[0.644, 0.318, 0.038]]
     """
-    weights = attention_weights(
-        query, key, k, epsilon=epsilon, mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    weights = _weights(query, key, k, epsilon, mask, is_causal, scale, enable_gqa)
     require_array("value", value)
     backend = common_backend("query", query, {"key": key, "value": value})
-    _require_dtype("value", value, query)
+    xp = backend.xp
+    check_precision(xp, "value", value, "query", query)
     if value.ndim < 2 or value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
-    value = _grouped(backend.xp, "value", value, query) if enable_gqa else value
+    dtype = value.dtype
+    value = _grouped(xp, "value", value, query) if enable_gqa else value
     _require_broadcast("value", value, weights)
-    return backend.xp.matmul(weights if dropout is None else dropout(weights), value)
+    weights = weights if dropout is None else dropout(weights)
+    with backend.quiet(), backend.exact(query):
+        result: ArrayT = cast(xp, xp.matmul(weights, cast(xp, value, weights.dtype)), dtype)
+    return result
 
 
+@explained
 def attention_weights(
-    query: Array,
-    key: Array,
-    k: Any,
-    /,
+    query: ArrayT,
+    key: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    mask: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Array:
+) -> ArrayT:
     """The weights of `topk_attention`, for those who do more with them than multiply them with the values.
 
     Parameters
@@ -156,6 +165,17 @@ def attention_weights(
     >>> attention_weights(x, x, 2, epsilon=0.2, is_causal=True).round(3).tolist()
     [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
     """
+    weights = _weights(query, key, k, epsilon, mask, is_causal, scale, enable_gqa)
+    result: ArrayT = cast(backend_of(weights).xp, weights, query.dtype)
+    return result
+
+
+def _weights(
+    query: Array, key: Array, k: Any, epsilon: Any, mask: Array | None, is_causal: bool, scale: Any, enable_gqa: bool
+) -> Array:
+    """The weights in the dtype that they are computed in, float32 at least."""
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     require_array("query", query)
     require_array("key", key)
     backend = common_backend("query", query, {"key": key})
@@ -164,7 +184,7 @@ def attention_weights(
         raise TypeError(f"query must be real floating-point, got dtype {query.dtype}")
     if query.ndim < 2:
         raise ValueError(f"query must have shape (..., L, E), got {tuple(query.shape)}")
-    _require_dtype("key", key, query)
+    check_precision(xp, "key", key, "query", query)
     if key.ndim < 2 or key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have shape (..., S, {query.shape[-1]}), as query's E, got {tuple(key.shape)}")
     if scale is None:
@@ -176,27 +196,30 @@ def attention_weights(
     key = _grouped(xp, "key", key, query) if enable_gqa else key
     _require_broadcast("key", key, query)
 
-    scores = xp.matmul(query, xp.matrix_transpose(key)) * scale
-    if xp.finfo(scores.dtype).bits < 32:
-        scores = xp.astype(scores, xp.float32)
+    with backend.quiet(), backend.exact(query):
+        # In half precision the products would be rounded by more than what the scores of two keys differ by.
+        wide = working_dtype(xp, query.dtype)
+        scores = xp.matmul(cast(xp, query, wide), xp.matrix_transpose(cast(xp, key, wide))) * scale
     rows, n = scores.shape[-2:]
     where = None
     if mask is not None:
         require_array("mask", mask)
         backend = common_backend("query", query, {"key": key, "mask": mask})
-        where, scores = _masked(xp, mask, scores)
+        with backend.quiet():
+            where, scores = _masked(xp, mask, scores)
     elif is_causal:
         device = backend.device(query)
         places = [xp.arange(size, dtype=backend.index, device=device) for size in (rows, n)]
         where = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
     if n == 0:
-        return xp.astype(scores, query.dtype)
+        return scores
     if is_number(k):
         k = n if k > n else k
     else:
         require_array("k", k, or_number=True)
         k = xp.where(k > n, n, k)
-    return xp.astype(_renormalised(backend, scores, k, epsilon, where), query.dtype)
+    with backend.quiet():
+        return _renormalised(backend, scores, k, epsilon, where)
 
 
 def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:
@@ -225,7 +248,7 @@ def _masked(xp: Any, mask: Array, scores: Array) -> tuple[Array | None, Array]:
         return mask, scores
     if not xp.isdtype(mask.dtype, "real floating"):
         raise TypeError(f"mask must be of bool or real floating-point, got dtype {mask.dtype}")
-    return None, scores + xp.broadcast_to(xp.astype(mask, scores.dtype), full)
+    return None, scores + xp.broadcast_to(cast(xp, mask, scores.dtype), full)
 
 
 def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
@@ -236,11 +259,6 @@ def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
             f"enable_gqa=True, got shapes {tuple(values.shape)} and {tuple(query.shape)}"
         )
     return xp.repeat(values, query.shape[-3] // values.shape[-3], axis=-3)
-
-
-def _require_dtype(name: str, value: Array, query: Array) -> None:
-    if value.dtype != query.dtype:
-        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {value.dtype}; convert one")
 
 
 def _require_broadcast(name: str, value: Array, other: Array) -> None:

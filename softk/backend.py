@@ -11,14 +11,34 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import array_api_compat
 
-__all__ = ["PRIMITIVES", "Array", "Backend", "Primitive"]
+__all__ = ["PRIMITIVES", "AnyArray", "Array", "ArrayT", "Backend", "Primitive", "Words"]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
+
+
+class AnyArray(Protocol):
+    """What a type checker knows of an array of any library."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+
+    @property
+    def shape(self) -> Any:
+        """The sizes of its axes."""
+
+
+#: The type of the scores, which is that of the result.
+ArrayT = TypeVar("ArrayT", bound=AnyArray)
 #: The inputs of a primitive, or what belongs to each: None where there is none.
 Inputs = tuple[Array | None, ...]
 
@@ -71,6 +91,27 @@ class Primitive:
 PRIMITIVES: dict[str, Primitive] = {}
 
 
+class Words(NamedTuple):
+    """How the users of a library write what an error advises, with {} in the place of an argument's name.
+
+    Attributes
+    ----------
+    cast : str
+        Convert the array to float32.
+    own : str
+        Make an array of the library of one of another library.
+    move : str
+        Move the array to the device of another one, whose name is the second.
+    measure : str
+        Get the size of an axis that is not known.
+    """
+
+    cast: str = "xp.astype({}, xp.float32)"
+    own: str = "xp.asarray({})"
+    move: str = "{}.to_device({}.device)"
+    measure: str = "give its size as a number where {} is made"
+
+
 class Backend:
     """A framework as softk sees it. Subclass it and override what the framework does in its own way.
 
@@ -84,6 +125,8 @@ class Backend:
 
     #: The name of another library whose arrays may stand beside this one's.
     wraps: str | None = None
+    #: What its users write, for error messages.
+    words: Words = Words()
     #: How derivatives are taken, for the table of ``python -m softk``.
     autodiff: str = "softk.vjp, softk.jvp"
 
@@ -125,9 +168,17 @@ class Backend:
         numpy = sys.modules.get("numpy")
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
+    def exact(self, x: Array) -> AbstractContextManager[Any]:
+        """A context in which products of matrices on the device of `x` are rounded as their dtype is, no coarser."""
+        return nullcontext()
+
     def device(self, x: Array) -> Any:
         """The device of an array, as creation functions take it."""
         return array_api_compat.device(x)
+
+    def densely(self, x: Array) -> str | None:
+        """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for others."""
+        return "{}.todense()" if hasattr(x, "todense") else None
 
     def devices(self) -> list[Any]:
         """The devices that arrays can be on now, for the self-check."""
@@ -268,12 +319,25 @@ class Backend:
         ordered = xp.sort(x, axis=-1, stable=False)
         if isinstance(ranks, tuple):
             return self.pick(ordered, [x.shape[-1] - rank for rank in ranks])
-        ranks = xp.broadcast_to(ranks, (*x.shape[:-1], ranks.shape[-1]))
+        ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
     def pick(self, x: Array, places: list[int]) -> Array:
         """Some items along the last axis."""
         return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+
+def unknown(size: Any) -> bool:
+    """Whether a library does not know the size of an axis yet: None by the standard, in Dask a NaN."""
+    return size is None or isinstance(size, float)
+
+
+def broadcast_like(xp: Any, values: Array, shape: tuple[Any, ...], like: Array) -> Array:
+    """``broadcast_to(values, shape)``; sizes in the shape that are not known yet are those of another array."""
+    if not any(unknown(size) for size in shape):
+        return xp.broadcast_to(values, shape)
+    # By an operation, whatever it chooses: some libraries' broadcast_arrays and zeros_like forget the sizes they know.
+    return xp.where(like == like, values, values)
 
 
 def rows_of(count: int, start: int, stop: int, *arrays: Array | None) -> tuple[Any, ...]:

@@ -14,20 +14,23 @@ import copy
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-from ._checks import require_array
+from ._arguments import cast
+from ._checks import check_flag, require_array, working_dtype
 from ._ordering import sorted_topk
 from ._registry import backend_of, is_array
-from .backend import Array
+from ._signatures import explained, plain_tuple
+from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["Beams", "Step", "search", "step"]
 
-#: Nested dictionaries, lists, tuples, named tuples and None, with arrays at the leaves.
+#: Nested dictionaries, lists, tuples, named tuples and None, with arrays or numbers at the leaves.
 Tree = Any
 
 
-class Step(NamedTuple):
+@plain_tuple
+class Step(NamedTuple, Generic[ArrayT]):
     """What one step of a beam search keeps.
 
     Attributes
@@ -44,14 +47,15 @@ class Step(NamedTuple):
         The states of the old beams, mixed by the parents.
     """
 
-    scores: Array
-    tokens: Array
-    parents: Array
-    inputs: Array
+    scores: ArrayT
+    tokens: ArrayT
+    parents: ArrayT
+    inputs: ArrayT
     states: Tree
 
 
-class Beams(NamedTuple):
+@plain_tuple
+class Beams(NamedTuple, Generic[ArrayT]):
     """What a whole beam search finds: the n best sequences, the best first.
 
     Attributes
@@ -74,26 +78,27 @@ class Beams(NamedTuple):
         The last states, mixed like everything else.
     """
 
-    scores: Array
-    log_probabilities: Array
-    tokens: Array
-    lengths: Array
-    parents: Array
-    sequences: Array
-    back_pointers: Array
+    scores: ArrayT
+    log_probabilities: ArrayT
+    tokens: ArrayT
+    lengths: ArrayT
+    parents: ArrayT
+    sequences: ArrayT
+    back_pointers: ArrayT
     states: Tree
 
 
+@explained
 def step(
-    scores: Array,
-    beams: int | None = None,
+    scores: ArrayT,
     /,
+    beams: int | None = None,
     *,
-    table: Array | None = None,
+    table: AnyArray | None = None,
     states: Tree = None,
-    epsilon: Any = 0.1,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
-) -> Step:
+) -> Step[ArrayT]:
     """One step of a beam search: the best continuations, and what they are made of.
 
     Parameters
@@ -106,8 +111,10 @@ def step(
     table : array, (vocabulary, features), optional
         The embeddings of the tokens.
     states : tree of arrays, (..., old, rest), optional
-        What the model carries for each beam: floating arrays in any nest of dictionaries, lists, tuples, named tuples
-        and None. The leading axes are those of `scores`.
+        What the model carries for each beam: arrays in any nest of dictionaries, lists, tuples, named tuples and None.
+        The leading axes are those of `scores`; an array without axes, or a number, holds for all beams and stays as it
+        is. A soft step mixes the states of several beams, for which they must be of a real floating dtype; with
+        ``hard=True`` a new beam has the state of its parent, of any dtype.
     epsilon : number or array, optional
         Strength of the entropy, as for `softk.sorted_topk`: scores further apart than a few epsilon are not mixed. An
         array broadcasts against the leading axes of `scores`, followed by one axis of size 1.
@@ -118,8 +125,9 @@ def step(
     Returns
     -------
     Step
-        The new beams. A beam for which no continuation is left
-        is ``-inf``, and everything else of it zero.
+        The new beams, of the dtype of `scores`; `inputs` of that of `table`, and each state of its own. A beam for
+        which no continuation is left is ``-inf``, and everything else of it zero. What is in half precision is mixed
+        in float32.
 
     Raises
     ------
@@ -145,33 +153,38 @@ def step(
     >>> found.states["hidden"].round(1).tolist()
     [[1.3], [4.4]]
     """
+    check_flag("hard", hard)
     parents, vocabulary = _last_two("scores", scores)
     beams = parents if beams is None else _count("beams", beams)
     if beams > parents * vocabulary:
         raise ValueError(f"beams must be from 1 to {parents * vocabulary}, the number of continuations, got {beams!r}")
-    xp = backend_of(scores).xp
+    backend = backend_of(scores)
+    xp, dtype = backend.xp, scores.dtype
     batch = tuple(scores.shape[:-2])
-    flat = xp.reshape(scores, (*batch, parents * vocabulary))
-    values, assignment = _hard_topk(flat, beams) if hard else sorted_topk(flat, beams, epsilon=epsilon)
-    shares = xp.reshape(assignment, (*batch, beams, parents, vocabulary))
-    tokens, of_parents = xp.sum(shares, axis=-2), xp.sum(shares, axis=-1)
-    inputs = tokens if table is None else _embed(tokens, table)
-    return Step(values, tokens, of_parents, inputs, _mixed(of_parents, states))
+    with backend.quiet(), backend.exact(scores):
+        flat = _widened("scores", xp.reshape(scores, (*batch, parents * vocabulary)))
+        values, assignment = _hard_topk(flat, beams) if hard else sorted_topk(flat, beams, epsilon=epsilon)
+        shares = xp.reshape(assignment, (*batch, beams, parents, vocabulary))
+        tokens, of_parents = xp.sum(shares, axis=-2), xp.sum(shares, axis=-1)
+        inputs = cast(xp, tokens, dtype) if table is None else _embed(tokens, table)
+        states = _carried(of_parents, states, hard)
+        return Step(cast(xp, values, dtype), cast(xp, tokens, dtype), cast(xp, of_parents, dtype), inputs, states)
 
 
+@explained
 def search(
     step_function: Callable[[Array, Tree], tuple[Array, Tree]],
-    inputs: Array,
-    states: Tree = None,
+    inputs: ArrayT,
     /,
+    states: Tree = None,
     *,
     length: int,
     end: int,
-    table: Array | None = None,
-    epsilon: Any = 0.1,
+    table: AnyArray | None = None,
+    epsilon: float | AnyArray = 0.1,
     hard: bool = False,
     length_penalty: float = 0.0,
-) -> Beams:
+) -> Beams[ArrayT]:
     """A whole beam search, soft or hard, around a model's step function.
 
     All beams start alike, so the first alone is alive in the first step. A beam that has ended stays among the others
@@ -202,7 +215,8 @@ def search(
     Returns
     -------
     Beams
-        The n best sequences, n the number of beams, with lengths, back-pointers and last states.
+        The n best sequences, n the number of beams, with lengths, back-pointers and last states; of the dtype of the
+        log-probabilities, which are added up in float32 where they are in half precision.
 
     Raises
     ------
@@ -233,6 +247,7 @@ def search(
     >>> np.exp(found.log_probabilities).round(3).tolist()
     [0.336, 0.21]
     """
+    check_flag("hard", hard)
     beams, _ = _last_two("inputs", inputs)
     length = _count("length", length)
     if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
@@ -240,7 +255,7 @@ def search(
     backend = backend_of(inputs)
     xp, device, batch = backend.xp, backend.device(inputs), tuple(inputs.shape[:-2])
     first = xp.reshape(xp.arange(beams, device=device) == 0, (1,) * len(batch) + (beams,))
-    kept: list[Step] = []
+    kept: list[Step[Any]] = []
     for _ in range(length):
         logs, states = step_function(inputs, states)
         _, vocabulary = _last_two("the log-probabilities of step_function", logs)
@@ -249,30 +264,44 @@ def search(
                 f"the log-probabilities of step_function must be of shape {(*batch, beams)} + (vocabulary,), as inputs "
                 f"is {tuple(inputs.shape)}, got {tuple(logs.shape)}"
             )
-        if not kept:
-            if not 0 <= _integer("end", end) < vocabulary:
-                raise ValueError(f"end must be from 0 to {vocabulary - 1}, a token, got {end!r}")
-            zeros = xp.zeros((*batch, beams), dtype=logs.dtype, device=device)
-            scores, ended, lengths = xp.where(first, zeros, -math.inf), zeros, zeros
-            is_end = xp.reshape(xp.arange(vocabulary, device=device) == end, (1,) * (logs.ndim - 1) + (vocabulary,))
-        logs = _after_the_end(xp, logs, ended[..., None], is_end)
-        found = step(scores[..., None] + logs, table=table, states=states, epsilon=epsilon, hard=hard)
-        kept.append(found)
-        scores, inputs, states = found.scores, found.inputs, found.states
-        lengths = _take(found.parents, lengths + (1.0 - ended))
-        ended = _ended(xp, found, end)
-    ranked, order = scores, None
-    if length_penalty != 0.0:
-        there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
-        ranked = xp.where(there, scores, xp.zeros_like(scores)) / ((5.0 + lengths) / 6.0) ** float(length_penalty)
-        ranked = xp.where(there, ranked, -math.inf)
-        ranked, order = _hard_topk(ranked, beams) if hard else sorted_topk(ranked, beams, epsilon=epsilon)
-        scores, lengths, states = _take_scores(xp, order, scores), _take(order, lengths), _mixed(order, states)
-    tokens = _histories(kept, order)
-    parents = xp.stack([found.parents for found in kept], axis=-3)
-    return Beams(
-        ranked, scores, tokens, lengths, parents, xp.argmax(tokens, axis=-1), xp.argmax(parents, axis=-1), states
-    )
+        dtype = logs.dtype
+        with backend.quiet(), backend.exact(logs):
+            # In half precision a sum of log-probabilities would be rounded by more than two beams differ by.
+            logs = _widened("the log-probabilities of step_function", logs)
+            if not kept:
+                if not 0 <= _integer("end", end) < vocabulary:
+                    raise ValueError(f"end must be from 0 to {vocabulary - 1}, a token, got {end!r}")
+                zeros = xp.zeros((*batch, beams), dtype=logs.dtype, device=device)
+                scores, ended, lengths = xp.where(first, zeros, -math.inf), zeros, zeros
+                is_end = xp.reshape(xp.arange(vocabulary, device=device) == end, (1,) * (logs.ndim - 1) + (vocabulary,))
+            logs = _after_the_end(xp, logs, ended[..., None], is_end)
+            found = step(scores[..., None] + logs, table=table, states=states, epsilon=epsilon, hard=hard)
+            kept.append(found)
+            scores, states = found.scores, found.states
+            inputs = cast(xp, found.inputs, dtype) if table is None else found.inputs
+            lengths = _take(found.parents, lengths + (1.0 - ended))
+            ended = _ended(xp, found, end)
+    with backend.quiet(), backend.exact(scores):
+        ranked, order = scores, None
+        if length_penalty != 0.0:
+            there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
+            ranked = xp.where(there, scores, xp.zeros_like(scores)) / ((5.0 + lengths) / 6.0) ** float(length_penalty)
+            ranked = xp.where(there, ranked, -math.inf)
+            ranked, order = _hard_topk(ranked, beams) if hard else sorted_topk(ranked, beams, epsilon=epsilon)
+            scores, lengths = _take_scores(xp, order, scores), _take(order, lengths)
+            states = _carried(order, states, hard)
+        tokens = _histories(kept, order)
+        parents = xp.stack([found.parents for found in kept], axis=-3)
+        return Beams(
+            cast(xp, ranked, dtype),
+            cast(xp, scores, dtype),
+            cast(xp, tokens, dtype),
+            cast(xp, lengths, dtype),
+            cast(xp, parents, dtype),
+            xp.argmax(tokens, axis=-1),
+            xp.argmax(parents, axis=-1),
+            states,
+        )
 
 
 def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
@@ -291,7 +320,7 @@ def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
     return xp.where(is_end, at_end, going_on)
 
 
-def _ended(xp: Any, found: Step, end: int) -> Array:
+def _ended(xp: Any, found: Step[Any], end: int) -> Array:
     """The share of each new beam that has ended.
 
     A beam that had ended has taken `end`, so `end`'s weight holds both shares; it rounds past 1 by an eps.
@@ -312,7 +341,7 @@ def _take_scores(xp: Any, weights: Array, scores: Array) -> Array:
     return xp.where(xp.sum(weights, axis=-1) > 0.0, mixed, -math.inf)
 
 
-def _histories(kept: list[Step], order: Array | None) -> Array:
+def _histories(kept: list[Step[Any]], order: Array | None) -> Array:
     """The tokens of the last beams, found by going back along the parents."""
     xp = backend_of(kept[-1].tokens).xp
     tokens, back = [], order
@@ -333,7 +362,7 @@ def _hard_topk(x: Array, k: int) -> tuple[Array, Array]:
     x = x[..., None, :]
     there = chosen & (x > -math.inf)
     values = xp.sum(xp.where(there, x, xp.zeros_like(x)), axis=-1)
-    return xp.where(xp.any(there, axis=-1), values, -math.inf), xp.astype(there, x.dtype)
+    return xp.where(xp.any(there, axis=-1), values, -math.inf), cast(xp, there, x.dtype)
 
 
 def _embed(tokens: Array, table: Array) -> Array:
@@ -341,35 +370,90 @@ def _embed(tokens: Array, table: Array) -> Array:
     if not is_array(table) or table.ndim != 2 or table.shape[0] != vocabulary:
         got = tuple(table.shape) if is_array(table) else type(table).__name__
         raise ValueError(f"table must be an array of shape ({vocabulary}, features), a row for each token, got {got}")
-    return backend_of(tokens).xp.astype(tokens, table.dtype) @ table
+    return _product(tokens, table)
 
 
-def _mixed(weights: Array, tree: Tree) -> Tree:
-    """The tree of states with each leaf, (..., parents, rest), mixed into (..., beams, rest)."""
-    if tree is None:
+def _product(weights: Array, values: Array) -> Array:
+    """Values mixed, in their own dtype; in half precision, weights that are rounded would no longer sum to 1."""
+    wide = working_dtype(backend_of(values).xp, values.dtype)
+    return _cast(_cast(weights, wide) @ _cast(values, wide), values.dtype)
+
+
+def _cast(values: Array, dtype: Any) -> Array:
+    """By the library of the array itself: of autograd's, some are boxed and some are plain."""
+    return cast(backend_of(values).xp, values, dtype)
+
+
+def _carried(weights: Array, states: Tree, hard: bool) -> Tree:
+    """The tree of states with each leaf, (..., parents, rest), made into (..., beams, rest)."""
+    if states is None:
         return None
+    if not hard:
+        return _mapped(lambda name, leaf: _mixed(name, weights, leaf), "states", states)
+    xp, parents = backend_of(weights).xp, weights.shape[-1]
+    batch, beams = tuple(weights.shape[:-2]), weights.shape[-2]
+    # The row of each new beam's parent among those of all batches.
+    start = xp.arange(math.prod(batch), dtype=backend_of(weights).index, device=backend_of(weights).device(weights))
+    rows = xp.argmax(weights, axis=-1) + parents * xp.reshape(start, (*batch, 1))
+    rows, there = xp.reshape(rows, (-1,)), xp.any(weights > 0.0, axis=-1)
+
+    def of_parent(name: str, leaf: Array) -> Array:
+        rest, xp = _rest(name, weights, leaf), backend_of(leaf).xp
+        taken = xp.take(xp.reshape(leaf, (-1, math.prod(rest))), rows, axis=0)
+        taken = xp.reshape(taken, (*batch, beams, *rest))
+        zero = False if xp.isdtype(leaf.dtype, "bool") else 0
+        return xp.where(xp.reshape(there, (*batch, beams, *(1,) * len(rest))), taken, zero)
+
+    return _mapped(of_parent, "states", states)
+
+
+def _mapped(function: Callable[[str, Array], Array], name: str, tree: Tree) -> Tree:
+    """The tree with a function of its name and itself in the place of each array that the beams do not share."""
+    if tree is None or isinstance(tree, numbers.Number):
+        return tree
     if isinstance(tree, dict):
-        mixed = copy.copy(tree)  # a dictionary of the same kind
-        mixed.update((key, _mixed(weights, branch)) for key, branch in tree.items())
-        return mixed
+        mapped = copy.copy(tree)  # a dictionary of the same kind
+        mapped.update((key, _mapped(function, f"{name}[{key!r}]", branch)) for key, branch in tree.items())
+        return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_mixed(weights, branch) for branch in tree))
+        pairs = zip(tree._fields, tree, strict=True)
+        return type(tree)(*(_mapped(function, f"{name}.{field}", branch) for field, branch in pairs))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_mixed(weights, branch) for branch in tree)
-    return _mixed_leaf(weights, tree)
+        return type(tree)(_mapped(function, f"{name}[{i}]", branch) for i, branch in enumerate(tree))
+    if not is_array(tree):
+        raise TypeError(
+            f"{name} must be an array, a number, None, or a dictionary, list or tuple of them, "
+            f"got {type(tree).__name__}"
+        )
+    return tree if tree.ndim == 0 else function(name, tree)
 
 
-def _mixed_leaf(weights: Array, leaf: Array) -> Array:
+def _mixed(name: str, weights: Array, leaf: Array) -> Array:
     xp = backend_of(weights).xp
-    if not is_array(leaf) or not xp.isdtype(leaf.dtype, "real floating"):
-        got = f"an array of dtype {leaf.dtype}" if is_array(leaf) else type(leaf).__name__
-        raise TypeError(f"states must hold arrays of a real floating dtype, which can be mixed, got {got}")
+    if not xp.isdtype(leaf.dtype, "real floating"):
+        raise TypeError(
+            f"{name} must be of a real floating dtype, for a soft step mixes the states of several beams, got "
+            f"{leaf.dtype}; convert it, leave it out of states, or use hard=True, which takes that of one beam"
+        )
+    rest = _rest(name, weights, leaf)
+    rows = xp.reshape(leaf, (*weights.shape[:-2], weights.shape[-1], math.prod(rest)))
+    return xp.reshape(_product(weights, rows), (*weights.shape[:-1], *rest))
+
+
+def _rest(name: str, weights: Array, leaf: Array) -> tuple[int, ...]:
+    """The axes of a leaf behind those of the beams."""
     wanted = (*weights.shape[:-2], weights.shape[-1])
     if tuple(leaf.shape[: len(wanted)]) != wanted:
-        raise ValueError(f"states must hold arrays whose first axes are {wanted}, got shape {tuple(leaf.shape)}")
-    rest = tuple(leaf.shape[len(wanted) :])
-    rows = xp.reshape(leaf, (*wanted, math.prod(rest)))
-    return xp.reshape(xp.astype(weights, leaf.dtype) @ rows, (*weights.shape[:-1], *rest))
+        raise ValueError(f"{name} must have the first axes {wanted}, or none at all, got shape {tuple(leaf.shape)}")
+    return tuple(leaf.shape[len(wanted) :])
+
+
+def _widened(name: str, scores: Array) -> Array:
+    """Scores in the dtype that they are computed in, float32 at least."""
+    xp = backend_of(scores).xp
+    if not xp.isdtype(scores.dtype, "real floating"):
+        raise TypeError(f"{name} must be real floating-point, got dtype {scores.dtype}")
+    return cast(xp, scores, working_dtype(xp, scores.dtype))
 
 
 def _last_two(name: str, x: Array) -> tuple[int, int]:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from . import _neighbor_primitives as primitives
 from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_temperature, is_number, require_array
+from ._checks import check_mass, check_precision, check_temperature, is_number, require_array, require_size
 from ._operators import operator_from
-from .backend import Array
+from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["class_probabilities", "loss", "weights"]
 
@@ -36,8 +36,7 @@ class _Pairs(Slices):
             raise ValueError(
                 f"queries and keys must have at least two axes, points and coordinates, got shapes {shape} and {other}"
             )
-        if keys.dtype != queries.dtype:
-            raise TypeError(f"keys must have the dtype of queries, {queries.dtype}, got {keys.dtype}")
+        check_precision(self.xp, "keys", keys, "queries", queries)
         if shape[-1] != other[-1] or shape[-1] == 0:
             raise ValueError(
                 "queries and keys must have the same coordinates, at least one, "
@@ -45,12 +44,13 @@ class _Pairs(Slices):
             )
         if shape[-2] == 0 or other[-2] == 0:
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
+        require_size("keys", keys, keys.ndim - 2)
         self.queries, self.keys = queries, keys
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]
         self.batch, self.shape = (*self.before, self.count), (*self.before, self.count, self.n)
         self.ndim, self.axis = len(self.shape), len(self.shape) - 1
-        check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
+        self.k = check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
         check_temperature(self.xp, epsilon, self.working)
 
     def points(self, values: Array, rows: int) -> Argument:
@@ -75,7 +75,7 @@ class _Pairs(Slices):
         column = self.xp.expand_dims(values, axis=-1)
         return Argument(self.xp.broadcast_to(column, (*self.before, rows, 1)), values)
 
-    def common(self, k: Any, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
+    def common(self, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
         """What all functions end their arguments with."""
         xp, others = self.xp, Argument(None)
         if exclude is not None:
@@ -93,14 +93,14 @@ class _Pairs(Slices):
             # Its own last two axes: what holds for all queries, or all keys, is not repeated.
             kept = Argument(xp.broadcast_to(xp.reshape(where, full), (*self.before, *full[-2:])), where)
         return {
-            "k": self.per_slice("k", k),
+            "k": self.mass(self.k),
             "epsilon": self.per_slice("epsilon", epsilon, scale=0.5),
             "where": kept,
             "exclude": others,
         }
 
-    def options(self, k: Any) -> dict[str, Any]:
-        return {"ranks": static_ranks(self.backend, k, self.xp.finfo(self.working).bits)}
+    def options(self) -> dict[str, Any]:
+        return {"ranks": static_ranks(self.backend, self.k, self.xp.finfo(self.working).bits)}
 
     def result(self) -> Argument:
         """A result as the primitive returns it, but for the dtype."""
@@ -111,15 +111,15 @@ class _Pairs(Slices):
 
 @operator_from
 def weights(
-    queries: Array,
-    keys: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Soft indicator of the k nearest keys of every query.
 
     It is ``softk.topk(distances, k, mode="smallest")`` of the squared Euclidean distances.
@@ -130,8 +130,9 @@ def weights(
         Points whose neighbours are wanted, shape (..., q, d), real floating-point. A query with a NaN or an infinity
         has NaN neighbours.
     keys : array
-        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. A key with an
-        infinity is never chosen; one with a NaN makes every query NaN that may choose it.
+        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. float16, bfloat16
+        and float32 may stand beside each other. A key with an infinity is never chosen; one with a NaN makes every
+        query NaN that may choose it.
     k : number or array
         How many neighbours, from 0 to n, not necessarily whole. An array holds one value a query: it broadcasts to
         (..., q, 1).
@@ -166,6 +167,9 @@ def weights(
     On a device whose matrix products are of less than single precision by default, ask the framework for the full
     one.
 
+    Where a query may choose at most `k` keys, all of them are chosen, wherever they lie, and the points have a gradient
+    of 0.
+
     References
     ----------
     Xie, Dai, Chen, Dai, Zhao, Zha, Wei, Pfister, "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section
@@ -186,24 +190,24 @@ def weights(
         arguments = {
             "queries": pairs.points(queries, pairs.count),
             "keys": pairs.points(keys, pairs.n),
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.weights, pairs.options(k), arguments, (pairs.result(),))
+    return Call(pairs.backend, primitives.weights, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
 def class_probabilities(
-    queries: Array,
-    keys: Array,
-    labels: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    labels: AnyArray,
+    k: float | AnyArray,
     *,
     num_classes: int | None = None,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
-) -> Call:
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
+) -> Call[ArrayT]:
     """Share of every class among the k soft nearest neighbours of each query.
 
     It is their weights times one-hot labels, over k.
@@ -225,7 +229,8 @@ def class_probabilities(
     -------
     array
         The probabilities (..., q, c), of the dtype and device of `queries`. They sum to 1 for every query all of whose
-        neighbours have a class, unless it has fewer than `k` keys to choose from.
+        neighbours have a class, unless it has fewer than `k` keys to choose from: then each of these has a vote of
+        1 / k, and they sum to their number over `k`.
 
     Raises
     ------
@@ -266,26 +271,26 @@ def class_probabilities(
             "queries": pairs.points(queries, pairs.count),
             "keys": pairs.points(keys, pairs.n),
             "labels": values,
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.votes, pairs.options(k), arguments, (pairs.result(),))
+    return Call(pairs.backend, primitives.votes, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
 def loss(
-    queries: Array,
-    keys: Array,
-    query_labels: Array,
-    key_labels: Array,
-    k: Any,
+    queries: ArrayT,
     /,
+    keys: AnyArray,
+    query_labels: AnyArray,
+    key_labels: AnyArray,
+    k: float | AnyArray,
     *,
-    epsilon: Any = 0.1,
-    where: Array | None = None,
-    exclude: Array | None = None,
+    epsilon: float | AnyArray = 0.1,
+    where: AnyArray | None = None,
+    exclude: AnyArray | None = None,
     floor: float = 0.0,
     reduction: Reduction = "mean",
-) -> Call:
+) -> Call[ArrayT]:
     """Negative log likelihood of the queries' labels when their k soft nearest neighbours vote.
 
     For a query of class y it is ``-log(p[y] + floor)``, with the probabilities of `class_probabilities`.
@@ -322,6 +327,9 @@ def loss(
     -----
     The likelihood is formed from the logarithm of the weights and does not underflow: the gradient of a query far
     from all of its own class is that of minus its log weights, not 0.
+
+    It is 0 where a query may choose at most `k` keys: all of them vote, wherever they lie. To learn from n points that
+    are left out by `exclude`, `k` must be below n - 1.
 
     References
     ----------
@@ -377,10 +385,10 @@ def loss(
             "keys": pairs.points(keys, pairs.n),
             **own,
             "floor": Argument(bottom, floor),
-            **pairs.common(k, epsilon, where, exclude),
+            **pairs.common(epsilon, where, exclude),
         }
     restore = _reduced(pairs, reduction)
-    return Call(pairs.backend, primitives.likelihood, pairs.options(k), arguments, (restore,))
+    return Call(pairs.backend, primitives.likelihood, pairs.options(), arguments, (restore,))
 
 
 def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
@@ -403,8 +411,7 @@ def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
 
 def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
     """Real labels: a row of them for each point."""
-    if values.dtype != pairs.dtype:
-        raise TypeError(f"{name} must be integers or have the dtype of queries, {pairs.dtype}, got {values.dtype}")
+    check_precision(pairs.xp, name, values, "queries", pairs.queries, besides="be integers or ")
     shape = tuple(values.shape)
     if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
         wanted = (*pairs.before, count)

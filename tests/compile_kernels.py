@@ -63,7 +63,8 @@ def compile_for(capability: int, kernel: Any, grid: Any, arguments: dict[str, An
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout)[0]
-    given = " ".join(f"{name}={value}" for name, value in arguments.items() if name in ("n", "BLOCK", "ROWS"))
+    sizes = ("n", "BLOCK", "ROWS", "CHUNKS", "WIDTH")
+    given = " ".join(f"{name}={value}" for name, value in arguments.items() if name in sizes)
     print(f"{kernel.__name__}: {given} {options} registers={registers} stack={stack}", flush=True)
 
 

@@ -164,6 +164,22 @@ class Reference:
         }
 
 
+def curvature(x: np.ndarray, k: float, epsilon: float, u: np.ndarray) -> np.ndarray:
+    """The Hessian of the mask times u, by difference quotients of the first derivative in 120 digits."""
+    step = EXACT.array(1e-30)[()]
+    columns = []
+    for i in range(x.size):
+        near = []
+        for sign in (1, -1):
+            moved = EXACT.array(x)
+            moved[i] = moved[i] + sign * step
+            at = Reference(moved, k, epsilon)
+            direct = at.v * EXACT.array(u) / at.tau
+            near.append(direct - direct.sum() * at.v / at.V)
+        columns.append((near[0] - near[1]) / (2 * step))
+    return np.asarray(np.stack(columns), float)
+
+
 class Quantile:
     """One slice's quantile: between the thresholds at k = n - j - 1/2, j the floor and the ceiling of (n - 1) q.
 
@@ -340,6 +356,33 @@ def problems() -> list[Problem]:
         Problem("n = 200", rng.normal(size=(2, 200)), _column(20.0, 133.3), _column(0.1, 0.3)),
         Problem("n = 5000", rng.normal(size=(1, 5000)), _column(371.5), _column(0.1), arithmetic=LONG),
     ]
+
+
+@cache
+def dominated(dtype: str, weighted: bool = False) -> Problem:
+    """One item has nearly all of the derivative: k is fractional and the other scores are many temperatures away.
+
+    As it is in a dtype. The wider the gaps, the fewer digits the derivative by that item has in common with its terms.
+    """
+    rng = np.random.default_rng(11)
+    gaps, size = ((5.0, 7.0, 10.0, 13.0), 8.0) if dtype == "float32" else ((10.0, 15.0, 20.0, 25.0), 20.0)
+    x = np.concatenate([np.asarray([[gap, 0.0, gap + 1] for gap in gaps]), size * rng.normal(size=(30, 3))])
+    weights = rng.integers(2, 9, size=x.shape) / 4.0 if weighted else None
+    k = np.asarray([2.95, 2.95, 2.75, 2.75] + [2.75, 1.75, 2.3] * 10)[:, None]
+    if weights is not None:  # the same part of the weight of one item, exact in any dtype
+        order, whole = np.argsort(-x, axis=1), np.floor(k)
+        held = np.take_along_axis(weights, order, axis=1)
+        part = np.take_along_axis(held, whole.astype(int), axis=1)
+        k = np.where(np.arange(3) < whole, held, 0.0).sum(axis=1, keepdims=True) + 0.375 * part
+    return Problem("dominated", x, k, np.ones((len(x), 1)), weights).rounded(dtype)
+
+
+def assert_rows_close(found: Any, wanted: Any, dtype: str, scale: Any = None) -> None:
+    """Relative to the largest entry of each row, or to a number a row, by the tolerance of derivatives."""
+    found, wanted = (np.asarray(value, float).reshape(len(value), -1) for value in (found, wanted))
+    assert found.shape == wanted.shape
+    error = np.abs(found - wanted).max(axis=1) / (np.abs(wanted).max(axis=1) if scale is None else scale)
+    np.testing.assert_array_less(error, {"float64": 1e-11, "float32": 2e-5}[dtype])
 
 
 PROBLEMS = {problem.name: problem for problem in problems()}

@@ -137,15 +137,113 @@ def test_k_at_both_ends(rng: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_float32(dtype: str, rng: Any) -> None:
+    """Values and gradients: rounded once, at the end."""
     torch = pytest.importorskip("torch")
     kind = getattr(torch, dtype)
     given = problem(rng)
-    tensors = [torch.tensor(values).to(kind) for values in given.values()]
+    tensors = [torch.tensor(values).to(kind).requires_grad_() for values in given.values()]
     out = attend(*tensors)
     assert out.dtype == kind
-    wanted = reference(*(value.double().numpy() for value in tensors)).astype(float)
-    # The scores are rounded to that dtype, of which the mask makes 2 / epsilon times as much.
-    assert_close(out.double(), wanted, 16.0 * torch.finfo(kind).eps)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    wanted = attend(*wide)
+    assert_close(wanted.detach(), reference(*(value.detach().numpy() for value in wide)).astype(float), 1e-13)
+    eps = torch.finfo(kind).eps
+    assert_close(out.detach().double(), wanted.detach(), 0.6 * eps)
+    u = torch.tensor(rng.standard_normal(tuple(out.shape))).to(kind)
+    pairs = zip(torch.autograd.grad(out, tensors, u), torch.autograd.grad(wanted, wide, u.double()), strict=True)
+    for one, other in pairs:
+        assert one.dtype == kind
+        assert_close(one.double(), other, 0.6 * eps)
+
+
+@pytest.mark.parametrize("k", [8, 1024])
+def test_half_precision_of_many_features(k: int, rng: Any) -> None:
+    """Scores of the size of 50, which half precision would round by more than epsilon."""
+    torch = pytest.importorskip("torch")
+    query, key, value = (torch.tensor(2.0 * rng.standard_normal((n, 128))).bfloat16() for n in (64, 1024, 1024))
+    wanted = topk_attention(query.double(), key.double(), value.double(), k)
+    found = topk_attention(query, key, value, k).double()
+    # The result is between the values of the keys, and a rounding of half precision away from the right one.
+    assert torch.all((found - wanted).abs() <= 0.505 * torch.finfo(torch.bfloat16).eps * wanted.abs() + 1e-4)
+    weights = attention_weights(query, key, k).double()
+    assert_close(weights, attention_weights(query.double(), key.double(), k), 0.505 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_numpy_half_precision(rng: Any) -> None:
+    given = [(2.0 * rng.standard_normal((n, 64))).astype("float16") for n in (8, 32, 32)]
+    found = topk_attention(*given, 5)
+    assert found.dtype == np.float16
+    wanted = topk_attention(*(values.astype(float) for values in given), 5)
+    assert_close(found.astype(float), wanted, 0.6 * float(np.finfo("float16").eps))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [
+        (("float32", "float32", "bfloat16"), "bfloat16"),  # queries and keys that were normalised
+        (("float32", "bfloat16", "bfloat16"), "bfloat16"),
+        (("bfloat16", "float32", "float32"), "float32"),
+        (("float16", "bfloat16", "float16"), "float16"),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_of_at_most_32_bits_stand_beside_each_other(
+    dtypes: tuple[str, ...], wanted: str, autocast: bool, rng: Any
+) -> None:
+    """As under autocast, which has no say in the products: each gradient has the dtype of its argument."""
+    torch = pytest.importorskip("torch")
+    given = problem(rng)
+    places = ("query", "key", "value")
+    tensors = [
+        torch.tensor(given[name]).to(getattr(torch, dtype)).requires_grad_()
+        for name, dtype in zip(places, dtypes, strict=True)
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = topk_attention(*tensors, 2.3, epsilon=0.3)
+        weights = attention_weights(*tensors[:2], 2.3, epsilon=0.3)
+    assert out.dtype == getattr(torch, wanted)
+    assert weights.dtype == tensors[0].dtype
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    right = topk_attention(*wide, 2.3, epsilon=0.3)
+    eps = torch.finfo(out.dtype).eps
+    assert_close(out.detach().double(), right.detach(), max(0.6 * eps, 1e-6))
+    u = torch.tensor(rng.standard_normal(tuple(out.shape))).to(out.dtype)
+    pairs = zip(torch.autograd.grad(out, tensors, u), torch.autograd.grad(right, wide, u.double()), strict=True)
+    for tensor, (one, other) in zip(tensors, pairs, strict=True):
+        assert one.dtype == tensor.dtype
+        assert_close(one.double(), other, max(0.6 * torch.finfo(tensor.dtype).eps, 2e-5))
+
+
+def test_compiled_under_autocast(rng: Any) -> None:
+    torch = pytest.importorskip("torch")
+    given = problem(rng)
+    query, key, value = (torch.tensor(given[name]).float() for name in ("query", "key", "value"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *given: topk_attention(*given, 2.3), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compiled(query, key, value.bfloat16())
+    torch._dynamo.reset()
+    assert found.dtype == torch.bfloat16
+    wanted = topk_attention(query.double(), key.double(), value.bfloat16().double(), 2.3)
+    assert_close(found.double(), wanted, 0.6 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_nothing_is_reported(name: str, rng: Any) -> None:
+    """Underflow is meant: it is not an error where NumPy is told to raise."""
+    options, _ = MASKS[name]
+    given = {**problem(rng), "query": 1e3 * rng.standard_normal((2, L, E))}
+    wanted = attend(**given, **options)
+    with np.errstate(all="raise"):
+        found = attend(**given, **options)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_what_the_dropout_does_is_reported(rng: Any) -> None:
+    """It is the user's."""
+    given = problem(rng)
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        attend(**given, dropout=lambda weights: weights / np.zeros(()))
 
 
 # --- torch's own attention
@@ -389,6 +487,12 @@ def test_dropout(rng: Any) -> None:
         ({"query": np.ones(E)}, ValueError, r"query must have shape \(\.\.\., L, E\), got \(3,\)"),
         ({"key": np.ones((S, E + 1))}, ValueError, r"key must have shape \(\.\.\., S, 3\), as query's E, got \(5, 4\)"),
         ({"key": np.ones((S, E), "float32")}, TypeError, "key must have the dtype of query, float64, got float32"),
+        (
+            {name: np.ones((S, E), "float32") for name in ("query", "value")},
+            TypeError,
+            "key must have the dtype of query, float32, or another of at most 32 bits, got float64",
+        ),
+        ({"value": np.ones((S, V), int)}, TypeError, "value must have the dtype of query, float64, got int64"),
         ({"key": np.ones((7, S, E))}, ValueError, r"key must have leading axes that broadcast against \(2,\)"),
         ({"value": np.ones((S - 1, V))}, ValueError, r"value must have shape \(\.\.\., 5, V\), one row a key"),
         ({"value": np.ones((7, S, V))}, ValueError, r"value must have leading axes that broadcast against \(2,\)"),

@@ -13,11 +13,13 @@ import softk
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
+from .oracles import assert_rows_close, dominated
 
 autograd = pytest.importorskip("autograd")
 anp = pytest.importorskip("autograd.numpy")
 check_grads = pytest.importorskip("autograd.test_util").check_grads
 make_jvp = pytest.importorskip("autograd.differential_operators").make_jvp
+make_jvp_reversemode = pytest.importorskip("autograd.differential_operators").make_jvp_reversemode
 
 FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold}
 PLACES = {name: i for i, name in enumerate(ARGUMENTS)}
@@ -195,3 +197,23 @@ def test_second_derivatives_are_numbers_across_a_deep_gap() -> None:
     x = np.asarray([3.0, 0.0, -1.0])
     found = autograd.hessian(lambda x: np.sum(np.asarray([0.3, -1.0, 2.0]) * softk.log_topk(x, 1, epsilon=1e-3)))(x)
     assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("function", ["topk", "log_topk"])
+def test_one_item_dominates(function: str, dtype: str, with_weights: bool, rng: Any) -> None:
+    """Either mode, and the forward mode that is a transpose of the reverse one."""
+    problem, log = dominated(dtype, with_weights), function == "log_topk"
+    x, k, epsilon, *weights = problem.arguments.values()
+    v = rng.standard_normal(x.shape).astype(dtype)
+
+    def f(x: Any) -> Any:
+        return getattr(softk, function)(x, k, epsilon=epsilon, weights=weights[0] if weights else None)
+
+    pairs = list(zip(problem.references, v, strict=True))
+    pushed = [reference.log_jvp(dx=row) if log else reference.jvp(dx=row)[0] for reference, row in pairs]
+    pulled = [reference.vjp(row, log=log)["x"] for reference, row in pairs]
+    assert_rows_close(autograd.make_vjp(f)(x)[0](v), pulled, dtype)
+    assert_rows_close(make_jvp(f)(x)(v)[1], pushed, dtype)
+    assert_rows_close(make_jvp_reversemode(f)(x)(v), pushed, dtype)

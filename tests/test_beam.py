@@ -327,6 +327,197 @@ def test_step_is_the_sorted_topk(lib: Library, rng: np.random.Generator) -> None
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
 
 
+def carried() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Scores of two words, states of many dtypes, and the parents of the new beams; the last of the second word is
+    dead."""
+    rng = np.random.default_rng(4)
+    scores = np.asarray([[[0.0, -1.0], [-3.0, 2.0], [-9.0, -9.0]], [[-INF, 1.0], [-INF, -INF], [-INF, 0.0]]])
+    states = {
+        "tokens": rng.integers(0, 100, (2, 3, 4)),
+        "lengths": rng.integers(0, 100, (2, 3)).astype("int32"),
+        "done": rng.uniform(size=(2, 3)) < 0.5,
+        "seen": rng.uniform(size=(2, 3, 2, 2)) < 0.5,
+        "bias": np.where(rng.uniform(size=(2, 3, 2)) < 0.5, -INF, rng.normal(size=(2, 3, 2))),
+        "cell": rng.normal(size=(2, 3, 5)).astype("float32"),
+    }
+    return scores, states, np.asarray([[1, 0, 0], [0, 2, -1]])
+
+
+def of_parents(values: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    found = np.zeros_like(values)
+    for word, beam in np.ndindex(*parents.shape):
+        if parents[word, beam] >= 0:
+            found[word, beam] = values[word, parents[word, beam]]
+    return found
+
+
+def test_a_hard_step_takes_the_state_of_the_parent(lib: Library) -> None:
+    """Of any dtype, to the last bit; what all beams share stays."""
+    scores, states, parents = carried()
+    shared = np.asarray(7)
+
+    def run(scores: Any, shared: Any, *leaves: Any) -> tuple[Any, ...]:
+        tree = {"cache": [dict(zip(states, leaves, strict=True)), None], "place": (3, shared)}
+        answer = softk.beam.step(scores, states=tree, hard=True)
+        assert answer.states["cache"][1] is None
+        assert answer.states["place"][0] == 3
+        return (*answer.states["cache"][0].values(), answer.states["place"][1])
+
+    found = lib.call(run, lib.array(scores), lib.array(shared), *(lib.array(v, v.dtype) for v in states.values()))
+    *leaves, place = (lib.numpy(value) for value in found)
+    for leaf, values in zip(leaves, states.values(), strict=True):
+        assert leaf.dtype == values.dtype
+        np.testing.assert_array_equal(leaf, of_parents(values, parents))
+    assert place == shared
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "autograd"])
+def test_gradients_of_the_states_of_a_hard_step(library: str, rng: np.random.Generator) -> None:
+    """A parent gets what its children have, added up."""
+    pytest.importorskip(library)
+    scores, states, parents = carried()
+    cell, u = states["cell"].astype(float), rng.normal(size=(2, 3, 5))
+    wanted = np.zeros_like(cell)
+    for word, beam in np.ndindex(*parents.shape):
+        if parents[word, beam] >= 0:
+            wanted[word, parents[word, beam]] += u[word, beam]
+    if library == "torch":
+        import torch
+
+        leaf = torch.tensor(cell, requires_grad=True)
+        softk.beam.step(torch.tensor(scores), states=leaf, hard=True).states.backward(torch.tensor(u))
+        found = leaf.grad.numpy()
+    elif library == "jax":
+        import jax
+
+        def total(cell: Any) -> Any:
+            return jax.numpy.sum(u * softk.beam.step(jax.numpy.asarray(scores), states=cell, hard=True).states)
+
+        found = np.asarray(jax.jit(jax.grad(total))(jax.numpy.asarray(cell)))
+    else:
+        import autograd
+
+        def boxed(cell: Any) -> Any:
+            # Everything is boxed, as in a search.
+            moved = softk.beam.step(scores + 0.0 * autograd.numpy.sum(cell), states=cell, hard=True)
+            return autograd.numpy.sum(u * moved.states)
+
+        found = autograd.grad(boxed)(cell)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_hard_search_carries_integers() -> None:
+    """The tokens that a model has seen, kept by itself, are the sequences."""
+    given = model()
+    for length_penalty in (0.0, 1.5):
+
+        def next_token(inputs: Any, states: Any) -> tuple[Any, Any]:
+            hidden = np.tanh(inputs + states["hidden"] @ given.recur)
+            logits = hidden @ given.out
+            logits = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True)) + given.forbidden
+            last = np.argmin(np.abs(inputs[..., None, :] - given.table).sum(axis=-1), axis=-1)
+            seen = np.concatenate([states["seen"], last[..., None]], axis=-1)
+            return logits, {"hidden": hidden, "seen": seen, "place": states["place"] + 1}
+
+        states = {"hidden": given.state, "seen": np.zeros((2, BEAMS, 0), int), "place": 0}
+        options = {"length": LENGTH, "end": END, "table": given.table, "hard": True}
+        found = softk.beam.search(next_token, given.start, states, length_penalty=length_penalty, **options)
+        assert found.states["place"] == LENGTH
+        assert found.states["seen"].dtype == int
+        np.testing.assert_array_equal(found.states["seen"][..., 1:], found.sequences[..., :-1])
+
+
+def test_a_soft_step_names_the_state_that_cannot_be_mixed() -> None:
+    class Memory(NamedTuple):
+        cell: Any
+        done: Any
+
+    memory = Memory(np.ones((2, 3)), np.asarray([True, False]))
+    message = r"states\['layers'\]\[1\]\.done must be of a real floating dtype.*got bool; convert it.*hard=True"
+    with pytest.raises(TypeError, match=message):
+        softk.beam.step(np.zeros((2, 3)), states={"layers": [None, memory]})
+    kept = softk.beam.step(np.zeros((2, 3)), states={"layers": [None, memory]}, hard=True).states["layers"][1]
+    np.testing.assert_array_equal(kept.done, [True, True])
+    soft = softk.beam.step(np.zeros((2, 3)), states={"place": 4, "shared": np.asarray(5)}).states
+    assert soft == {"place": 4, "shared": np.asarray(5)}
+
+
+# --- half precision
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_search_in_half_precision(dtype: str, hard: bool, rng: np.random.Generator) -> None:
+    """Log-probabilities are added up in float32, and a state that does not change is mixed into itself."""
+    torch = pytest.importorskip("torch")
+    kind, length = getattr(torch, dtype), 40
+    logs = torch.log_softmax(torch.tensor(3.0 * rng.standard_normal((length, 6, 6))), dim=-1).to(kind)
+    forbidden = torch.tensor([-INF, 0.0, 0.0, 0.0, 0.0, 0.0])  # no beam ends
+    found = {}
+    for wide in (kind, torch.float64):
+        turn = iter(logs.to(wide))
+        inputs = torch.eye(6, dtype=wide)[:4]
+
+        def next_token(inputs: Any, states: Any, turn: Any = turn, wide: Any = wide) -> tuple[Any, Any]:
+            assert inputs.dtype == wide
+            given = next(turn)
+            logits = inputs @ given if hard else given[:4]  # soft tokens would be rounded for the model
+            return torch.log_softmax(logits, dim=-1).to(kind).to(wide) + forbidden.to(wide), states
+
+        states = torch.full((4, 3), 1.7).to(kind).to(wide)
+        found[wide] = softk.beam.search(next_token, inputs, states, length=length, end=0, hard=hard, epsilon=0.02)
+    half, right = found[kind], found[torch.float64]
+    assert {value.dtype for value in half[:5]} == {kind}
+    torch.testing.assert_close(half.states, right.states.to(kind), rtol=0, atol=0)
+    torch.testing.assert_close(half.scores.double(), right.scores, rtol=0.505 * torch.finfo(kind).eps, atol=1e-4)
+    if hard:
+        assert torch.equal(half.sequences, right.sequences)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_step_in_half_precision(dtype: str, rng: np.random.Generator) -> None:
+    """Everything is rounded once, at the end."""
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, dtype)
+    scores, table, states = (
+        torch.tensor(rng.standard_normal(shape)).to(kind) for shape in ((2, 4, 6), (6, 8), (2, 4, 8))
+    )
+    found = softk.beam.step(scores, table=table, states=states, epsilon=0.7)
+    wanted = softk.beam.step(scores.double(), table=table.double(), states=states.double(), epsilon=0.7)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == kind
+        torch.testing.assert_close(one.double(), other, rtol=0.505 * torch.finfo(kind).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_autocast_changes_nothing(hard: bool) -> None:
+    torch = pytest.importorskip("torch")
+    given = Model(*(torch.tensor(value).float() for value in model()))
+
+    def next_token(inputs: Any, states: Any) -> tuple[Any, Any]:
+        with torch.autocast("cpu", enabled=False):
+            hidden = torch.tanh(inputs + states @ given.recur)
+            return torch.log_softmax(hidden @ given.out, dim=-1) + given.forbidden, hidden
+
+    options: dict[str, Any] = {"length": LENGTH, "end": END, "table": given.table, "length_penalty": 0.7, "hard": hard}
+    wanted = softk.beam.search(next_token, given.start, given.state, epsilon=1.0, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = softk.beam.search(next_token, given.start, given.state, epsilon=1.0, **options)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_nothing_is_reported(hard: bool) -> None:
+    """Underflow and infinities are meant; what the step function does is reported."""
+    logs = np.asarray([[-0.2, -0.3, -2000.0, -INF]] * 3)
+    options: dict[str, Any] = {"length": 5, "end": 0, "length_penalty": 0.5, "epsilon": 0.5, "hard": hard}
+    with np.errstate(all="raise"):
+        found = softk.beam.search(lambda inputs, states: (logs, states), np.ones((3, 4)), np.ones((3, 2)), **options)
+        with pytest.raises(FloatingPointError):
+            softk.beam.search(lambda inputs, states: (np.log(0.0 * logs), states), np.ones((3, 4)), **options)
+    assert np.isfinite(found.states).all()
+
+
 def test_hard_ties_go_to_the_first(lib: Library) -> None:
     scores = np.asarray([[1.0, 2.0, 2.0], [2.0, -INF, 1.0]])
     answer = lib.call(lambda x: tuple(softk.beam.step(x, hard=True))[:3], lib.array(scores))
@@ -359,7 +550,9 @@ def test_errors_of_a_step() -> None:
     complains(TypeError, "beams", "2.0", "Python integer", step, x, 2.0)
     complains(ValueError, "beams", "0", "at least 1", step, x, 0)
     complains(ValueError, "table", r"\(2, 5\)", r"\(3, features\)", step, x, table=np.zeros((2, 5)))
-    complains(TypeError, "states", "str", "floating", step, x, states={"a": "b"})
+    complains(TypeError, "scores", "int64", "floating", step, np.zeros((2, 3), int))
+    complains(TypeError, "scores", "int64", "floating", step, np.zeros((2, 3), int), hard=True)
+    complains(TypeError, "states", "str", "an array, a number, None", step, x, states={"a": "b"})
     complains(TypeError, "states", "int64", "floating", step, x, states=np.zeros((2, 1), dtype="int64"))
     complains(ValueError, "states", r"\(3, 2\)", r"\(2,\)", step, x, states=[np.zeros((3, 2))])
     for hard in (False, True):

@@ -204,6 +204,7 @@ def test_replayed_graph(name: str, dtype: str, cuda: str, rng: Any) -> None:
         previous = found[0]
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # torch's own advice on how it captures
 @pytest.mark.parametrize("hard", [False, True])
 def test_graphed_callable(hard: bool, cuda: str, rng: Any) -> None:
     def f(x: Any, epsilon: Any) -> Any:

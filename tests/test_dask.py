@@ -207,3 +207,51 @@ def test_computed_in_threads(rng: Any) -> None:
     x = rng.standard_normal((64, 30))
     found = softk.topk(blocks(x, (4, 10)), 3.5, epsilon=0.4).compute(scheduler="threads")
     assert_close(found, closed_form.topk(x, 3.5, 0.4).astype(float), 1e-13)
+
+
+ROWS = np.asarray([[0.5, 2.0, -1.0, 1.0], [-3.0, 0.0, 1.0, 2.0], [1.0, 0.0, 3.0, -2.0]])
+
+
+def filtered() -> Any:
+    """Two of the rows, in blocks whose sizes nobody knows."""
+    x = da.from_array(ROWS, chunks=(1, 4))
+    return x[x[:, 0] > 0.0]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: softk.topk(x, 2),
+        lambda x: softk.threshold(x, 2.5),
+        lambda x: softk.quantile(x, 0.3),
+        lambda x: softk.sorted_topk(x, 2).assignment,
+        softk.rank,
+    ],
+)
+def test_batch_in_blocks_of_unknown_size(f: Callable[[Any], Any]) -> None:
+    assert_close(value(f(filtered())), f(ROWS[ROWS[:, 0] > 0.0]), 1e-13)
+
+
+def test_unknown_sizes_that_are_needed() -> None:
+    """Those of the selected axis, and all where two arrays must fit block by block."""
+    x = filtered()
+    needed = r"x must have a known size along axis 0, got shape \(nan, 4\); x\.compute_chunk_sizes\(\) finds it"
+    for call in (
+        lambda: softk.topk(x, 2, axis=0),
+        lambda: softk.threshold(x, 2, axis=0),
+        lambda: softk.quantile(x, 0.5, axis=0),
+        lambda: softk.sorted_topk(x, 1, axis=0),
+        lambda: softk.sort(x, axis=0),
+        lambda: softk.topk(x, x[:, :1]),
+        lambda: softk.topk(x, 2, weights=x),
+        lambda: softk.topk(x, 2, where=x > 0.0),
+        lambda: softk.vjp(softk.topk, x, 2)[1](x),
+    ):
+        with pytest.raises(ValueError, match=needed):
+            call()
+    with pytest.raises(ValueError, match=r"k must have a known size along axis 0, got shape \(nan, 1\)"):
+        softk.topk(da.from_array(ROWS), x[:, :1])
+    with pytest.raises(ValueError, match=r"queries must have a known size along axis 0"):
+        softk.neighbors.weights(x, da.from_array(ROWS), 2)
+    with pytest.raises(ValueError, match=r"keys must have a known size along axis 0"):
+        softk.neighbors.weights(da.from_array(ROWS), x, 2)

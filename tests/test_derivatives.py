@@ -258,6 +258,37 @@ def test_quantile_near_the_top_of_a_total_that_is_not_whole() -> None:
             assert_close(name, pullback(np.asarray(1.0))[name], np.asarray(values), "float64")
 
 
+@pytest.mark.parametrize("lib", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("total", [1.02, 1.7, 2.6])
+def test_quantile_of_few_observations(lib: str, total: float) -> None:
+    """The frequencies of the items that are left sum to little more than 1; those that are removed are many."""
+    library = BY_NAME[lib]
+    library.require()
+    rng = np.random.default_rng(8)
+    x, where = rng.normal(size=12), np.arange(12) % 4 != 1
+    weights = rng.uniform(0.2, 1.0, 12)
+    weights *= total / weights[where].sum()
+    weights[~where] = [50.0, np.nan, -1.0]
+    q, epsilon, u = np.asarray(0.64), np.asarray(0.15), 0.7
+    wanted = Quantile(x, 0.64, 0.15, np.where(where, weights, 0.0), where)
+
+    def run(x: Any, q: Any, epsilon: Any, weights: Any, where: Any, tangents: Any) -> Any:
+        options = {"epsilon": epsilon, "weights": weights, "where": where}
+        out, pullback = softk.vjp(softk.quantile, x, q, **options)
+        _, rate = softk.jvp(softk.quantile, x, q, **options, tangents=tangents)
+        return out, pullback(u + 0.0 * out), rate
+
+    given = {"x": x, "q": q, "epsilon": epsilon, "weights": weights}
+    tangents = {name: rng.normal(size=value.shape) for name, value in given.items()}
+    moved = {name: library.array(value) for name, value in tangents.items()}
+    out, found, rate = run(*(library.array(value) for value in (*given.values(), where)), moved)
+    assert abs(library.numpy(out) - wanted.value) <= 1e-14
+    for name, values in wanted.vjp(u).items():
+        assert_close(name, library.numpy(found[name]), np.asarray(values), "float64")
+    along = {f"d{name}": np.where(where, v, 0.0) if name == "weights" else v for name, v in tangents.items()}
+    assert_close("rate", library.numpy(rate), np.asarray(wanted.jvp(**along)), "float64")
+
+
 # --- native gradients
 
 
@@ -492,3 +523,83 @@ def test_where_one_score_has_all_but_next_to_nothing(f: Any, weighted: bool, rng
         pushed = softk.jvp(f, x, k, epsilon=np.float32(0.05), **given, tangents={"x": dx})[1]
         want = reference.log_jvp(dx=dx) if f is softk.log_topk else reference.jvp(dx=dx)[0]
         np.testing.assert_allclose(pushed, want, rtol=0.0, atol=2e-5 * np.max(np.abs(want)))
+
+
+BESIDE = [
+    (dtype, spacing, steps)
+    for dtype, spacing in (("float32", 30.0), ("float64", 30.0), ("float32", 10.0), ("float64", 70.0))
+    for steps in (-5, -1, 1, 2, 8, 20)
+]
+
+
+def test_a_mass_that_is_a_few_roundings_off_a_whole_number(eager: Library) -> None:
+    """What it lacks of the whole number is one score's to supply, and is known exactly."""
+    u = np.asarray([0.3, -1.0, 0.7, 0.2])
+    for dtype, spacing, steps in BESIDE:
+        x, k = (spacing * np.arange(3.0, -1.0, -1.0)).astype(dtype), np.asarray(2.0, dtype)
+        k = k + np.asarray(steps, dtype) * np.spacing(k)
+        reference = Reference(x, k, 1.0)
+        wanted = reference.vjp(u.astype(dtype))["k"]
+        for epsilon in (1.0, np.asarray(1.0, dtype)):
+            found = evaluate(
+                eager,
+                lambda x, k, u, **given: softk.vjp(softk.topk, x, k, **given)[1](u),
+                *(x, k, u.astype(dtype)),
+                names=[],
+                epsilon=epsilon,
+            )
+            assert_close("k", found["k"], np.asarray(wanted), dtype)
+        pushed = evaluate(
+            eager,
+            lambda x, k, dk: {"": softk.jvp(softk.topk, x, k, epsilon=1.0, tangents={"k": dk})[1]},
+            *(x, k, np.asarray(1.0, dtype)),
+            names=[],
+        )
+        assert_close("along k", pushed[""], reference.jvp(dk=1.0)[0], dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "epsilon"),
+    [*(("float32", size) for size in (1e-2, 1e-5, 1e-9)), *(("float64", size) for size in (1e-3, 1e-10, 1e-14, 1e-60))],
+)
+@pytest.mark.parametrize("kind", ["plain", "tied", "weighted", "weightless", "beside"])
+def test_derivatives_in_a_gap_of_any_width(dtype: str, epsilon: float, kind: str, rng: np.random.Generator) -> None:
+    """p is exact to rounding where |z| is not, for scores whose distances on either side are those of the reference."""
+    eps = float(np.finfo(dtype).eps)
+    near = epsilon * np.round(rng.normal(size=9), 2) if epsilon > 8.0 * eps else np.zeros(9)
+    x = (np.where(np.arange(9) < 4, 1.375, 0.25) + (0.0 if kind == "tied" else near)).astype(dtype)
+    size = np.asarray(epsilon, dtype)[()]
+    weights = np.round(8.0 * rng.uniform(0.5, 2.5, size=9)).astype(dtype) / 8 if kind.startswith("weight") else None
+    if kind == "weightless":
+        weights[[1, 6]] = 0.0
+    k = float((np.ones(9) if weights is None else weights)[:4].sum()) + (4 * eps if kind == "beside" else 0.0)
+    u, dx = rng.normal(size=(2, 9)).astype(dtype)
+    given = {"epsilon": float(size), **({} if weights is None else {"weights": weights})}
+    reference = Reference(x, np.asarray(k, dtype)[()], size, weights)
+    mass = np.asarray(k, dtype)
+    found = softk.vjp(softk.topk, x, mass, **given)[1](u)
+    wanted = reference.vjp(u)
+    for name in ("k", "weights") if weights is not None else ("k",):
+        assert_close(name, np.asarray(found[name]), np.asarray(wanted[name]), dtype)
+    if np.max(np.abs(wanted["x"])) > 1e-25:  # elsewhere float32 has no number for it
+        assert_close("x", found["x"], wanted["x"], dtype)
+    assert_close(
+        "along k",
+        softk.jvp(softk.topk, x, mass, **given, tangents={"k": np.ones_like(mass)})[1],
+        reference.jvp(dk=1.0)[0],
+        dtype,
+    )
+    found = softk.vjp(softk.threshold, x, mass, **given)[1](np.ones_like(mass)[()])
+    assert_close("the threshold's x", found["x"], reference.vjp(b=1)["x"], dtype)
+    found = softk.vjp(softk.log_topk, x, mass, **given)[1](u)
+    assert_close("the log mask's x", found["x"] * size, reference.vjp(u, log=True)["x"] * float(size), dtype)
+    pushed = softk.jvp(softk.log_topk, x, mass, **given, tangents={"x": dx})[1]
+    assert_close("the log mask along x", pushed * size, reference.log_jvp(dx=dx) * float(size), dtype)
+
+
+def test_derivative_in_k_where_the_gap_is_wider_than_a_number_resolves() -> None:
+    """|z| of 2e8 in float32, where neighbours are 16 apart; the mean of the means of either side, however wide."""
+    x = np.asarray([0.0] * 11 + [1e6] * 2, np.float32)
+    u = np.cos(np.arange(13.0)).astype(np.float32)
+    found = softk.vjp(softk.topk, x, np.asarray(np.float32(2.0)), epsilon=np.asarray(np.float32(0.00848)))[1](u)
+    np.testing.assert_allclose(found["k"], 0.5 * u[:11].mean() + 0.5 * u[11:].mean(), rtol=2e-6)

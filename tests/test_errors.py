@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,97 @@ def test_masked_array(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def test_masked_array_of_probabilities() -> None:
     q = masked(np.asarray([0.5]))
     complains(TypeError, "q", "MaskedArray", "ordinary array", softk.quantile, X, q)
+
+
+def coordinates(values: Any) -> Any:
+    return pytest.importorskip("sparse", reason="sparse is not installed").COO.from_numpy(np.asarray(values))
+
+
+def torch_sparse(values: Any) -> Any:
+    return importlib.import_module("torch").asarray(values).to_sparse()
+
+
+def nested(layout: str) -> Callable[[Any], Any]:
+    def make(values: Any) -> Any:
+        torch = importlib.import_module("torch")
+        rows = [torch.asarray(values)[0], torch.asarray(values)[0, :1]]
+        return torch.nested.nested_tensor(rows, layout=getattr(torch, layout))
+
+    return make
+
+
+def chunked(values: Any) -> Any:
+    return importlib.import_module("dask.array").from_array(values).map_blocks(coordinates)
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|GCXS):UserWarning")
+@pytest.mark.parametrize(
+    ("library", "make", "kind", "dense"),
+    [
+        ("numpy", coordinates, r"sparse\..*COO", "{}.todense()"),
+        ("torch", torch_sparse, "torch.Tensor", "{}.to_dense()"),
+        ("torch", nested("strided"), "torch.Tensor", "to_padded_tensor({}, -math.inf)"),
+        ("torch", nested("jagged"), "NestedTensor", "to_padded_tensor({}, -math.inf)"),
+        ("dask", chunked, r"dask\.array", "block.todense()"),
+    ],
+    ids=["sparse", "torch-sparse", "torch-nested", "torch-jagged", "dask-of-sparse"],
+)
+def test_array_that_is_not_dense(library: str, make: Callable[[Any], Any], kind: str, dense: str) -> None:
+    """As scores, and beside them; an empty entry is no score of 0, and what a library lacks for it is no answer."""
+    BY_NAME[library].require()
+    x, other = BY_NAME[library].array(X), make(X)
+
+    def refused(name: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        complains(
+            TypeError, name, f"got .*{kind}", rf"dense array.*{re.escape(dense.format(name))}", f, *args, **kwargs
+        )
+
+    for f in FUNCTIONS.values():
+        refused("x", f, other, 1)
+        refused("epsilon", f, x, 1, epsilon=other)
+        refused("weights", f, x, 1, weights=other)
+    for f in (softk.sort, softk.rank):
+        refused("x", f, other)
+    refused("k", softk.topk, x, other)
+    refused("x", softk.sorted_topk, other, 1)
+    refused("anchors", softk.transport, x, other, x)
+    refused("keys", softk.neighbors.weights, x, other, 1)
+    refused("query", softk.attention.topk_attention, other, x, x, 1)
+    refused("scores", softk.beam.step, other)
+    refused("cotangent", softk.vjp(softk.topk, x, 1)[1], other)
+    refused("tangents['x']", softk.jvp, softk.topk, x, 1, tangents={"x": other})
+
+
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [
+        ("numpy", lambda np: np.random.default_rng()),
+        ("numpy", lambda np: np.dtype("float32")),
+        ("numpy", lambda np: type("Mixed", (np.lib.mixins.NDArrayOperatorsMixin,), {})()),
+        ("torch", lambda torch: torch.nn.Linear(2, 2)),
+        ("torch", lambda torch: torch.float32),
+        ("dask", lambda dask: dask.delayed(1)),
+        ("jax", lambda jax: jax.ShapeDtypeStruct((3,), "float32")),
+        ("jax.experimental.sparse", lambda sparse: sparse.BCOO.fromdense(X)),
+        ("scipy.sparse", lambda sparse: sparse.csr_array(X)),
+    ],
+    ids=["generator", "numpy-dtype", "mixin", "module", "torch-dtype", "delayed", "jax-shape", "jax-sparse", "scipy"],
+)
+def test_what_comes_with_a_library_is_no_array(module: str, make: Callable[[Any], Any]) -> None:
+    """A library's arrays are known by their own type, not by the module of any of its bases."""
+    value = make(pytest.importorskip(module, reason=f"{module} is not installed"))
+    kind = re.escape(type(value).__qualname__)
+    for f in FUNCTIONS.values():
+        complains(TypeError, "x", f"got .*{kind}", "must be an array .* Array API standard", f, value, 1)
+    complains(TypeError, "k", f"got .*{kind}", "a number or an array", softk.topk, X, value)
+    complains(TypeError, "weights", f"got .*{kind}", "must be an array", softk.topk, X, 1, weights=value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_masked_tensor() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = torch.masked.masked_tensor(torch.asarray(X), torch.asarray(X > 0))
+    complains(TypeError, "x", "MaskedTensor", "ordinary array.*where=", softk.topk, x, 1)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -215,7 +308,7 @@ def test_axis_out_of_range(lib: Library, function: str, axis: int) -> None:
     complains(ValueError, "axis", f"got {axis}", "from -2 to 1 .* 2 axes", lib.call, f, x, 1, axis=axis)
 
 
-@pytest.mark.parametrize("axis", [None, 0.0, "last", (0, 1)], ids=repr)
+@pytest.mark.parametrize("axis", [None, 0.0, "last", (0, 1), True, False, np.True_], ids=repr)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_axis_is_no_integer(function: str, axis: Any) -> None:
     f = FUNCTIONS[function]
@@ -411,16 +504,280 @@ def test_derivatives_check_their_function_s_arguments(derivative: Any) -> None:
     complains(ValueError, "axis", "got 2", "from -2 to 1", derivative, softk.quantile, X, 0.5, axis=2, **kwargs)
 
 
-def test_no_other_arguments() -> None:
-    """k, axis and the rest are keywords or places as in the standard's draft, and a misspelt one is not swallowed."""
-    for call in (
-        lambda: softk.topk(X, k=1),
-        lambda: softk.topk(x=X, k=1),
-        lambda: softk.topk(X, 1, -1),
-        lambda: softk.topk(X, 1, keepdims=True),
-        lambda: softk.quantile(X, 0.5, mode="smallest"),
-        lambda: softk.threshold(X, 1, hard=True),
-        lambda: softk.topk(X, 1, eps=0.1),
-    ):
-        with pytest.raises(TypeError, match=r"argument"):
-            call()
+# --- names and types
+
+ONE = np.asarray([1.0, 1.0])
+#: Every public function with the arguments that it needs.
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
+    "topk": (softk.topk, (X,), {"k": 2}),
+    "log_topk": (softk.log_topk, (X,), {"k": 2}),
+    "threshold": (softk.threshold, (X,), {"k": 2}),
+    "quantile": (softk.quantile, (X,), {"q": 0.5}),
+    "sorted_topk": (softk.sorted_topk, (X,), {"k": 2}),
+    "sort": (softk.sort, (X,), {}),
+    "rank": (softk.rank, (X,), {}),
+    "transport": (softk.transport, (X,), {"anchors": np.asarray([0.0, 1.0]), "marginals": ONE}),
+    "weights": (softk.neighbors.weights, (X,), {"keys": X, "k": 1}),
+    "class_probabilities": (softk.neighbors.class_probabilities, (X,), {"keys": X, "labels": X, "k": 1}),
+    "loss": (softk.neighbors.loss, (X,), {"keys": X, "query_labels": X, "key_labels": X, "k": 1}),
+    "topk_attention": (softk.attention.topk_attention, (X,), {"key": X, "value": X, "k": 1}),
+    "attention_weights": (softk.attention.attention_weights, (X,), {"key": X, "k": 1}),
+    "step": (softk.beam.step, (X,), {"beams": 2}),
+    "search": (softk.beam.search, (lambda inputs, states: (X, states), X), {"states": X}),
+}
+REST: dict[str, dict[str, Any]] = {"search": {"length": 2, "end": 0}}
+each_function = pytest.mark.parametrize("name", CALLS)
+
+
+@each_function
+def test_arguments_by_name_and_by_position(name: str) -> None:
+    f, args, named = CALLS[name]
+    rest = REST.get(name, {})
+    found = [f(*args, **named, **rest), f(*args, *named.values(), **rest)]
+    if hasattr(f, "call"):
+        found += [softk.vjp(f, *args, **named)[0], softk.jvp(f, *args, tangents={}, **named)[0]]
+    parts = [one if isinstance(one, tuple) else (one,) for one in found]
+    for column in zip(*parts, strict=True):
+        for values in column[1:]:
+            np.testing.assert_array_equal(values, column[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign", "meant"),
+    [
+        *((name, "dim", "here it is axis=") for name in ("topk", "log_topk", "threshold", "quantile", "sorted_topk")),
+        *((name, "dim", "here it is axis=") for name in ("sort", "rank", "transport")),
+        *((name, "largest", 'mode="largest" or mode="smallest"') for name in ("topk", "log_topk", "threshold")),
+        ("sorted_topk", "largest", 'mode="largest" or mode="smallest"'),
+        ("sort", "largest", "here it is descending="),
+        ("rank", "reverse", "here it is descending="),
+        *((name, "eps", "here it is epsilon=") for name in CALLS),
+        *((name, "temperature", "epsilon=, which is twice the temperature") for name in CALLS),
+        ("topk", "sorted", "softk.sorted_topk"),
+        ("sorted_topk", "sorted", "always sorts"),
+        ("threshold", "keepdim", "here it is keepdims="),
+        ("quantile", "keepdim", "here it is keepdims="),
+        ("topk", "weight", "here it is weights="),
+        ("topk", "mask", "here it is where="),
+        ("weights", "mask", "here it is where="),
+        ("topk_attention", "attn_mask", "here it is mask="),
+        ("topk_attention", "where", "here it is mask="),
+        ("topk_attention", "dropout_p", "here it is dropout="),
+        ("weights", "n_neighbors", "here it is k="),
+        ("step", "k", "here it is beams="),
+        ("quantile", "quantiles", "here it is q="),
+        ("topk", "input", "x comes first"),
+        ("topk", "x", "x comes first"),
+        ("weights", "queries", "queries comes first"),
+        ("topk", "keepdims", "it has x, k, axis, mode, epsilon, weights, where, hard"),
+        ("quantile", "mode", "it has x, q, axis, epsilon"),
+        ("threshold", "hard", "it has x, k, axis"),
+    ],
+)
+def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None:
+    f, args, named = CALLS[name]
+    given = {**named, **REST.get(name, {}), foreign: 1}
+    calls = [lambda: f(*args, **given)]
+    if hasattr(f, "call"):
+        calls += [lambda: softk.vjp(f, *args, **given), lambda: softk.jvp(f, *args, tangents={}, **given)]
+    for call in calls:
+        complains(TypeError, foreign, rf"^{name}\(\) has no argument '{foreign}'", re.escape(meant), call)
+
+
+def test_too_many_places() -> None:
+    """torch.topk takes the axis in the third place."""
+    complains(TypeError, "axis", "got 3", "x, k by position.*axis=, mode=, epsilon=", softk.topk, X, 2, -1)
+    complains(TypeError, "axis", "got 2", "x by position.*axis=, descending=", softk.sort, X, -1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
+        softk.topk(X)  # type: ignore[call-arg]
+
+
+@each_function
+def test_signature_is_clean(name: str) -> None:
+    """What a reader is shown: every argument, and the type of the result by its own name."""
+    seen = inspect.signature(CALLS[name][0])
+    assert not {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL} & {
+        one.kind for one in seen.parameters.values()
+    }
+    returned = {"sorted_topk": "TopK[ArrayT]", "transport": "Plan[ArrayT]", "step": "Step[ArrayT]"}
+    assert seen.return_annotation == {**returned, "search": "Beams[ArrayT]"}.get(name, "ArrayT")
+    assert CALLS[name][0].__annotations__["return"] == seen.return_annotation
+
+
+TYPED = """
+import softk
+import torch
+from numpy import float32, int64
+from numpy.typing import NDArray
+
+def f(x: NDArray[float32], k: NDArray[int64], t: torch.Tensor) -> None:
+    reveal_type(softk.topk(x, k))
+    reveal_type(softk.topk(t, 2.5, epsilon=t))
+    reveal_type(softk.quantile(t, q=0.5))
+    reveal_type(softk.sorted_topk(t, 2))
+    values, _ = softk.sorted_topk(x, k=2)
+    reveal_type(values)
+    reveal_type(softk.transport(t, t, t).plan)
+    reveal_type(softk.neighbors.loss(t, t, t, t, 1))
+    reveal_type(softk.attention.topk_attention(t, t, t, k=2))
+    reveal_type(softk.beam.step(t).tokens)
+    softk.topk([1.0], 2)
+    softk.topk(t, 2, dim=1)
+    softk.topk(t, "2")
+    softk.topk(t, 2, mode="max")
+"""
+
+
+def test_types(tmp_path: Path) -> None:
+    """To a type checker the result is of the array's own type, and a call that raises is an error."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    (tmp_path / "typed.py").write_text(TYPED)
+    root = Path(softk.__file__).parent.parent
+    config = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
+    printed, problems, _ = api.run([*config, str(tmp_path / "typed.py")])
+    assert not problems
+    array, tensor = r"numpy\.ndarray\[.*float.*", r"torch\._tensor\.Tensor"
+    pair = rf"tuple\[{tensor}, {tensor}, fallback=softk\._ordering\.TopK\[{tensor}\]\]"
+    wanted = [array, tensor, tensor, pair, array, tensor, tensor, tensor, tensor]
+    found = re.findall(r'Revealed type is "(.*)"', printed)
+    assert len(found) == len(wanted), printed
+    for one, pattern in zip(found, wanted, strict=True):
+        assert re.fullmatch(pattern, one), printed
+    kinds = re.findall(r"error: .*\[(.*)\]$", printed, re.MULTILINE)
+    assert kinds == ["type-var", "call-arg", "arg-type", "arg-type"], printed
+
+
+# --- words of the library at hand
+
+
+WORDS = {
+    "numpy": (".astype(np.float32)", "np.asarray"),
+    "array-api-strict": ("xp.astype(x, xp.float32)", "xp.asarray"),
+    "torch": ("x.float() or x.to(torch.float32)", "torch.asarray"),
+    "jax": ("x.astype(jnp.float32)", "jnp.asarray"),
+    "dask": ('x.astype("float32")', "da.asarray"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_advice_in_the_words_of_the_library(name: str) -> None:
+    cast, own = (re.escape(words) for words in WORDS[name])
+    BY_NAME[name].require()
+    x, other = BY_NAME[name].array(X), BY_NAME["torch" if name == "numpy" else "numpy"]
+    for f in FUNCTIONS.values():
+        complains(TypeError, "x", "got .*int64", f"convert it: .*{cast}", f, BY_NAME[name].array(X, "int64"), 1)
+        complains(TypeError, "weights", "beside", rf"{own}\(weights\)", f, x, 1, weights=other.array(X))
+
+
+def test_no_advice_to_convert_a_complex_array(lib: Library) -> None:
+    """Its imaginary part would be lost."""
+    with pytest.raises(TypeError, match=r"got .*complex128") as caught:
+        lib.call(softk.topk, lib.array(X, "complex128"), 1)
+    assert "convert" not in str(caught.value)
+
+
+def test_device_in_the_words_of_the_library() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    where = torch.ones(4, dtype=torch.bool, device="meta")
+    complains(TypeError, "where", "beside", r"where\.to\(x\.device\)", softk.topk, torch.asarray(X), 1, where=where)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "given", "index"),
+    [
+        ((3, 4), -1, (3,), "[:, None]"),
+        ((4, 4), -1, (4,), "[:, None]"),
+        ((2, 3, 4), -1, (2, 3), "[:, :, None]"),
+        ((2, 3, 4), -1, (3,), "[:, None]"),
+        ((2, 3, 4), 1, (2, 4), "[:, None, :]"),
+    ],
+    ids=str,
+)
+def test_where_the_axis_is_missing(
+    lib: Library, shape: tuple[int, ...], axis: int, given: tuple[int, ...], index: str
+) -> None:
+    x, values = lib.array(np.zeros(shape)), np.ones(given)
+    right = eval(f"values{index}")
+    for f in FUNCTIONS.values():
+        allowed = re.escape(f"write epsilon{index}")
+        complains(ValueError, "epsilon", "got shape", allowed, f, x, 1, axis=axis, epsilon=lib.array(values))
+    for f in (softk.topk, softk.log_topk, softk.threshold):
+        complains(ValueError, "k", "got shape", re.escape(f"write k{index}"), f, x, lib.array(values), axis=axis)
+    lib.call(softk.topk, x, lib.array(right), axis=axis)
+
+
+def test_no_index_helps() -> None:
+    with pytest.raises(ValueError, match=r"got shape \(4,\)$"):
+        softk.topk(np.zeros((3, 4)), np.ones(4))
+
+
+# --- switches
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, None, np.True_, np.asarray(True)], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("hard", lambda value: softk.topk(X, 1, hard=value)),
+        ("hard", lambda value: softk.beam.step(X, hard=value)),
+        ("hard", lambda value: softk.beam.search(lambda x, s: (x, s), X, length=1, end=0, hard=value)),
+        ("keepdims", lambda value: softk.threshold(X, 1, keepdims=value)),
+        ("keepdims", lambda value: softk.quantile(X, 0.5, keepdims=value)),
+        ("descending", lambda value: softk.sort(X, descending=value)),
+        ("descending", lambda value: softk.rank(X, descending=value)),
+        ("is_causal", lambda value: softk.attention.topk_attention(X, X, X, 1, is_causal=value)),
+        ("enable_gqa", lambda value: softk.attention.attention_weights(X, X, 1, enable_gqa=value)),
+    ],
+    ids=["topk", "step", "search", "threshold", "quantile", "sort", "rank", "topk_attention", "attention_weights"],
+)
+def test_switch_is_a_bool(name: str, call: Callable[[Any], Any], value: Any) -> None:
+    complains(TypeError, name, re.escape(f"got {value!r}"), "must be True or False", call, value)
+
+
+# --- structures of derivatives
+
+
+@pytest.mark.parametrize(
+    "cotangent",
+    [X, np.ones((2, 2, 4)), {"values": X}, (X,), (X, X, X), None, 1.0],
+    ids=["array", "two-rows", "mapping", "one", "three", "none", "number"],
+)
+def test_cotangent_of_a_pair(cotangent: Any) -> None:
+    _, pullback = softk.vjp(softk.sorted_topk, X, 2)
+    complains(TypeError, "cotangent", "got ", r"a tuple \(values, assignment\)", pullback, cotangent)
+
+
+def test_parts_of_the_cotangent_of_a_pair() -> None:
+    found, pullback = softk.vjp(softk.sorted_topk, X, 2)
+    complains(ValueError, "cotangent[0]", r"got \(2, 4\)", r"of values, .*\(2, 2\)", pullback, (X, None))
+    complains(ValueError, "cotangent[1]", r"got \(2, 4\)", r"of assignment, .*\(2, 2, 4\)", pullback, [None, X])
+    assert set(pullback(found)) == {"x"}
+
+
+def test_cotangent_of_one_array() -> None:
+    mask, pullback = softk.vjp(softk.topk, X, 2)
+    for cotangent in ((mask,), [mask], {"x": mask}):
+        complains(TypeError, "cotangent", f"got {type(cotangent).__name__}", "one array", pullback, cotangent)
+    plan, pullback = softk.vjp(softk.transport, X, X[:, :2], np.ones((2, 2)))
+    complains(TypeError, "cotangent", "got softk.*Plan", "one array, that of plan alone", pullback, plan)
+    assert "x" in pullback(plan.plan)
+
+
+@pytest.mark.parametrize("dtype", ["complex128", "bool"])
+def test_cotangent_is_real(lib: Library, dtype: str) -> None:
+    x, wrong = lib.array(X), lib.array(np.ones((2, 4)), dtype)
+    _, pullback = softk.vjp(softk.topk, x, 1)
+    complains(TypeError, "cotangent", f"got dtype .*{dtype}", "must be real", pullback, wrong)
+    tangents = {"x": wrong}
+    complains(
+        TypeError, "tangents['x']", f"got dtype .*{dtype}", "real", softk.jvp, softk.topk, x, 1, tangents=tangents
+    )
+    wrong = lib.array(np.ones((2, 2)), dtype)
+    pullback = softk.vjp(softk.sorted_topk, x, 2)[1]
+    complains(TypeError, "cotangent[0]", f"got dtype .*{dtype}", "must be real", pullback, (wrong, None))
+
+
+@pytest.mark.parametrize("tangents", [X, [X], None], ids=lambda value: type(value).__name__)
+def test_tangents_are_a_mapping(tangents: Any) -> None:
+    complains(TypeError, "tangents", "got ", "a mapping", softk.jvp, softk.topk, X, 1, tangents=tangents)

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 
 import softk
+import softk.attention
+import softk.beam
 import softk.neighbors
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
 from .libraries import BY_NAME
+from .oracles import Problem, Reference, assert_rows_close, curvature, dominated
+from .plan_oracles import Ladder, Transported
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -240,6 +244,159 @@ def test_every_axis_and_either_end(axis: int, mode: str, rng: Any) -> None:
     expected = closed_form.pullback("topk", np.moveaxis(u, axis, -1), last)
     assert_close(found[0], sign * np.moveaxis(expected["x"], -1, axis))
     assert_close(found[1], np.moveaxis(expected["k"], -1, axis))
+
+
+# --- where one item has nearly all of the derivative: what is left of it by that item is the sum of the others
+
+
+def by_rows(function: str, problem: Problem, u: np.ndarray, tangents: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    """Cotangents and tangents by the reference, the latter of one argument at a time."""
+    log = function == "log_topk"
+    pulled: dict[str, list[Any]] = {name: [] for name in problem.arguments}
+    pushed: dict[str, list[Any]] = {name: [] for name in problem.arguments}
+    for i, reference in enumerate(problem.references):
+        found = reference.vjp(b=u[i]) if function == "threshold" else reference.vjp(u[i], log=log)
+        for name in pulled:
+            pulled[name].append(np.atleast_1d(found[name]))
+            moved = tangents[name][i]
+            moved = {f"d{name}": moved if moved.size > 1 else moved[0]}
+            both = reference.jvp(**moved)
+            pushed[name].append(reference.log_jvp(**moved) if log else both[function == "threshold"])
+    return pulled, pushed
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "with_weights"),
+    [
+        ("topk", "float32", False),
+        ("topk", "float64", True),
+        ("log_topk", "float32", False),
+        wide("topk", "float64", False),
+        wide("topk", "float32", True),
+        wide("log_topk", "float64", True),
+        wide("threshold", "float32", True),
+        wide("threshold", "float64", False),
+        wide("hard", "float32", False),
+    ],
+)
+def test_one_item_dominates(function: str, dtype: str, with_weights: bool, rng: Any) -> None:
+    """Both modes, in every argument, under jit."""
+    problem = dominated(dtype, with_weights)
+    if function == "hard":
+        problem = Problem("whole", problem.x, np.floor(problem.k), problem.epsilon)
+    public = getattr(softk, "topk" if function == "hard" else function)
+    options = {"hard": True} if function == "hard" else {}
+    names = tuple(problem.arguments)
+
+    def f(*given: Any) -> Any:
+        x, k, epsilon, *weights = given
+        return public(x, k, epsilon=epsilon, **({"weights": weights[0]} if weights else {}), **options)
+
+    given = arrays(problem.arguments)
+    u = rng.standard_normal(len(problem.x) if function == "threshold" else problem.x.shape).astype(dtype)
+    tangents = {name: rng.standard_normal(value.shape).astype(dtype) for name, value in problem.arguments.items()}
+    pulled, pushed = by_rows(function, problem, u, tangents)
+    found = jax.jit(lambda u, *given: jax.vjp(f, *given)[1](u))(jnp.asarray(u), *given)
+    for name, gradient in zip(names, found, strict=True):
+        scale = None
+        if problem.arguments[name].shape[-1] == 1:  # a sum over the items, which is as accurate as its terms
+            scale = [np.abs(row / by * v).sum() for row, by, v in zip(pushed[name], tangents[name], u, strict=True)]
+        assert_rows_close(gradient, pulled[name], dtype, scale)
+
+    @jax.jit
+    def push(*moved: Any) -> Any:
+        return jax.jvp(f, given, moved)[1]
+
+    for name in names:
+        moved = arrays({other: value * (other == name) for other, value in tangents.items()}, dtype)
+        assert_rows_close(push(*moved), pushed[name], dtype)
+
+
+@pytest.mark.parametrize(
+    ("x", "k", "dtype"),
+    [([10.0, 0, 11], 2.75, "float32"), wide([7.0, 0, 8], 2.95, "float32"), wide([20.0, 0, 21], 2.75, "float64")],
+)
+def test_one_item_dominates_under_every_transform(x: list[float], k: float, dtype: str) -> None:
+    u = np.asarray([1.0, -2.0, 0.5])
+    reference = Reference(np.asarray(x, float), k, 1.0)
+    expected = reference.vjp(u)["x"]
+    jacobian = np.stack([reference.jvp(dx=row)[0] for row in np.eye(3)], axis=1)
+    with jax.enable_x64(dtype == "float64"):
+        at, weight = jnp.asarray(x, dtype), jnp.asarray(u, dtype)
+
+        def mask(x: Any) -> Any:
+            return softk.topk(x, jnp.asarray(k, dtype), epsilon=jnp.asarray(1.0, dtype))
+
+        def loss(x: Any) -> Any:
+            return (mask(x) * weight).sum()
+
+        def step(total: Any, x: Any) -> tuple[Any, Any]:
+            return total + loss(x), None
+
+        def scanned(x: Any) -> Any:
+            return jax.lax.scan(step, jnp.zeros((), dtype), x[None])[0]
+
+        gradients = {
+            "grad": jax.grad(loss)(at),
+            "checkpoint": jax.grad(jax.checkpoint(loss))(at),
+            "scan": jax.grad(scanned)(at),
+            "vmap": jax.vmap(jax.grad(loss))(jnp.stack([at, at]))[1],
+            "linear transpose": jax.linear_transpose(jax.linearize(mask, at)[1], at)(weight)[0],
+            "transposed twice": jax.jit(lambda v: jax.vjp(lambda v: jax.vjp(mask, at)[1](v)[0], v)[1](v)[0])(weight),
+            "forward of reverse": jax.jvp(lambda v: jax.vjp(mask, at)[1](v)[0], (weight,), (weight,))[1],
+        }
+        jacobians = [jax.jacrev(mask)(at), jax.jacfwd(mask)(at)]
+        hessians = [outer(inner(loss))(at) for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2)]
+    for name, found in gradients.items():
+        assert found.dtype == dtype, name
+        assert_rows_close(found[None], expected[None], dtype)
+    for found in jacobians:
+        assert_rows_close(found, jacobian, dtype)
+    curved = curvature(np.asarray(x, float), k, 1.0, u)
+    for found in hessians:
+        assert_rows_close(found, curved, dtype)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        ("transport", "float32"),
+        wide("transport", "float64"),
+        wide("rank", "float32"),
+        wide("sort", "float32"),
+    ],
+)
+def test_one_score_dominates_a_boundary(function: str, dtype: str, rng: Any) -> None:
+    gap = 20.0 if dtype == "float32" else 45.0
+    x = np.asarray([[gap, 0.0, gap + 1], [gap / 3, 0.0, gap / 3 + 1], [gap / 2, 0.0, -gap / 2]], dtype)
+    anchors, marginals = np.asarray([0.0, 1.0], dtype), np.asarray([0.25, 2.75], dtype)
+
+    def f(x: Any, epsilon: Any) -> Any:
+        if function == "transport":
+            return softk.transport(x, jnp.asarray(anchors), jnp.asarray(marginals), epsilon=epsilon).plan
+        return getattr(softk, function)(x, epsilon=epsilon, num_anchors=2)
+
+    at, moved = jnp.asarray(x), rng.standard_normal(x.shape).astype(dtype)
+    u = rng.standard_normal((3, 3, 2) if function == "transport" else (3, 3 if function == "rank" else 2)).astype(dtype)
+    epsilon, one = jnp.ones((3, 1), dtype), np.ones((3, 1), dtype)
+    pulled = jax.jit(lambda x, epsilon, u: jax.vjp(f, x, epsilon)[1](u))(at, epsilon, jnp.asarray(u))
+    still = jnp.zeros((3, 1), dtype)
+    pushed = jax.jit(lambda x, dx: jax.jvp(f, (x, epsilon), (dx, still))[1])(at, jnp.asarray(moved))
+    by_x, by_epsilon, tangents = [], [], []
+    for row, cotangent, direction in zip(x, u, moved, strict=True):
+        if function == "transport":
+            transported = Transported(row, anchors, marginals, float(one[0, 0]))
+            found, tangent = transported.vjp(cotangent, ("x", "epsilon")), transported.jvp(x=direction)
+        else:
+            part = {"rank": "ranks", "sort": "values"}[function]
+            ladder = Ladder(row, 2, 1.0, unit=1.5, step=2.0, largest=False)
+            found, tangent = ladder.vjp(**{part: cotangent}), ladder.jvp(direction, 0.0)[part]
+        by_x.append(found["x"])
+        by_epsilon.append([found["epsilon"]])
+        tangents.append(tangent)
+    assert_rows_close(pulled[0], np.stack(by_x), dtype)
+    assert_rows_close(pulled[1], np.asarray(by_epsilon), dtype)
+    assert_rows_close(pushed, np.stack(tangents), dtype)
 
 
 # --- second and third derivatives
@@ -623,13 +780,18 @@ def precisions(jaxpr: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("function", ["neighbors", "sorted_topk"])
+@pytest.mark.parametrize("function", ["neighbors", "sorted_topk", "attention", "beam"])
 def test_products_of_matrices_are_exact(function: str) -> None:
-    """Distances and Newton's steps are small differences, which a GPU's default of 10 bits would lose."""
+    """Distances, scores and Newton's steps have small differences, which a GPU's default of 10 bits would lose."""
 
     def loss(x: Any) -> Any:
         if function == "neighbors":
             return jnp.sum(softk.neighbors.weights(x, x, 2, epsilon=0.3) ** 2)
+        if function == "attention":
+            return jnp.sum(softk.attention.topk_attention(x, x, x, 2, epsilon=0.3) ** 2)
+        if function == "beam":
+            found = softk.beam.step(x, 2, table=jnp.ones((64, 3), x.dtype), states=x, epsilon=0.3)
+            return jnp.sum(found.inputs**2) + jnp.sum(found.states**2)
         return jnp.sum(softk.sorted_topk(x, 3, epsilon=0.3).values ** 2)
 
     with jax.default_matmul_precision("default"):
@@ -661,6 +823,94 @@ def test_nothing_is_moved_between_devices(name: str, rng: Any) -> None:
             step(x, *given[1:])
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+# --- every function, where the arrays are not what a jit makes of them
+
+
+def transported(x: Any) -> Any:
+    return softk.transport(x, jnp.asarray([0.0, 1.0, 0.4]), jnp.asarray([1.0, 2.0, 3.0]), epsilon=0.5).plan
+
+
+#: Functions of scores (..., 12) whose results keep the first axis: each way to a threshold, and what is made of it.
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "topk": lambda x: softk.topk(x, 5, epsilon=0.5),
+    "few": lambda x: softk.topk(x, 1, epsilon=0.5),
+    "array": lambda x: softk.topk(x, jnp.asarray(3.5), epsilon=0.5),
+    "weights": lambda x: softk.topk(x, 2.5, epsilon=0.5, weights=jnp.linspace(0.5, 1.5, 12)),
+    "where": lambda x: softk.topk(x, 2.5, epsilon=0.5, where=x > -1.0),
+    "hard": lambda x: softk.topk(x, 3, epsilon=0.5, hard=True),
+    "log_topk": lambda x: softk.log_topk(x, 2.5, epsilon=0.5),
+    "threshold": lambda x: softk.threshold(x, 2.5, epsilon=0.5),
+    "quantile": lambda x: softk.quantile(x, 0.3, epsilon=0.5),
+    "sorted_topk": lambda x: softk.sorted_topk(x, 3, epsilon=0.5).assignment,
+    "values": lambda x: softk.sorted_topk(x, 3, epsilon=0.5).values,
+    "sort": lambda x: softk.sort(x, epsilon=0.5, num_anchors=4),
+    "rank": lambda x: softk.rank(x, epsilon=0.5, num_anchors=4),
+    "transport": transported,
+    "neighbors": lambda x: softk.neighbors.weights(x, jnp.outer(jnp.linspace(-1.0, 1.0, 5), jnp.ones(12)), 2),
+}
+
+#: Two that run in little time; the others are as they are traced.
+RUN = ("topk", "array", "log_topk", "threshold")
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_shard_map(name: str, rng: Any) -> None:
+    """With its check of what varies over the devices, which every loop must pass, forward and backward."""
+    x, f = random(rng, 4, 12), WAYS[name]
+    over = jax.sharding.PartitionSpec("d")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("d",))
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=over, out_specs=over)
+
+    def derivative(g: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.grad(lambda x: (g(x) ** 2).sum())
+
+    if name in RUN:
+        assert_close(jax.jit(derivative(mapped))(x), jax.jit(derivative(f))(x), 1e-13)
+    else:
+        assert jax.eval_shape(derivative(mapped), x).shape == x.shape
+        assert jax.eval_shape(mapped, x).shape == jax.eval_shape(f, x).shape
+
+
+@pytest.mark.parametrize("varied", ["x", "k", "epsilon", "anchors", "none"])
+def test_shard_map_of_one_argument_among_replicas(varied: str, rng: Any) -> None:
+    """A loop carries what varies with any of its arguments, and with nothing that does not."""
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("d",))
+    values = {"x": random(rng, 4, 12), "k": jnp.asarray([[2.5]] * 4), "epsilon": jnp.asarray([[0.5]] * 4)}
+    values["anchors"] = jnp.asarray([[0.0, 1.0, 0.4]] * 4)
+    specs = {name: spec("d") if name == varied else spec() for name in values}
+    out = spec() if varied == "none" else spec("d")
+
+    def loss(x: Any, k: Any, epsilon: Any, anchors: Any) -> Any:
+        plan = softk.transport(x, anchors, jnp.asarray([1.0, 2.0, 3.0]), epsilon=epsilon).plan
+        mask = softk.topk(x, k, epsilon=epsilon) + softk.log_topk(x, k, epsilon=epsilon)
+        return (plan**2).sum((1, 2)) + (mask**2).sum(1) + softk.threshold(x, k, epsilon=epsilon)
+
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=tuple(specs.values()), out_specs=out)
+    found = jax.eval_shape(jax.grad(lambda *given: mapped(*given).sum(), ALL), *values.values())
+    assert [value.shape for value in found] == [value.shape for value in values.values()]
+
+
+@pytest.mark.parametrize("name", [name if name in ("topk", "array") else wide(name) for name in WAYS])
+def test_without_jit(name: str, rng: Any) -> None:
+    """Loops in Python, over numbers of Python."""
+    x, f = random(rng, 2, 12), WAYS[name]
+    expected = jax.jit(f)(x)
+    with jax.disable_jit():
+        found = f(x)
+    assert_close(found, expected, 1e-12)
+
+
+def test_derivatives_without_jit(rng: Any) -> None:
+    x, u = rng.standard_normal((2, 5)), rng.standard_normal((2, 5))
+    values = {"x": x, "k": np.asarray([[1.5], [2.25]]), "epsilon": np.asarray(0.7)}
+    with jax.disable_jit():
+        found = jax.grad(weighted(positional("topk"), u), (0, 1, 2))(*arrays(values))
+    expected = closed_form.pullback("topk", u, values)
+    for name, gradient in zip(values, found, strict=True):
+        assert_close(gradient, expected[name])
 
 
 # --- several devices
@@ -697,7 +947,16 @@ def test_sharded_over_devices(rng: Any) -> None:
             text = jax.jit(lambda x, k: softk.topk(x, k, epsilon=0.7)).lower(*given).compile().as_text()
             assert "all-gather" not in text
         found.append([np.asarray(v).tolist() for v in (mask, gx, gk, eager)])
-    print(found)
+    over = P("d", None)
+    mapped = jax.shard_map(lambda x, k: softk.topk(x, k, epsilon=0.7), mesh=mesh, in_specs=(over, over), out_specs=over)
+    gx, gk = jax.jit(jax.grad(lambda x, k: (mapped(x, k) * u).sum(), (0, 1)))(x, k)
+    found.append([np.asarray(v).tolist() for v in (mapped(x, k), gx, gk, mapped(x, k))])
+    # One temperature for all devices: its derivative is the sum of theirs.
+    shared = jax.shard_map(
+        lambda x, k, e: softk.topk(x, k, epsilon=e), mesh=mesh, in_specs=(over, over, P()), out_specs=over
+    )
+    by_epsilon = jax.jit(jax.grad(lambda e: (shared(x, k, e) * u).sum()))(jnp.asarray(0.7))
+    print((found, float(by_epsilon)))
     """
     done = subprocess.run(
         [sys.executable, "-c", setup + textwrap.dedent(source)], capture_output=True, text=True, timeout=300
@@ -706,7 +965,9 @@ def test_sharded_over_devices(rng: Any) -> None:
     values = {"x": x, "k": k, "epsilon": np.asarray(0.7)}
     expected = closed_form.pullback("topk", u, values)
     out = closed_form.topk(**values).astype(float)
-    for mask, in_x, in_k, eager in eval(done.stdout):
+    found, by_epsilon = eval(done.stdout)
+    assert_close(by_epsilon, expected["epsilon"])
+    for mask, in_x, in_k, eager in found:
         assert_close(mask, out, 1e-13)
         assert_close(eager, out, 1e-13)
         assert_close(in_x, expected["x"])

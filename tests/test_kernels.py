@@ -258,7 +258,7 @@ def test_other_operators_through_the_solver(device: str, rows: str, launched: li
 
 
 @triton.jit
-def _difference(count: Any, k: Any, found: Any) -> None:
+def _difference(count, k, found):  # type: ignore[no-untyped-def] # Triton looks annotations up, and knows its own alone
     place = tl.arange(0, 1)
     zero = tl.zeros([1], tl.float32)
     tl.store(found + place, lacking(tl.load(count + place), tl.load(k + place), zero, zero, None))
@@ -523,7 +523,7 @@ def test_they_compile_for_a_device(capability: int) -> None:
     compiled = {line.split(":")[0] for line in lines}
     assert {"solve_tile", "pull_tile", "count", "sweep_rows", "mask_rows", "sum_rows", "pull_rows"} <= compiled
     for line in lines:
-        if "BLOCK=32768" not in line:
+        if "WIDTH=32768" not in line:
             assert int(line.split("stack=")[1]) <= 32, line
 
 
@@ -561,7 +561,7 @@ def test_more_scores_than_float32_counts() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     x = torch.ones(1, 2**24 + 8, device="cuda")
-    x[:, ::4_000_000] = 0.0
+    x[:, ::3_000_000] = 0.0  # six, so that the number of the others is a float32
     above = int(x.double().sum().item())
     mask = softk.topk(x, above, epsilon=0.02)
     assert mask.double().sum().item() == pytest.approx(above, abs=MASS * EPS * above)

@@ -125,6 +125,35 @@ def test_half_precision_is_computed_in_single(rng: Any) -> None:
     np.testing.assert_allclose(found, np.asarray(dense_weights(*args, **options), float), atol=1e-3)
 
 
+@pytest.mark.parametrize("d", [FEW, MANY])
+@pytest.mark.parametrize("narrow", ["queries", "others"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_dtypes_of_at_most_32_bits_stand_beside_each_other(function: str, narrow: str, d: int, rng: Any) -> None:
+    """As under autocast. The distances are computed in float32, and each cotangent has the dtype of its argument."""
+    torch = pytest.importorskip("torch")
+    args, options = arguments(function, rng, d)
+    f, dense, *_ = FUNCTIONS[function]
+    given = []
+    for i, value in enumerate(args):
+        half = (i == 0) == (narrow == "queries")
+        given.append(torch.tensor(value).to(torch.bfloat16 if half else torch.float32).requires_grad_())
+    named = {name: torch.tensor(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = f(*given, **named)
+    wide = [value.detach().double().requires_grad_() for value in given]
+    wanted = f(*wide, **named)
+    assert_close(wanted.detach(), dense(*(value.detach().numpy() for value in wide), **options).astype(float), 1e-13)
+    eps = {kind: torch.finfo(kind).eps for kind in (torch.float32, torch.bfloat16)}
+    roundings = {torch.float32: 100, torch.bfloat16: 0.6}
+    assert out.dtype == given[0].dtype
+    assert_close(out.detach().double(), wanted.detach(), roundings[out.dtype] * eps[out.dtype])
+    u = torch.tensor(rng.standard_normal(tuple(out.shape))).to(out.dtype)
+    pairs = zip(torch.autograd.grad(out, given, u), torch.autograd.grad(wanted, wide, u.double()), strict=True)
+    for argument, (one, other) in zip(given, pairs, strict=True):
+        assert one.dtype == argument.dtype
+        assert_close(one.double(), other, roundings[one.dtype] * eps[one.dtype])
+
+
 def test_an_offset_of_all_points_costs_nothing(rng: Any) -> None:
     """|q|^2 + |y|^2 - 2 <q, y> at this offset would be off by its eps times 1e8, which is 10."""
     queries, keys = rng.integers(-8, 8, (2, Q, MANY)) / 4.0
@@ -439,6 +468,14 @@ def test_fewer_keys_than_k_are_all_chosen(rng: Any) -> None:
         *points.values(), np.zeros(N, dtype=int), 3, num_classes=2, epsilon=0.5, where=where
     )
     assert_close(shares, np.tile([2 / 3, 0.0], (Q, 1)), 1e-15)
+
+
+@pytest.mark.parametrize("k", [N - 1, N, N - 1.5])
+def test_there_is_a_gradient_where_not_all_keys_are_chosen(k: float, rng: Any) -> None:
+    """Each point leaves out itself."""
+    points, labels, every = rng.normal(size=(N, FEW)), np.arange(N) % 2, np.arange(N)
+    _, pullback = softk.vjp(neighbors.loss, points, points, labels, labels, k, epsilon=1.0, exclude=every)
+    assert all(values.any() == (k < N - 1) for values in pullback(1.0).values())
 
 
 def test_labels_outside_their_range_do_not_vote(rng: Any) -> None:

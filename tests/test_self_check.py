@@ -25,6 +25,19 @@ def test_every_installed_library_passes() -> None:
         assert rows[name].endswith("passed")
 
 
+def test_without_a_library_it_says_what_to_install() -> None:
+    """A fresh interpreter in which no array library can be imported."""
+    absent = f"import runpy, sys; sys.modules.update(dict.fromkeys({sorted(ADAPTERS)}))"
+    code = f"{absent}; runpy.run_module('softk', run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    assert "python -m pip install numpy" in done.stdout
+    assert "torch, jax, cupy, dask, autograd" in done.stdout
+    assert "self-check" not in done.stdout, "a table without a row"
+
+
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(self_check, "_names", lambda: iter(["numpy"]))
     reference = self_check._reference()

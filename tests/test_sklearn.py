@@ -12,6 +12,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -32,6 +33,11 @@ CHECKS = [
 ]
 
 
+#: Some of the checks have few samples.
+FEW_SAMPLES = pytest.mark.filterwarnings("default:n_neighbors must be below:UserWarning")
+
+
+@FEW_SAMPLES
 @pytest.mark.parametrize(("check", "estimator"), CHECKS)
 def test_estimator(check: Any, estimator: Any) -> None:
     check(clone(estimator))
@@ -106,6 +112,57 @@ def test_it_is_reproducible_and_silent(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""
     SoftNeighborsEmbedding(2, max_iter=4, verbose=2, random_state=3).fit(x, y)
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/4", "step 4/4"]
+
+
+def test_few_samples_are_learned_from() -> None:
+    """All of the other samples would be selected, whatever the map, and no gradient would be left."""
+    x, y = np.asarray([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0], [2.0, 1.0]]), [1, 0, 1, 0]
+    with pytest.warns(UserWarning, match="n_neighbors must be below 3, the number of other samples, got 10: 1 is used"):
+        found = SoftNeighborsEmbedding(init="identity", max_iter=100).fit(x, y)
+    assert found.n_neighbors_ == 1
+    assert found.loss_curve_[0] > 1.0 > 0.1 > found.loss_curve_[-1]
+    np.testing.assert_array_equal(found.predict(x), y)
+
+
+@pytest.mark.parametrize(("samples", "used"), [(3, 1), (11, 5), (12, 10)])
+def test_neighbors_are_fewer_than_the_other_samples(samples: int, used: int, rng: Any) -> None:
+    x, y = rng.standard_normal((samples, 3)), np.arange(samples) % 2
+    if samples <= 11:
+        with pytest.warns(UserWarning, match=f"got 10: {used} (is|are) used"):
+            found = SoftNeighborsEmbedding(max_iter=20, random_state=0).fit(x, y)
+    else:
+        found = SoftNeighborsEmbedding(max_iter=20, random_state=0).fit(x, y)
+    assert found.n_neighbors_ == used
+    assert np.ptp(found.loss_curve_) > 1e-3 * found.loss_curve_[0]
+    assert found.classifier_.n_neighbors == used
+
+
+def test_two_samples_are_refused() -> None:
+    """Each is the only neighbour of the other."""
+    with pytest.raises(ValueError, match=r"2 sample\(s\).*minimum of 3 is required"):
+        SoftNeighborsEmbedding(1).fit(np.eye(2), [0, 1])
+
+
+def test_names_of_the_features_that_come_out() -> None:
+    pandas = pytest.importorskip("pandas")
+    x, y = load_wine(return_X_y=True, as_frame=True)
+    found = SoftNeighborsEmbedding(2, max_iter=3, random_state=0)
+    with pytest.raises(NotFittedError):
+        found.get_feature_names_out()
+    found.fit(x, y)
+    names = ["softneighborsembedding0", "softneighborsembedding1"]
+    assert list(found.get_feature_names_out()) == names
+    plain, classes, shares = found.transform(x), found.predict(x), found.predict_proba(x)
+    framed = found.set_output(transform="pandas").transform(x)
+    assert isinstance(framed, pandas.DataFrame)
+    assert list(framed.columns) == names
+    assert framed.index.equals(x.index)
+    np.testing.assert_array_equal(framed.to_numpy(), plain)
+    np.testing.assert_array_equal(found.predict(x), classes)
+    np.testing.assert_array_equal(found.predict_proba(x), shares)
+    model = make_pipeline(StandardScaler(), SoftNeighborsEmbedding(2, max_iter=3)).set_output(transform="pandas")
+    assert list(model.fit(x, y).transform(x).columns) == names
+    assert list(model.get_feature_names_out()) == names
 
 
 def test_single_precision_stays() -> None:

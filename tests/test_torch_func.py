@@ -14,6 +14,8 @@ import softk
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close, host
+from .oracles import assert_rows_close, curvature, dominated
+from .plan_oracles import Transported
 
 torch = pytest.importorskip("torch")
 
@@ -150,6 +152,75 @@ def test_hard_and_removed_items(hard: bool, rng: Any) -> None:
     tangent = random(rng, 3, 7)
     _, pushed = torch.func.jvp(f, (torch.tensor(x),), (tangent,))
     assert_close((pushed * torch.tensor(u)).sum(), (torch.tensor(expected) * tangent).sum())
+
+
+# --- where one item has nearly all of the derivative: what is left of it by that item is the sum of the others
+
+
+#: A derivative of f at x along v, by each way to transpose the rules: a cotangent of x, or a tangent of f(x).
+TRANSPOSES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "reverse": ("cotangent", lambda f, x, v: torch.func.vjp(f, x)[1](v)[0]),
+    "reverse of forward": (
+        "cotangent",
+        lambda f, x, v: torch.func.vjp(lambda t: torch.func.jvp(f, (x,), (t,))[1], torch.zeros_like(x))[1](v)[0],
+    ),
+    "forward of reverse": ("cotangent", lambda f, x, v: torch.func.jvp(torch.func.vjp(f, x)[1], (v,), (v,))[1][0]),
+    "forward": ("tangent", lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1]),
+    "reverse of reverse": ("tangent", lambda f, x, v: torch.autograd.functional.jvp(f, x, v)[1]),
+}
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("function", ["topk", "log_topk"])
+@pytest.mark.parametrize("transposed", TRANSPOSES)
+def test_one_item_dominates(transposed: str, function: str, dtype: str, with_weights: bool, rng: Any) -> None:
+    problem, log = dominated(dtype, with_weights), function == "log_topk"
+    x, k, epsilon, *weights = tensors(problem.arguments)
+    v = rng.standard_normal(x.shape).astype(dtype)
+
+    def f(x: Any) -> Any:
+        return getattr(softk, function)(x, k, epsilon=epsilon, weights=weights[0] if weights else None)
+
+    kind, derivative = TRANSPOSES[transposed]
+    expected = []
+    for reference, row in zip(problem.references, v, strict=True):
+        if kind == "cotangent":
+            expected.append(reference.vjp(row, log=log)["x"])
+        else:
+            expected.append(reference.log_jvp(dx=row) if log else reference.jvp(dx=row)[0])
+    assert_rows_close(host(derivative(f, x, torch.tensor(v))), np.stack(expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("transposed", TRANSPOSES)
+def test_one_score_dominates_a_boundary(transposed: str, dtype: str, rng: Any) -> None:
+    gaps = (7.0, 10.0, 20.0) if dtype == "float32" else (15.0, 22.0, 45.0)
+    x = np.asarray([[gap, 0.0, gap + 1] for gap in gaps], dtype)
+    anchors, marginals = np.asarray([0.0, 1.0], dtype), np.asarray([0.25, 2.75], dtype)
+    kind, derivative = TRANSPOSES[transposed]
+    v = rng.standard_normal((3, 3, 2) if kind == "cotangent" else (3, 3)).astype(dtype)
+
+    def f(x: Any) -> Any:
+        return softk.transport(x, torch.tensor(anchors), torch.tensor(marginals), epsilon=1.0).plan
+
+    expected = []
+    for row, direction in zip(x, v, strict=True):
+        reference = Transported(row, anchors, marginals, 1.0)
+        expected.append(reference.vjp(direction, ("x",))["x"] if kind == "cotangent" else reference.jvp(x=direction))
+    found = derivative(f, torch.tensor(x), torch.tensor(v))
+    assert_rows_close(host(found), np.stack(expected), dtype)
+
+
+@pytest.mark.parametrize("modes", list(itertools.product(["jacrev", "jacfwd"], repeat=2)), ids="-".join)
+@pytest.mark.parametrize(("gap", "k", "dtype"), [(10, 2.75, "float32"), (7, 2.95, "float32"), (20, 2.75, "float64")])
+def test_hessian_where_one_item_dominates(gap: float, k: float, dtype: str, modes: tuple[str, str]) -> None:
+    x, u, kind = np.asarray([gap, 0.0, gap + 1]), np.asarray([1.0, -2.0, 0.5]), getattr(torch, dtype)
+    mass, weight = torch.tensor(k, dtype=kind), torch.tensor(u, dtype=kind)
+    loss = weighted(lambda x: softk.topk(x, mass, epsilon=1.0), weight)
+    for name in modes:
+        loss = getattr(torch.func, name)(loss)
+    assert_rows_close(host(loss(torch.tensor(x, dtype=kind))), curvature(x, k, 1.0, u), dtype)
 
 
 # --- second and third derivatives

@@ -56,6 +56,10 @@ class _Namespace:
         return numpy_backend.xp.argsort(_value(x), **options)
 
     @staticmethod
+    def take(x: Array, index: Array, *, axis: int) -> Array:
+        return x[(*(slice(None),) * axis, index)]
+
+    @staticmethod
     def take_along_axis(x: Array, index: Array, *, axis: int) -> Array:
         return _permute(x, index, axis)
 

@@ -7,13 +7,15 @@ from typing import Any
 import array_api_compat.cupy as xp
 import cupy as cp
 
-from softk.backend import Array, Backend
+from softk.backend import Array, Backend, Words
 
 __all__ = ["CupyBackend", "backend"]
 
 
 class CupyBackend(Backend):
     """Arrays on a CUDA device. The solver runs its full number of steps, since reading a value would wait for it."""
+
+    words = Words("{}.astype(cp.float32)", "cp.asarray({})", "cp.asarray({}) within `with {}.device:`")
 
     def devices(self) -> list[Any]:
         return [cp.cuda.Device(i) for i in range(cp.cuda.runtime.getDeviceCount())]

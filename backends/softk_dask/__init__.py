@@ -10,13 +10,15 @@ import dask.array as da
 import numpy as np
 
 from softk._registry import backend_of
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Inputs, Primitive, Words
 
 __all__ = ["DaskBackend", "backend"]
 
 
 class DaskBackend(Backend):
     """Chunked arrays. The axes of one problem are gathered into one chunk; the others stay as they are chunked."""
+
+    words = Words('{}.astype("float32")', "da.asarray({})", measure="{}.compute_chunk_sizes() finds it")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         def bound(*inputs: Array | None) -> tuple[Array, ...]:
@@ -43,6 +45,10 @@ class DaskBackend(Backend):
             outputs,
             cotangents,
         )
+
+    def densely(self, x: Array) -> str | None:
+        block = backend_of(x._meta).densely(x._meta)
+        return None if block is None else "{}.map_blocks(lambda block: " + block.format("block") + ")"
 
     def device(self, x: Array) -> Any:
         return None  # Dask has none of its own

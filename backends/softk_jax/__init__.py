@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from softk.backend import Array, Backend, Primitive
+from softk.backend import Array, Backend, Primitive, Words
 
 __all__ = ["JaxBackend", "backend"]
 
@@ -20,6 +20,7 @@ class JaxBackend(Backend):
     """JAX arrays and tracers."""
 
     autodiff = "every JAX transform"
+    words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())))
@@ -39,6 +40,9 @@ class JaxBackend(Backend):
 
     def quiet(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def exact(self, x: Array) -> AbstractContextManager[Any]:
+        return _exact()
 
     def share_device(self, x: Array, other: Array) -> bool:
         return True  # JAX checks it, and knows about shardings
@@ -146,11 +150,13 @@ def _by_bits(x: Array, ranks: Array) -> Array:
 
     def turn(i: Array, found: Array) -> Array:
         # The highest bit is the sign, and is set in the lowest number.
-        place = jnp.left_shift(jnp.ones((), integer), 8 * x.dtype.itemsize - 1 - i.astype(integer))
+        # Without jit, i is a Python number.
+        place = jnp.left_shift(jnp.ones((), integer), 8 * x.dtype.itemsize - 1 - jnp.asarray(i, integer))
         trial = found ^ place
         return jnp.where(jnp.count_nonzero(keys >= trial, axis=-1, keepdims=True) >= ranks, trial, found)
 
-    start = jnp.full(ranks.shape, lowest)
+    # Under shard_map, what a loop carries varies over the devices from the start: as the keys and the ranks do.
+    start = jnp.where((keys[..., :1] > 0) & (ranks > 0), jnp.full((), lowest, integer), lowest)
     found = jax.lax.fori_loop(0, 8 * x.dtype.itemsize, turn, start)[..., 0]
     return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ most, found), x.dtype)
 

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat.numpy as compat
 import numpy as np
 
-from softk.backend import Array, Backend
+from softk.backend import Array, Backend, Words
 
 __all__ = ["NumpyBackend", "backend"]
 
@@ -117,6 +117,11 @@ def _fits(value: Any, like: Array) -> bool:
 
 class NumpyBackend(Backend):
     """Arrays in memory: values can be looked at, and NumPy partitions in O(n)."""
+
+    words = Words("{}.astype(np.float32)", "np.asarray({})")
+
+    def densely(self, x: Array) -> str | None:
+        return None
 
     def known(self, flag: Array) -> bool | None:
         return bool(flag)

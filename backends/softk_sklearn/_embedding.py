@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -34,7 +35,9 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
     n_components : int, default=None
         Dimensions of the embedding, at most the number of features; all of them if None.
     n_neighbors : int, default=10
-        Neighbours that vote, in the loss and in `predict`. At most as many as there are (other) samples are used.
+        Neighbours that vote, in the loss and in `predict`. Where they would be all of the other samples, nothing is
+        selected and nothing can be learned: for at most ``n_neighbors + 1`` samples half of the others vote, with a
+        warning.
     epsilon : float, default=1.0
         Softness of the selection, in units of the mean squared distance between two samples where learning starts.
         The map may grow, and so the selection sharpens as far as it helps.
@@ -65,6 +68,8 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         The loss of each step's batch.
     n_iter_ : int
         How many steps were made.
+    n_neighbors_ : int
+        How many neighbours vote.
     n_features_in_, feature_names_in_
         As in all estimators.
 
@@ -116,7 +121,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Samples, at least two, of features that are comparable: scale them first where they are not.
+            Samples, at least three, of features that are comparable: scale them first where they are not.
         y : array-like of shape (n_samples,)
             Their classes.
 
@@ -129,10 +134,17 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         ------
         ValueError
             If a parameter or the data are out of their range.
+
+        Warns
+        -----
+        UserWarning
+            If there are at most ``n_neighbors + 1`` samples.
         """
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
+        # Of two samples each is the only neighbour of the other.
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_min_samples=3)
         check_classification_targets(y)
         components = self._check_parameters(X.shape[1])
+        self.n_neighbors_ = self._neighbors(len(X))
         self.classes_, labels = np.unique(y, return_inverse=True)
         random = check_random_state(self.random_state)
         centred = X - X.mean(axis=0)
@@ -141,7 +153,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         start = self._start(centred, labels, components, random)
         self.components_ = self._learn(centred, labels, start, random).T.astype(X.dtype) / size
         self.n_iter_ = len(self.loss_curve_)
-        self.classifier_ = KNeighborsClassifier(min(self.n_neighbors, len(X))).fit(X @ self.components_.T, y)
+        self.classifier_ = KNeighborsClassifier(self.n_neighbors_).fit(X @ self.components_.T, y)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -157,10 +169,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         ndarray of shape (n_samples, n_components)
             Their places.
         """
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        embedded: np.ndarray = X @ self.components_.T
-        return embedded
+        return self._embed(X)
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of most of the nearest neighbours in the embedding, by the hard vote.
@@ -175,7 +184,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         ndarray of shape (n_samples,)
             Their classes.
         """
-        embedded = self.transform(X)
+        embedded = self._embed(X)
         found: np.ndarray = self.classifier_.predict(embedded)
         return found
 
@@ -192,15 +201,41 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         ndarray of shape (n_samples, n_classes)
             The shares.
         """
-        embedded = self.transform(X)
+        embedded = self._embed(X)
         shares: np.ndarray = self.classifier_.predict_proba(embedded)
         return shares
 
+    @property
+    def _n_features_out(self) -> int:
+        """What scikit-learn names the features of the embedding by."""
+        count: int = self.components_.shape[0]
+        return count
+
+    def _embed(self, X: Any) -> np.ndarray:
+        """`transform`, whose result scikit-learn wraps as `set_output` says."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        embedded: np.ndarray = X @ self.components_.T
+        return embedded
+
     # -- how it is learned
+
+    def _neighbors(self, samples: int) -> int:
+        """How many of the other samples are selected: not all of them, for their mask would be 1 whatever the map."""
+        others = samples - 1
+        if self.n_neighbors < others:
+            return int(self.n_neighbors)
+        used = max(1, others // 2)
+        warnings.warn(
+            f"n_neighbors must be below {others}, the number of other samples, got {self.n_neighbors}: "
+            f"{used} {'is' if used == 1 else 'are'} used, for nothing is learned from a selection of all",
+            stacklevel=3,
+        )
+        return used
 
     def _learn(self, X: np.ndarray, labels: np.ndarray, start: np.ndarray, random: Any) -> np.ndarray:
         """The map (n_features, n_components)."""
-        n, k = len(X), min(self.n_neighbors, len(X) - 1)
+        n, k = len(X), self.n_neighbors_
         every, size = np.arange(n), min(self.batch_size, n)
         map_, mean, square = start, np.zeros_like(start), np.zeros_like(start)
         # The unit of a step is an entry of a map at random with a mean squared distance of 1 between samples.

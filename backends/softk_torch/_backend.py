@@ -22,7 +22,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from softk.backend import PRIMITIVES, Array, Backend, Primitive
+from softk.backend import PRIMITIVES, Array, Backend, Primitive, Words
 
 from . import _fused
 
@@ -33,12 +33,18 @@ class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
     autodiff = "torch.autograd, torch.func"
+    words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return partial(_apply, primitive.name, tuple(options.items()))
 
     def device(self, x: Array) -> Any:
         return x.device
+
+    def densely(self, x: Array) -> str | None:
+        if x.is_nested:
+            return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
+        return None if x.layout is torch.strided else "{}.to_dense()"
 
     def devices(self) -> list[Any]:
         return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
@@ -49,6 +55,9 @@ class TorchBackend(Backend):
 
     def quiet(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def exact(self, x: Array) -> AbstractContextManager[Any]:
+        return _as_given((x,))
 
     def constant(self, x: Array) -> Array:
         return x.detach()

@@ -19,6 +19,8 @@ DEVICES = {"cuda"}
 CAPABILITY = (8, 0)
 #: What kernels count to.
 MOST_SCORES, MOST_ROWS = 1 << 30, 1 << 29
+#: The largest count that float32, in which they hold the mass, tells from the next.
+MOST_SCORES_OF_A_MASS = 1 << 24
 
 Tensors = tuple[torch.Tensor, ...]
 Inputs = tuple[torch.Tensor | None, ...]
@@ -78,7 +80,8 @@ def settle(
 ) -> Tensors | None:
     """What an iteration settles to, if it is that of the threshold."""
     threshold = (function.__module__, function.__name__) == ("softk._solver", "approach")
-    given = dict(zip(options["names"], arrays, strict=True)) if threshold else {}
+    counted = not options.get("ranks") or max(options["ranks"]) <= MOST_SCORES_OF_A_MASS
+    given = dict(zip(options["names"], arrays, strict=True)) if threshold and counted else {}
     problem = _problem(tuple(given.get(name) for name in ("x", "k", "tau", "weights", "where")))
     return None if problem is None else problem.settled()
 

@@ -2,8 +2,8 @@
 
 A program sums up its segment of a row. What the segments of the pass before have found, every program of the next one
 adds up for itself, or a small one in between: so nothing waits but for the pass before, and nothing is added up in an
-order that varies. A pass that a row no longer needs reads nothing of it. What belongs to a row is a vector of one, so
-that the functions for tiles serve.
+order that varies. A pass that a row no longer needs reads nothing of it. What belongs to a row is a vector of one and
+what it reads a tile of one row, so that the functions for tiles serve.
 
 Forward: `survey`, `count` (brackets of keys, PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
 Backward: `nearest_rows`, `sum_rows`, `gain_rows`, `pull_rows`.
@@ -17,18 +17,21 @@ import triton.language as tl
 from softk._solver import STEPS
 
 from ._kernels import (
-    HIGHEST,
     INFINITY,
     LARGEST,
-    LOWEST,
+    across,
+    balance_of,
     bars,
     beside,
     closer,
+    columns,
     cotangent_of,
+    edges_of,
     extent,
     final_offset,
     finish,
     frame,
+    from_sides,
     gain_of,
     going_on,
     key_of,
@@ -40,15 +43,18 @@ from ._kernels import (
     load_tile,
     load_weights,
     log_odds,
+    mass_of,
+    max_of,
+    min_of,
     narrowed,
-    nearest_of,
     newton,
     nonzero,
     rates,
     score_of,
+    sides_of,
     sigmoid,
-    slip_of,
     store_settled,
+    sum_of,
     sweep,
     tail_of,
     weigh,
@@ -79,9 +85,9 @@ def segment_of(segment, n, going, LENGTH: tl.constexpr):
 
 @triton.jit
 def parts_of(parts, field, row, rows, segments, SEGMENTS: tl.constexpr, other):
-    """What the segments of a row have found, of shape (1, SEGMENTS)."""
-    segment = tl.arange(0, SEGMENTS)[None, :]
-    place = (field * rows + row.to(tl.int64)[:, None]) * segments + segment
+    """What the segments of a row have found, as a tile."""
+    segment = tl.arange(0, SEGMENTS)[None, None, :]
+    place = (field * rows + across(row.to(tl.int64))) * segments + segment
     return tl.load(parts + place, mask=segment < segments, other=other)
 
 
@@ -142,24 +148,24 @@ def survey(
     of_all = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
             weights, all_weights, usable = load_weights(weights_given, row, column, inside, able, weights_step)
-            sound, of_all = sound & usable, of_all + tl.sum(all_weights, axis=1)
-        lowest = tl.minimum(lowest, tl.min(tl.where(able, x, INFINITY), axis=1))
-        highest = tl.maximum(highest, tl.max(tl.where(able, x, -INFINITY), axis=1))
-        bad = tl.maximum(bad, tl.max((~sound).to(tl.int32), axis=1))
+            sound, of_all = sound & usable, of_all + sum_of(all_weights)
+        lowest = tl.minimum(lowest, min_of(tl.where(able, x, INFINITY)))
+        highest = tl.maximum(highest, max_of(tl.where(able, x, -INFINITY)))
+        bad = tl.maximum(bad, max_of(tl.where(sound, 0, 1)))
         if weights_given is None:
             first, last = lowest, highest
-            total += tl.sum(able.to(tl.int32), axis=1)
+            total += mass_of(able, None)
         else:
             counted = able & (weights > 0.0)
-            first = tl.minimum(first, tl.min(tl.where(counted, x, INFINITY), axis=1))
-            last = tl.maximum(last, tl.max(tl.where(counted, x, -INFINITY), axis=1))
-            total += tl.sum(weights, axis=1)
+            first = tl.minimum(first, min_of(tl.where(counted, x, INFINITY)))
+            last = tl.maximum(last, max_of(tl.where(counted, x, -INFINITY)))
+            total += sum_of(weights)
     hand_on(scores, 0, row, rows, segment, segments, lowest)
     hand_on(scores, 1, row, rows, segment, segments, highest)
     hand_on(scores, 2, row, rows, segment, segments, first)
@@ -197,15 +203,15 @@ def open_bracket(
     """Of a row: what the survey says, and the bracket to begin with."""
     row = tl.program_id(0) + tl.arange(0, 1)
     k, _, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
-    lowest = tl.min(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
-    highest = tl.max(parts_of(scores, 1, row, rows, segments, SEGMENTS, -INFINITY), axis=1)
-    first = key_of(tl.min(parts_of(scores, 2, row, rows, segments, SEGMENTS, INFINITY), axis=1))
-    last = key_of(tl.max(parts_of(scores, 3, row, rows, segments, SEGMENTS, -INFINITY), axis=1))
-    total = tl.sum(parts_of(totals, 0, row, rows, segments, SEGMENTS, 0), axis=1)
-    valid = valid & (tl.max(parts_of(unsound, 0, row, rows, segments, SEGMENTS, 0), axis=1) == 0)
+    lowest = min_of(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY))
+    highest = max_of(parts_of(scores, 1, row, rows, segments, SEGMENTS, -INFINITY))
+    first = key_of(min_of(parts_of(scores, 2, row, rows, segments, SEGMENTS, INFINITY)) + 0.0)
+    last = key_of(max_of(parts_of(scores, 3, row, rows, segments, SEGMENTS, -INFINITY)) + 0.0)
+    total = sum_of(parts_of(totals, 0, row, rows, segments, SEGMENTS, 0))
+    valid = valid & (max_of(parts_of(unsound, 0, row, rows, segments, SEGMENTS, 0)) == 0)
     k = tl.where(valid, k, 0.0)
     nothing = k <= 0.0
-    of_all = tl.sum(parts_of(scores, 4, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    of_all = sum_of(parts_of(scores, 4, row, rows, segments, SEGMENTS, 0.0))
     everything, enough = extent(k, total, of_all, n, weights_given)
     bar, _ = bars(k, weights_given)
     lowest = tl.where(bar < total, lowest, -INFINITY)
@@ -239,8 +245,8 @@ def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near,
         found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
         # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
         pivots, enough = pivots_in(low, high), found > bar
-        raised = tl.max(tl.where(enough, pivots, LOWEST), axis=0)
-        lowered = tl.min(tl.where(enough, HIGHEST, pivots - 1), axis=0)
+        raised = tl.max(tl.where(enough, pivots, low), axis=0)
+        lowered = tl.min(tl.where(enough, high, pivots - 1), axis=0)
         reached = tl.where(going & (raised > low), tl.min(tl.where(enough, found, reached), axis=0), reached)
         low = tl.where(going, tl.maximum(low, raised), low)
         high = tl.where(going, tl.minimum(high, lowered), high)
@@ -286,20 +292,16 @@ def count(
     keep(next_bracket, 0, row, rows, low, segment)
     keep(next_bracket, 1, row, rows, high, segment)
     keep(next_mass, 0, row, rows, reached, segment)
-    pivots, found = pivots_in(low, high)[:, None], no_mass(weights_given, PIVOTS)
+    pivots, found = across(score_of(pivots_in(low, high))), no_mass(weights_given, PIVOTS)
     begin, end = segment_of(segment, n, going, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        above = tl.where(able, key_of(x), LOWEST) >= pivots
-        if weights_given is None:
-            found += tl.sum(above.to(tl.int32), axis=1)
-        else:
-            found += tl.sum(tl.where(above, weights, 0.0), axis=1)
+        found += mass_of(x >= pivots, weights)
     hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, found)
 
 
@@ -327,7 +329,7 @@ def flank(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the keys on either side of the lower bound that the passes have led to."""
+    """Of a segment: the scores on either side of the lower bound that the passes have led to."""
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     bar, lower_bar = bars(k, weights_given)
@@ -335,18 +337,18 @@ def flank(
         bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
     )
     keep(last_mass, 0, row, rows, reached, segment)
-    upper, lower = tl.full([1], HIGHEST, tl.int32), tl.full([1], LOWEST, tl.int32)
+    upper, lower = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
         if weights_given is not None:
-            able = able & (weights > 0.0)
-        above, below = beside(tl.where(able, key_of(x), LOWEST), low)
+            x = tl.where(weights > 0.0, x, -INFINITY)
+        above, below = beside(x, low)
         upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
     hand_on(flanks, 0, row, rows, segment, segments, upper)
     hand_on(flanks, 1, row, rows, segment, segments, lower)
@@ -378,7 +380,7 @@ def open_lower_bracket(
     row = tl.program_id(0) + tl.arange(0, 1)
     k, _, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     _, lower_bar = bars(k, weights_given)
-    lower = tl.max(parts_of(flanks, 1, row, rows, segments, SEGMENTS, LOWEST), axis=1)
+    lower = key_of(max_of(parts_of(flanks, 1, row, rows, segments, SEGMENTS, -INFINITY)) + 0.0)
     first, apart = field_of(first_bracket, 0, row, rows), field_of(mass, 0, row, rows) <= lower_bar
     keep(bracket, 0, row, rows, tl.where(apart & (first < lower), first, lower), 0)
     keep(bracket, 1, row, rows, lower, 0)
@@ -420,17 +422,18 @@ def frame_rows(
     nothing = field_of(flags, 0, row, rows) != 0
     everything, valid = field_of(flags, 1, row, rows) != 0, field_of(flags, 2, row, rows) != 0
     _, lower_bar = bars(k, weights_given)
-    upper = tl.min(parts_of(flanks, 0, row, rows, segments, SEGMENTS, HIGHEST), axis=1)
+    upper = min_of(parts_of(flanks, 0, row, rows, segments, SEGMENTS, INFINITY))
     if weights_given is None:
-        lower = tl.max(parts_of(flanks, 1, row, rows, segments, SEGMENTS, LOWEST), axis=1)
+        lower = max_of(parts_of(flanks, 1, row, rows, segments, SEGMENTS, -INFINITY))
     else:
-        lower, _, _, _ = bracket_of(
+        below, _, _, _ = bracket_of(
             bracket, total, counts, row, rows, segments, lower_bar, lower_bar, 0.0 * tau, weights_given, SEGMENTS
         )
+        lower = score_of(below)
     apart = field_of(mass, 0, row, rows) <= lower_bar
     lowest, highest = field_of(outer, 0, row, rows), field_of(outer, 1, row, rows)
-    high = tl.where(nothing, highest, tl.where(everything, lowest, score_of(upper)))
-    low = tl.where(nothing | everything | ~apart, high, score_of(lower))
+    high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
+    low = tl.where(nothing | everything | ~apart, high, lower)
     keep(flags, 3, row, rows, high > LARGEST, 0)
     high, low, reference, z_high, z_low = frame(high, low, tau)
     keep(gap, 0, row, rows, reference, 0)
@@ -452,10 +455,10 @@ def search_of(state, tails, above, steps, half, k, row, rows, segments, weights,
     offset, least, most = field_of(state, 0, row, rows), field_of(state, 1, row, rows), field_of(state, 2, row, rows)
     done, last = field_of(state, 3, row, rows) != 0.0, field_of(state, 4, row, rows) != 0.0
     if tails is not None:
-        mass = tl.sum(parts_of(above, 0, row, rows, segments, SEGMENTS, 0), axis=1)
-        lower = tl.sum(parts_of(tails, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
-        upper = tl.sum(parts_of(tails, 1, row, rows, segments, SEGMENTS, 0.0), axis=1)
-        slope = tl.sum(parts_of(tails, 2, row, rows, segments, SEGMENTS, 0.0), axis=1)
+        mass = sum_of(parts_of(above, 0, row, rows, segments, SEGMENTS, 0))
+        lower = sum_of(parts_of(tails, 0, row, rows, segments, SEGMENTS, 0.0))
+        upper = sum_of(parts_of(tails, 1, row, rows, segments, SEGMENTS, 0.0))
+        slope = sum_of(parts_of(tails, 2, row, rows, segments, SEGMENTS, 0.0))
         offset, least, most, done, last = newton(
             offset, least, most, done, last, steps, mass, lower, upper, slope, half, k, weights
         )
@@ -506,13 +509,13 @@ def sweep_rows(
     lower, upper, slope = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, ~done, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        odds = closer(x, able, high, low, reference, z_high, z_low, tau)
+        odds = closer(x, high, low, reference, z_high, z_low, tau)
         found = sweep(odds, weights, level)
         number += found[0]
         lower += found[1]
@@ -578,15 +581,15 @@ def mask_rows(
         tl.store(offset_found + row, offset, mask=leads)
         begin, end = segment_of(segment, n, row >= 0, LENGTH)
         for start in range(begin, end, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = (column < n)[None, :]
+            column = columns(start, 1, BLOCK)
+            inside = column < n
             x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
             weights = None
             if weights_given is not None:
                 weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-            odds = closer(x, able, high, low, reference, z_high, z_low, tau)
-            soft = finish(x, odds, level, excess, weights, able, reference, tau, offset, nothing, everything, valid)
-            tl.store(mask + row.to(tl.int64)[:, None] * n + column[None, :], soft, mask=inside)
+            odds = closer(x, high, low, reference, z_high, z_low, tau)
+            soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
+            tl.store(mask + across(row.to(tl.int64)) * n + column, soft, mask=inside)
 
 
 # --- the rule in reverse
@@ -613,41 +616,54 @@ def nearest_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the least |z| of the items that have weight, and the largest weight."""
+    """Of a segment: the nearest scores above and below the threshold that have weight, and the largest weight."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    nearest, heaviest = tl.full([1], INFINITY, tl.float32), tl.zeros([1], tl.float32)
+    high, low = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    heaviest = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         kept = load_kept(where, row, column, inside, where_step)
         x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
         z = log_odds(x, reference, tau, offset)
         weights = None
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
-        nearest = tl.minimum(nearest, nearest_of(z, inside, weights))
+        above, below = edges_of(x, z, inside, weights)
+        high, low = tl.minimum(high, above), tl.maximum(low, below)
         if weights is not None:
-            heaviest = tl.maximum(heaviest, tl.max(tl.where(x > -INFINITY, weights, 0.0), axis=1))
-    hand_on(distances, 0, row, rows, segment, segments, nearest)
-    hand_on(distances, 1, row, rows, segment, segments, heaviest)
+            heaviest = tl.maximum(heaviest, max_of(tl.where(x > -INFINITY, weights, 0.0)))
+    hand_on(distances, 0, row, rows, segment, segments, high)
+    hand_on(distances, 1, row, rows, segment, segments, low)
+    hand_on(distances, 2, row, rows, segment, segments, heaviest)
+
+
+@triton.jit
+def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
+    """The nearest scores above and below the threshold that have weight, and the largest weight."""
+    return (
+        min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
+        max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
+        nonzero(max_of(parts_of(distances, 2, row, rows, segments, SEGMENTS, 0.0))),
+    )
 
 
 @triton.jit
 def sums_of(values, upper):
     """The sums below and above the threshold."""
-    return tl.sum(tl.where(upper, 0.0, values), axis=1), tl.sum(tl.where(upper, values, 0.0), axis=1)
+    return sum_of(tl.where(upper, 0.0, values)), sum_of(tl.where(upper, values, 0.0))
 
 
 @triton.jit
 def greatest(values, u, share, best, u_best, share_best):
     """The greatest value yet, and u and the share there. Of equal ones no one dominates, and any will do."""
-    here = tl.max(values, axis=1)
-    at = values == here[:, None]
+    here = max_of(values)
+    at = values == across(here)
     better = here > best
-    u_here, share_here = tl.max(tl.where(at, u, -INFINITY), axis=1), tl.max(tl.where(at, share, 0.0), axis=1)
+    u_here, share_here = max_of(tl.where(at, u, -INFINITY)), max_of(tl.where(at, share, 0.0))
     u_best, share_best = tl.where(better, u_here, u_best), tl.where(better, share_here, share_best)
     return tl.maximum(here, best), u_best, share_best
 
@@ -676,13 +692,15 @@ def sum_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'."""
+    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'.
+
+    Each side is in units of its own.
+    """
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    nearest = tl.min(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
-    unit = nonzero(tl.max(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0), axis=1))
-    height = tl.exp(-nearest)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
     zero = tl.zeros([1], tl.float32)
     tails_below, tails_above, normal_below, normal_above = zero, zero, zero, zero
     pulled_below, pulled_above, shares_below, shares_above = zero, zero, zero, zero
@@ -690,8 +708,8 @@ def sum_rows(
     mass = no_mass(weights_given, 1)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         kept = load_kept(where, row, column, inside, where_step)
         x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
         z = log_odds(x, reference, tau, offset)
@@ -700,15 +718,17 @@ def sum_rows(
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
         upper = z > 0.0
-        tail, larger = tail_of(z, inside, weights, nearest, height)
+        distance, height = from_sides(
+            x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
+        )
+        tail, larger = tail_of(distance, height)
         scaled = tail / larger
         weighted = weigh(weights, scaled)
         if weights_given is None:
             share = tl.where(inside, 1.0, 0.0)
-            mass += tl.sum((upper & inside).to(tl.int32), axis=1)
         else:
-            share = tl.where(scaled > 0.0, weights, 0.0) / unit[:, None]
-            mass += tl.sum(tl.where(upper, weights, 0.0), axis=1)
+            share = tl.where(scaled > 0.0, weights, 0.0) / across(unit)
+        mass += mass_of(upper & inside, weights)
         below, above = sums_of(weigh(weights, tail), upper)
         tails_below, tails_above = tails_below + below, tails_above + above
         below, above = sums_of(weighted, upper)
@@ -744,8 +764,8 @@ def sum_rows(
 def both_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
     """Two sums, below and above the threshold."""
     return (
-        tl.sum(parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0), axis=1),
-        tl.sum(parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0), axis=1),
+        sum_of(parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)),
+        sum_of(parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)),
     )
 
 
@@ -767,6 +787,7 @@ def join_rows(
     weights_given,
     where,
     offset_given,
+    reference_given,
     c_given,
     distances,
     sums,
@@ -783,22 +804,19 @@ def join_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    BALANCED: tl.constexpr,
 ):
-    """Of a row: the slip, V', the level that u is measured from, and the cotangent of k."""
+    """Of a row: the balance of its sides, V', the level that u is measured from, and the cotangent of k."""
     row = tl.program_id(0) + tl.arange(0, 1)
-    k, offset = load_per_row(k_given, row, rows, k_step, 0.0), field_of(offset_given, 0, row, rows)
+    k, tau = load_per_row(k_given, row, rows, k_step, 0.0), load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     c = tl.zeros([1], tl.float32)
     if c_given is not None:
         c = field_of(c_given, 0, row, rows)
-    nearest = tl.min(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY), axis=1)
-    unit = nonzero(tl.max(parts_of(distances, 1, row, rows, segments, SEGMENTS, 0.0), axis=1))
-    slip = tl.zeros([1], tl.float32)
-    if BALANCED:
-        below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
-        mass = tl.sum(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0), axis=1)
-        slip = slip_of(mass, below, above, k, nearest, weights_given)
-    less, more = tl.exp(-slip), tl.exp(slip)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    _, _, near_high, near_low, _, _ = sides_of(high, low, reference, tau, offset)
+    below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
+    mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
+    nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
     normal = nonzero(less * below + more * above)
     below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
@@ -812,32 +830,37 @@ def join_rows(
     rate, inverse_slope = rates(nearest, normal)
     hbar = rate * pulled - inverse_slope * c
     keep(joined, 0, row, rows, nearest, 0)
-    keep(joined, 1, row, rows, slip, 0)
+    keep(joined, 1, row, rows, less, 0)
     keep(joined, 2, row, rows, normal, 0)
     keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
     keep(joined, 4, row, rows, unit, 0)
     keep(joined, 5, row, rows, hbar, 0)
     keep(joined, 6, row, rows, (lower | upper).to(tl.float32), 0)
+    keep(joined, 7, row, rows, more, 0)
+    keep(joined, 8, row, rows, high, 0)
+    keep(joined, 9, row, rows, low, 0)
     if of_k is not None:
         keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
 
 
 @triton.jit
-def rule_of(z, u, inside, weights, joined, row, rows):
+def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows):
     """Of a tile: v', v, and the multiple of the weights that u is measured from."""
-    nearest, slip = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows)
+    nearest, less, more = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
+    high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
     normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
     unit, held = field_of(joined, 4, row, rows), field_of(joined, 6, row, rows) != 0.0
-    height = tl.exp(-nearest)
-    scaled, larger = tail_of(z, inside, weights, nearest, height)
-    scaled = scaled * tl.exp(tl.where(z > 0.0, slip[:, None], -slip[:, None])) / larger
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+    distance, side = from_sides(x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau)
+    scaled, larger = tail_of(distance, side)
+    scaled = scaled * tl.where(z > 0.0, across(more), across(less)) / larger
     if weights is None:
-        level = tl.where(inside, level[:, None], 0.0)
+        level = tl.where(inside, across(level), 0.0)
     else:
-        level = tl.where(scaled > 0.0, weights, 0.0) / unit[:, None] * level[:, None]
+        level = tl.where(scaled > 0.0, weights, 0.0) / across(unit) * across(level)
     # At the item that dominates exactly u. If there is one it has three quarters, and no other more than one.
-    most = held[:, None] & (weigh(weights, scaled) > (0.5 * normal)[:, None])
-    return scaled, gain_of(z, scaled, height, weights), tl.where(most, u, level)
+    most = across(held) & (weigh(weights, scaled) > across(0.5 * normal))
+    return scaled, gain_of(z, scaled, tl.exp(-nearest), weights), tl.where(most, u, level)
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -870,8 +893,8 @@ def gain_rows(
     gained = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         kept = load_kept(where, row, column, inside, where_step)
         x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
         z = log_odds(x, reference, tau, offset)
@@ -879,8 +902,8 @@ def gain_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        _, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
-        gained += tl.sum((u - level) * gain, axis=1)
+        _, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
+        gained += sum_of((u - level) * gain)
     hand_on(gains, 0, row, rows, segment, segments, gained)
 
 
@@ -916,15 +939,15 @@ def pull_rows(
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
-    g = -tl.sum(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    g = -sum_of(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
         g += field_of(c_given, 0, row, rows)
-    bad = (offset != offset)[:, None]
+    bad = across(offset != offset)
     moment = tl.zeros([1], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (column < n)[None, :]
+        column = columns(start, 1, BLOCK)
+        inside = column < n
         kept = load_kept(where, row, column, inside, where_step)
         x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
         z = log_odds(x, reference, tau, offset)
@@ -932,15 +955,15 @@ def pull_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        scaled, gain, level = rule_of(z, u, inside, weights, joined, row, rows)
+        scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
-        place = row.to(tl.int64)[:, None] * n + column[None, :]
+        place = across(row.to(tl.int64)) * n + column
         if of_x is not None:
             tl.store(of_x + place, tl.where(bad, float("nan"), xbar), mask=inside)
         if of_weights is not None:
-            abar = -sigmoid(z) * hbar[:, None]
+            abar = -sigmoid(z) * across(hbar)
             tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)
-        moment += tl.sum(z * xbar, axis=1)
+        moment += sum_of(z * xbar)
     hand_on(moments, 0, row, rows, segment, segments, moment)
 
 
@@ -969,7 +992,7 @@ def temperature_rows(
     """Of a row: the cotangent of the temperature."""
     row = tl.program_id(0) + tl.arange(0, 1)
     tau, offset = load_per_row(tau_given, row, rows, tau_step, 1.0), field_of(offset_given, 0, row, rows)
-    taubar = -tl.sum(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0), axis=1)
+    taubar = -sum_of(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
         taubar -= field_of(c_given, 0, row, rows) * offset / tau
     keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, float("nan")), 0)

@@ -13,6 +13,9 @@ from . import _kernels, _kernels_long
 #: The longest row that a tile takes, or half of that with weights, and how many scores each of its warps.
 LONGEST = 32768
 PER_WARP = 1024
+#: How many columns of a short row are taken side by side: a warp has several rows, and what belongs to each is computed
+#: for several at once.
+WIDTH = 32
 #: Of longer rows: the scores that a program takes at a time, the shortest segment, and how many segments at most.
 BLOCK = 4096
 SHORTEST = 32768
@@ -90,16 +93,25 @@ class Tiles(Problem):
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         block = max(1 << (self.n - 1).bit_length(), 16)
-        tile = max(PER_WARP // 4 // block, 1)  # what belongs to a row takes registers too
-        self.grid = (-(-self.rows // tile),)
-        warps = min(max((1 if self.weights is None else 2) * tile * block // PER_WARP, 1), 32)
-        self.size = {"ROWS": tile, "BLOCK": block, "num_warps": warps}
+        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # where rows are short, more warps are faster
+        rows = max(scores // block, 1)
+        width = min(WIDTH, block) if rows > 1 else block
+        self.grid = (-(-self.rows // rows),)
+        warps = min(max((1 if self.weights is None else 2) * rows * block // scores, 1), 32)
+        self.size = {
+            "ROWS": rows,
+            "CHUNKS": block // width,
+            "WIDTH": width,
+            "FULL": self.n == block,
+            "num_warps": warps,
+        }
+        self.again = block == LONGEST
 
     def forward(self, *found: Optional) -> None:
         self.run(_kernels.solve_tile, *found)
 
     def pull(self, *arrays: Optional) -> None:
-        self.run(_kernels.pull_tile, *arrays, AGAIN=self.size["BLOCK"] == LONGEST)
+        self.run(_kernels.pull_tile, *arrays, AGAIN=self.again)
 
 
 class Segments(Problem):
@@ -118,7 +130,7 @@ class Segments(Problem):
             "LENGTH": length,
             "BLOCK": BLOCK,
             "SEGMENTS": 1 << (self.segments - 1).bit_length(),
-            "num_warps": BLOCK // PER_WARP,
+            "num_warps": max(BLOCK // PER_WARP, 1),
         }
 
     def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,7 +156,7 @@ class Segments(Problem):
         first = self.values(2, dtype=torch.int32), self.values(dtype=self.mass)
         self.run(kernels.open_bracket, *survey, outer, facts, *first, grid=self.each)
         bracket, reached, counts = self.select(*first, near, upper=True)
-        last, flanks = self.values(dtype=self.mass), self.parts(2, dtype=torch.int32)
+        last, flanks = self.values(dtype=self.mass), self.parts(2)
         self.run(kernels.flank, bracket, reached, counts, last, flanks, near)
         lower: tuple[Optional, ...] = (None, None, None)
         if self.weights is not None:
@@ -179,15 +191,14 @@ class Segments(Problem):
     def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
         kernels = _kernels_long
         of_x, of_k, of_tau, of_weights = found
-        distances, sums, masses = self.parts(2), self.parts(14), self.parts(dtype=self.mass)
+        distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
         self.run(kernels.nearest_rows, offset, reference, distances)
         self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
-        joined, gains, moments = self.values(7), self.parts(), self.parts()
-        balanced = of_tau is not None
-        self.run(kernels.join_rows, offset, c, distances, sums, masses, of_k, joined, grid=self.each, BALANCED=balanced)
+        joined, gains, moments = self.values(10), self.parts(), self.parts()
+        self.run(kernels.join_rows, offset, reference, c, distances, sums, masses, of_k, joined, grid=self.each)
         self.run(kernels.gain_rows, offset, reference, u, joined, gains)
         self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
-        if balanced:
+        if of_tau is not None:
             self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
 
 

@@ -1,0 +1,94 @@
+"""What a caller sees of a public function: its signature, and the argument that he means by another library's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_EPSILON = ("eps", "reg", "regularization", "regularization_strength", "softness", "sigma", "blur")
+
+#: Another library's name of an argument -> what it is here: the argument, and how it is given. The first that the
+#: function has is the answer.
+NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("dim", "dims", "axes", "reduction_dimension"), (("axis", "axis="),)),
+    "largest": (("mode", 'mode="largest" or mode="smallest"'), ("descending", "descending=")),
+    "descending": (("mode", 'mode="largest" or mode="smallest"'),),
+    "reverse": (("descending", "descending="), ("mode", 'mode="largest" or mode="smallest"')),
+    **dict.fromkeys(_EPSILON, (("epsilon", "epsilon="),)),
+    **dict.fromkeys(("temperature", "temp", "tau", "T"), (("epsilon", "epsilon=, which is twice the temperature"),)),
+    "keepdim": (("keepdims", "keepdims="),),
+    **dict.fromkeys(("weight", "sample_weight"), (("weights", "weights="),)),
+    **dict.fromkeys(
+        ("mask", "attn_mask", "where"),
+        (("mask", "mask="), ("where", "where=, True for what may be chosen")),
+    ),
+    "dropout_p": (("dropout", "dropout=, a function of the weights"),),
+    **dict.fromkeys(("K", "n", "num", "top_k", "num_neighbors", "n_neighbors"), (("k", "k="),)),
+    **dict.fromkeys(("k", "K", "num_beams", "beam_size", "beam_width"), (("k", "k="), ("beams", "beams="))),
+    **dict.fromkeys(("p", "probs", "quantiles"), (("q", "q="),)),
+}
+#: What is no argument of any function.
+ABSENT = {
+    "sorted": "sorted values come from softk.sorted_topk, which always sorts; a mask is in the order of the scores",
+    "stable": "there is nothing to choose: the result is the same for the same input, and equal scores share",
+}
+
+
+def explained(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which answers an argument that it does not have with the name of the one that it has."""
+    parameters = signature(function).parameters.values()
+    named = frozenset(one.name for one in parameters if one.kind is not Parameter.POSITIONAL_ONLY)
+    places = sum(one.kind is not Parameter.KEYWORD_ONLY for one in parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > places:
+            raise TypeError(_too_many(function, len(args)))
+        for keyword in kwargs:
+            if keyword not in named:
+                raise TypeError(_unexpected(function, keyword))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def plain_tuple(kind: type[R]) -> type[R]:
+    """A named tuple without the base Generic, which is there for type checkers: with it, some releases of PyTorch take
+    the tuple for a leaf.
+    """
+    plain: Any = NamedTuple(kind.__name__, kind.__annotations__.items())  # type: ignore[misc]
+    plain.__doc__, plain.__module__ = kind.__doc__, kind.__module__
+    return cast("type[R]", plain)
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return f"{function.__name__}()"
+
+
+def _unexpected(function: Callable[..., Any], keyword: str) -> str:
+    parameters = signature(function).parameters
+    for name, given in NAMES.get(keyword, ()):
+        if name in parameters:
+            return f"{_called(function)} has no argument {keyword!r}; here it is {given}"
+    text = f"{_called(function)} has no argument {keyword!r}"
+    if keyword in ABSENT:
+        return f"{text}; {ABSENT[keyword]}"
+    first = next(iter(parameters.values()))
+    if first.kind is Parameter.POSITIONAL_ONLY and keyword in (first.name, "input", "operand", "a", "logits"):
+        return f"{text} by name; {first.name} comes first, without one"
+    return f"{text}; it has {', '.join(parameters)}"
+
+
+def _too_many(function: Callable[..., Any], count: int) -> str:
+    parameters = signature(function).parameters.values()
+    places = [one.name for one in parameters if one.kind is not Parameter.KEYWORD_ONLY]
+    others = [f"{one.name}=" for one in parameters if one.kind is Parameter.KEYWORD_ONLY]
+    return (
+        f"{_called(function)} takes the arguments {', '.join(places)} by position, got {count}; "
+        f"the others are given by name: {', '.join(others)}"
+    )
