@@ -36,7 +36,7 @@ class TorchBackend(Backend):
     words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        return partial(_apply, primitive.name, tuple(options.items()))
+        return partial(_bound, primitive.name, tuple(options.items()))
 
     def device(self, x: Array) -> Any:
         return x.device
@@ -175,6 +175,17 @@ def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list
     module, function = name.split(":")
     found = _settle(getattr(sys.modules[module], function), options, tuple(arrays))
     return [value.clone(memory_format=torch.contiguous_format) for value in found]
+
+
+def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The primitive of that name, of tensors or of DTensors."""
+    if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
+        from . import _distributed
+
+        if _distributed.is_distributed(inputs):
+            return _distributed.by_process(partial(_apply, name, options), PRIMITIVES[name].axes, inputs)
+    outputs: tuple[torch.Tensor, ...] = _apply(name, options, *inputs)
+    return outputs
 
 
 @torch.compiler.allow_in_graph
