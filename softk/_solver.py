@@ -488,7 +488,8 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) 
         both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
         found = backend.order_statistics(x, both)
         return found[..., : k.shape[-1]], xp.where(second > n, -math.inf, found[..., k.shape[-1] :])
-    found = backend.order_statistics(x, tuple(min(max(rank, 1), n) for rank in ranks))
+    # Chosen, for the minimum of a number and a symbolic n would be a symbol too.
+    found = backend.order_statistics(x, tuple(n if rank > n else max(rank, 1) for rank in ranks))
     boundaries = len(ranks) // 2
     high, low = found[..., :boundaries], found[..., boundaries:]
     if max(ranks) > n:  # of the last boundary alone

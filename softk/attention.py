@@ -214,7 +214,7 @@ def _weights(
     if n == 0:
         return scores
     if is_number(k):
-        k = min(k, n)
+        k = n if k > n else k
     else:
         require_array("k", k, or_number=True)
         k = xp.where(k > n, n, k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,57 @@ def test_state_is_stored_and_restored(rng: Any) -> None:
     assert copied.k is not layer.k
 
 
+@pytest.mark.parametrize("kind", [softk_torch.TopK, softk_torch.TopKAttention])
+def test_tensors_that_are_not_parameters_are_buffers(kind: Any, rng: Any) -> None:
+    """They are stored and moved with the module, and nobody learns them."""
+    layer = kind(torch.tensor(2.5), epsilon=torch.tensor([[0.4], [0.9]]))
+    assert [name for name, _ in layer.named_buffers()] == ["k", "epsilon"]
+    assert list(layer.parameters()) == []
+    assert set(layer.state_dict()) == {"k", "epsilon"}
+    assert layer.double().k.dtype == layer.epsilon.dtype == torch.float64
+    assert layer.to("meta").epsilon.is_meta
+    other = kind(torch.tensor(1.0), epsilon=torch.nn.Parameter(torch.ones(2, 1)))
+    assert {name for name, _ in other.named_parameters()} == {"epsilon"}
+    layer = kind(torch.tensor(2.5), epsilon=torch.tensor([[0.4], [0.9]]))
+    other.load_state_dict(layer.state_dict())
+    x = torch.tensor(rng.standard_normal((2, 7)))
+    given = (x,) if kind is TopK else (x, x, x)
+    assert torch.equal(other(*given), layer(*given))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 2, "epsilon": 0}, ValueError, "epsilon must be a positive finite number"),
+        ({"k": 2, "epsilon": math.inf}, ValueError, "epsilon must be a positive finite number"),
+        ({"k": torch.ones(()), "epsilon": -1.0}, ValueError, "epsilon must be a positive finite number"),
+        ({"k": -1}, ValueError, "k must be at least 0 and finite .*, got -1"),
+        ({"k": math.nan}, ValueError, "k must be at least 0 and finite .*, got nan"),
+        ({"k": "2"}, TypeError, "k must be a number or an array"),
+        ({"k": 2, "epsilon": None}, TypeError, "epsilon must be a number or an array"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", [softk_torch.TopK, softk_torch.TopKAttention])
+def test_numbers_are_checked_at_once(kind: Any, arguments: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(2.5, hard=True), "k must be whole with hard=True, got 2.5"),
+        (lambda: TopK(2, mode="top"), "mode must be 'largest' or 'smallest', got 'top'"),
+        (lambda: softk_torch.TopKAttention(2, scale=math.nan), "scale must be a finite number, got nan"),
+    ],
+    ids=["hard", "mode", "scale"],
+)
+def test_other_arguments_are_checked_at_once(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_buffer_as_k(rng: Any) -> None:
     """A k that moves with the module but is not learned."""
 
@@ -140,8 +192,13 @@ def test_buffer_as_k(rng: Any) -> None:
             lambda: TopK(parameter(2.0), epsilon=parameter([[0.5], [0.5]])),
             "TopK(k=2 (learned), dim=-1, mode='largest', epsilon=learned, shape (2, 1))",
         ),
+        (
+            lambda: TopK(torch.tensor(2.0), epsilon=torch.ones(2, 1)),
+            "TopK(k=2, dim=-1, mode='largest', epsilon=tensor, shape (2, 1))",
+        ),
+        (lambda: TopK(parameter(2.0)).to("meta"), "TopK(k=learned, shape (), dim=-1, mode='largest', epsilon=0.1)"),
     ],
-    ids=["plain", "options", "hard", "learned"],
+    ids=["plain", "options", "hard", "learned", "buffers", "meta"],
 )
 def test_repr(layer: Any, text: str) -> None:
     assert repr(layer()) == text

@@ -36,7 +36,7 @@ class TorchBackend(Backend):
     words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        return partial(_apply, primitive.name, tuple(options.items()))
+        return partial(_bound, primitive.name, tuple(options.items()))
 
     def device(self, x: Array) -> Any:
         return x.device
@@ -65,6 +65,8 @@ class TorchBackend(Backend):
     def settle(
         self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
     ) -> tuple[Array, ...]:
+        if torch.compiler.is_exporting():  # a program runs where softk may not be
+            return function(self, *arrays, **options)
         if torch.compiler.is_compiling() or any(type(value) is not torch.Tensor for value in arrays):
             name = f"{function.__module__}:{function.__qualname__}"
             return tuple(_settled(name, repr(options), list(arrays)))
@@ -136,7 +138,7 @@ class TorchBackend(Backend):
 
 
 def _is_plain(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not _fused._is_traced()
 
 
 def _look(flag: torch.Tensor) -> bool | None:
@@ -173,6 +175,17 @@ def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list
     module, function = name.split(":")
     found = _settle(getattr(sys.modules[module], function), options, tuple(arrays))
     return [value.clone(memory_format=torch.contiguous_format) for value in found]
+
+
+def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The primitive of that name, of tensors or of DTensors."""
+    if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
+        from . import _distributed
+
+        if _distributed.is_distributed(inputs):
+            return _distributed.by_process(partial(_apply, name, options), PRIMITIVES[name].axes, inputs)
+    outputs: tuple[torch.Tensor, ...] = _apply(name, options, *inputs)
+    return outputs
 
 
 @torch.compiler.allow_in_graph
@@ -286,6 +299,18 @@ def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> 
     return found.unsqueeze(axis) if keepdims else found
 
 
+def _argsort(x: torch.Tensor, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> torch.Tensor:
+    """An exported program asks for no stable order, which ONNX cannot say; its own keeps ties in order."""
+    if not stable or torch.compiler.is_exporting():
+        return torch.argsort(x, dim=axis, descending=descending)
+    return torch.argsort(x, dim=axis, descending=descending, stable=True)
+
+
+def _take_along_axis(x: torch.Tensor, indices: torch.Tensor, /, *, axis: int = -1) -> torch.Tensor:
+    """Without the broadcasting of `torch.take_along_dim`, which makes constants of an exported program's sizes."""
+    return torch.gather(x, axis, indices)
+
+
 def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
     """Without a look at whether the matrix is singular, which would wait for the device."""
     found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
@@ -322,11 +347,13 @@ _OVERWRITING = _Overwriting()
 xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
 vars(linalg).update({**vars(compat.linalg), "solve": _solve})
 _own = {
+    "argsort": _argsort,
     "concat": _concat,
     "full": _full,
     "maximum": _maximum,
     "minimum": _minimum,
     "count_nonzero": _count_nonzero,
+    "take_along_axis": _take_along_axis,
     "linalg": linalg,
 }
 vars(xp).update({**vars(compat), **_own})

@@ -50,8 +50,10 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 def _is_traced() -> bool:
     """Whether a compiler or a tracer records the operations."""
+    if torch.compiler.is_compiling():  # which does not follow what comes next
+        return True
     proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    return torch.compiler.is_compiling() or proxy is not None or torch._C._get_tracing_state() is not None
+    return proxy is not None or torch._C._get_tracing_state() is not None
 
 
 def _problem(inputs: Inputs, *others: torch.Tensor | None) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 
@@ -17,18 +18,24 @@ class TopK(torch.nn.Module):
 
     Parameters
     ----------
-    k : float or torch.nn.Parameter
-        How many to select. A parameter (of one value, or one a slice) is learned with the model's others; it is
-        held within [0, n] in the forward pass, where outside of it there is no answer.
+    k : float or tensor
+        How many to select. A `torch.nn.Parameter` (of one value, or one a slice) is learned with the model's others;
+        any other tensor is a buffer, which moves and is stored with the module. A tensor is held within [0, n] in the
+        forward pass, where outside of it there is no answer.
     dim : int, optional
         The axis along which to select.
     mode : {"largest", "smallest"}, optional
         Which end to select.
-    epsilon : float or torch.nn.Parameter, optional
-        Strength of the entropy, in the units of the scores; a parameter must stay positive (learn its logarithm
-        where it might not).
+    epsilon : float or tensor, optional
+        Strength of the entropy, in the units of the scores, a parameter or a buffer as `k` is; it must stay positive
+        (learn its logarithm where it might not).
     hard : bool, optional
         The exact indicator forward, the soft derivative backward. For a whole k.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For `mode` and for a number of `k` or `epsilon`, as `softk.topk`; one above n is found when n is known.
 
     Shape
     -----
@@ -49,27 +56,32 @@ class TopK(torch.nn.Module):
     True
     """
 
+    k: float | torch.Tensor
+    epsilon: float | torch.Tensor
+
     def __init__(
         self,
-        k: float | torch.nn.Parameter,
+        k: float | torch.Tensor,
         *,
         dim: int = -1,
         mode: Literal["largest", "smallest"] = "largest",
-        epsilon: float | torch.nn.Parameter = 0.1,
+        epsilon: float | torch.Tensor = 0.1,
         hard: bool = False,
     ) -> None:
         super().__init__()
-        self.k = k
+        _require(k, epsilon, mode=mode)
+        if hard and not isinstance(k, torch.Tensor):
+            softk.topk(_scores(max(math.ceil(k), 1)), k, hard=True)
+        _hold(self, k=k, epsilon=epsilon)
         self.dim = dim
         self.mode: Literal["largest", "smallest"] = mode
-        self.epsilon = epsilon
         self.hard = hard
 
     def forward(
         self, x: torch.Tensor, *, weights: torch.Tensor | None = None, where: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The mask of the scores `x`; `weights` and `where` as for `softk.topk`."""
-        k: float | torch.Tensor = self.k
+        k = self.k
         if isinstance(k, torch.Tensor) and weights is None:
             k = k.clamp(0, x.shape[self.dim])
         mask: torch.Tensor = softk.topk(
@@ -96,17 +108,24 @@ class TopKAttention(torch.nn.Module):
 
     Parameters
     ----------
-    k : float or torch.nn.Parameter
-        How many keys a query takes. A parameter (of one value, or one a row of the weights) is learned with the model's
-        others, and held at 0 or above in the forward pass.
-    epsilon : float or torch.nn.Parameter, optional
-        Strength of the entropy, in the units of the scaled scores; a parameter must stay positive.
+    k : float or tensor
+        How many keys a query takes. A `torch.nn.Parameter` (of one value, or one a row of the weights) is learned with
+        the model's others; any other tensor is a buffer, which moves and is stored with the module. A tensor is held
+        at 0 or above in the forward pass.
+    epsilon : float or tensor, optional
+        Strength of the entropy, in the units of the scaled scores, a parameter or a buffer as `k` is; it must stay
+        positive.
     dropout : float, optional
         The probability of each weight to be dropped, in training alone; the others are scaled up.
     scale : float, optional
         What the dot products are multiplied by; one over the root of the number of features by default.
     enable_gqa : bool, optional
         Several heads of the queries share one of the keys and values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a number that is out of its range, as `softk.attention.topk_attention`.
 
     Shape
     -----
@@ -131,11 +150,14 @@ class TopKAttention(torch.nn.Module):
     True
     """
 
+    k: float | torch.Tensor
+    epsilon: float | torch.Tensor
+
     def __init__(
         self,
-        k: float | torch.nn.Parameter,
+        k: float | torch.Tensor,
         *,
-        epsilon: float | torch.nn.Parameter = 0.1,
+        epsilon: float | torch.Tensor = 0.1,
         dropout: float = 0.0,
         scale: float | None = None,
         enable_gqa: bool = False,
@@ -143,8 +165,11 @@ class TopKAttention(torch.nn.Module):
         super().__init__()
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout!r}")
-        self.k = k
-        self.epsilon = epsilon
+        _require(k, epsilon)
+        if scale is not None:
+            one = _scores(1)[:, None]
+            softk.attention.topk_attention(one, one, one, 1, scale=scale)
+        _hold(self, k=k, epsilon=epsilon)
         self.dropout = dropout
         self.scale = scale
         self.enable_gqa = enable_gqa
@@ -182,7 +207,30 @@ class TopKAttention(torch.nn.Module):
         return parts + (", enable_gqa=True" if self.enable_gqa else "")
 
 
+def _scores(n: int) -> torch.Tensor:
+    """Scores without values, to ask what softk says of other arguments."""
+    return torch.empty(n, dtype=torch.float64, device="meta")
+
+
+def _require(k: float | torch.Tensor, epsilon: float | torch.Tensor, mode: Any = "largest") -> None:
+    """Raise for numbers that no call would take; how many scores there will be is not known yet."""
+    number, strength = (1.0 if isinstance(value, torch.Tensor) else value for value in (k, epsilon))
+    softk.topk(_scores(1), number, mode=mode, epsilon=strength, weights=_scores(1))
+
+
+def _hold(module: torch.nn.Module, **values: float | torch.Tensor) -> None:
+    """A parameter is learned, any other tensor goes with the module, and a number stays one."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+            module.register_buffer(name, value)
+        else:
+            setattr(module, name, value)
+
+
 def _show(value: float | torch.Tensor) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    return f"{value.item():.4g} (learned)" if value.numel() == 1 else f"learned, shape {tuple(value.shape)}"
+    learned = isinstance(value, torch.nn.Parameter)
+    if value.numel() == 1 and not value.is_meta:
+        return f"{value.item():.4g}{' (learned)' if learned else ''}"
+    return f"{'learned' if learned else 'tensor'}, shape {tuple(value.shape)}"
