@@ -470,11 +470,101 @@ class Layer(torch.nn.Module):
         return torch.exp(softk.topk(torch.sin(x), k, epsilon=epsilon, weights=weights))
 
 
+def check_operations(program: Any) -> None:
+    """What runs without softk: PyTorch's own operations on tensors, and arithmetic with sizes."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    others = {str(target) for target in targets if getattr(target, "__module__", "") != "_operator"}
+    assert all(name.startswith(("aten.", "<function sym_")) for name in others), others
+
+
+class Select(torch.nn.Module):
+    """A function of the scores alone, by its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Any) -> Any:
+        match self.name:
+            case "share":
+                return softk.topk(x, x.shape[-1] // 3, epsilon=0.5)
+            case "fraction":
+                return softk.topk(x, 3.0 * torch.sigmoid(x[:, :1]), epsilon=0.5)
+            case "weights":
+                return softk.topk(x, 2.5, epsilon=0.5, weights=1.0 + torch.sigmoid(x))
+            case "where":
+                return softk.topk(x, 2, epsilon=0.5, where=x < 1.0)
+            case "hard":
+                return softk.topk(x, 2, hard=True)
+            case "neighbors":
+                return softk.neighbors.weights(x, 1.1 * x[:6], 2, epsilon=0.5)
+            case "attention":
+                return softk.attention.topk_attention(x, x[:6], 0.5 * x[:6], 2, epsilon=0.5)
+            case "quantile":
+                return softk.quantile(x, 0.3)
+            case "sort" | "rank":
+                return getattr(softk, self.name)(x, epsilon=0.5)
+            case "sorted_topk":
+                return softk.sorted_topk(x, 2, epsilon=0.5).values
+            case "transport":
+                anchors = torch.arange(3, dtype=x.dtype)
+                return softk.transport(x, anchors, torch.ones_like(anchors)).plan
+        return getattr(softk, self.name)(x, 2, epsilon=0.5)
+
+
+SELECTIONS = [
+    "share",
+    "fraction",
+    "weights",
+    "where",
+    "hard",
+    "neighbors",
+    "attention",
+    "quantile",
+    "log_topk",
+    "threshold",
+]
+PLANS = ["sort", "rank", "sorted_topk", "transport"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", [*SELECTIONS, *PLANS])
+def test_exported_programs_hold_plain_operations(name: str, strict: bool, rng: Any) -> None:
+    sizes = {"x": {0: torch.export.Dim("batch", min=8)}}
+    program = torch.export.export(Select(name), (random(rng, 9, 7),), dynamic_shapes=sizes, strict=strict)
+    check_operations(program)
+    x = random(rng, 14, 7)
+    assert_close(program.module()(x), Select(name)(x).numpy(), 1e-12)
+
+
+# PyTorch's exporter copies what PyTorch has deprecated.
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["topk", *(pytest.param(name, marks=pytest.mark.full) for name in SELECTIONS)])
+def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path, rng: Any) -> None:
+    """A program of ONNX, for a batch of any size."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    sizes, file = {"x": {0: torch.export.Dim("batch", min=8)}}, tmp_path / "program.onnx"
+    x = random(rng, 9, 7).float()
+    module = Select(name).eval()
+    torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=sizes, optimize=False, verbose=False).save(file)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(file, options)
+    for rows in (9, 8, 31):
+        x = random(rng, rows, 7).float()
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_close(found, module(x).numpy(), 1e-5)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_module_is_differentiated_right(strict: bool, rng: Any) -> None:
     """Whatever the exporter makes of the rule: first derivatives by value, and second derivatives in x."""
     values = closed_form.problem(rng, batch=(3,))
-    module = torch.export.export(Layer(), tensors(values, grad=False), strict=strict).module()
+    program = torch.export.export(Layer(), tensors(values, grad=False), strict=strict)
+    check_operations(program)
+    module = program.module()
     other = closed_form.problem(rng, batch=(3,))
     given = tensors(other)
     out = module(*given)
