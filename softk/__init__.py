@@ -1,10 +1,10 @@
 """softk: the differentiable top-k for every array library."""
 
 from . import attention, beam, neighbors
-from ._derivatives import jvp, vjp
-from ._operators import log_topk, quantile, threshold, topk
-from ._ordering import TopK, rank, sort, sorted_topk
-from ._transport import ConvergenceWarning, Plan, transport
+from ._functions.derivatives import jvp, vjp
+from ._functions.masks import log_topk, quantile, threshold, topk
+from ._functions.ordering import TopK, rank, sort, sorted_topk
+from ._functions.transport import ConvergenceWarning, Plan, transport
 
 __version__ = "0.1.0"
 

@@ -10,13 +10,12 @@ import math
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from . import __version__, topk, vjp
-from ._registry import ADAPTERS
-from .backend import Array, Backend
+from .backend import ADAPTERS, Array, Backend
 
 N, K, EPSILON = 1000, 10, 0.05
 # Exact in every binary format, with ties; the cotangent is as uneven as the scores.
@@ -49,7 +48,7 @@ def main() -> int:
 
 def _names() -> Iterator[str]:
     """The libraries with an adapter that are installed, softk's own adapters first."""
-    for name in (*ADAPTERS, *(entry.name for entry in entry_points(group="softk.backends"))):
+    for name in ADAPTERS:
         if name != "jaxlib" and find_spec(name) is not None:
             yield name
 
@@ -58,7 +57,7 @@ def _reference() -> list[float] | None:
     """NumPy's gradient, where there is NumPy."""
     if find_spec("numpy") is None:
         return None
-    xp = ADAPTERS["numpy"]().xp
+    xp = _backend("numpy").xp
     found = vjp(topk, xp.asarray(SCORES), K, epsilon=EPSILON)[1](xp.asarray(COTANGENT))["x"]
     return [float(value) for value in found]
 
@@ -103,9 +102,9 @@ def _fault(error: Exception) -> str:
 
 
 def _backend(name: str) -> Backend:
-    if name in ADAPTERS:
-        return ADAPTERS[name]()
-    found: Backend = next(entry for entry in entry_points(group="softk.backends") if entry.name == name).load()
+    found = ADAPTERS[name].load()
+    if found is None:
+        raise ImportError(f"the entry point softk.backends {name!r} does not lead to a Backend")
     return found
 
 

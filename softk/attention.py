@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ._arguments import cast, common_backend, fits
-from ._checks import check_flag, check_precision, is_number, require_array, working_dtype
-from ._operators import log_topk
-from ._registry import backend_of
-from ._signatures import explained
-from .backend import AnyArray, Array, ArrayT, Backend
+from ._functions.arguments import common_backend
+from ._functions.checks import check_flag, check_precision, is_number, require_array, working_dtype
+from ._functions.masks import log_topk
+from ._functions.shapes import cast, fits
+from ._functions.signatures import explained
+from .backend import AnyArray, Array, ArrayT, Backend, backend_of
 
 __all__ = ["attention_weights", "topk_attention"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import array_api_compat
 
-__all__ = ["PRIMITIVES", "AnyArray", "Array", "ArrayT", "Backend", "Primitive", "Words"]
+__all__ = ["PRIMITIVES", "Adapter", "AnyArray", "Array", "ArrayT", "Backend", "Primitive", "Words", "backend_of"]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
@@ -325,6 +325,105 @@ class Backend:
     def pick(self, x: Array, places: list[int]) -> Array:
         """Some items along the last axis."""
         return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+
+# --- which backend serves an array: found from the array's type, without importing anything
+
+
+class Adapter(NamedTuple):
+    """Where the backend of a library's arrays comes from.
+
+    Attributes
+    ----------
+    load : callable
+        ``load() -> Backend``, called when the first array arrives; None where there is no backend after all.
+    types : tuple of str or None
+        The names of the array types among the types of the library: a mixin, a module or a random generator is no
+        array. None for all types.
+    """
+
+    load: Callable[[], Backend | None]
+    types: tuple[str, ...] | None = None
+
+
+#: The adapter of every library that has one, by the top-level module of its array types.
+ADAPTERS: dict[str, Adapter] = {}
+
+_by_type: dict[type, Backend | None] = {}
+_by_namespace: dict[str, Backend] = {}
+
+
+def backend_of(x: Array) -> Backend:
+    """The backend that serves an array, found from its type.
+
+    Parameters
+    ----------
+    x : array
+        An array of any library that follows the standard.
+
+    Returns
+    -------
+    Backend
+        That of the library's adapter; without one the base class, on the namespace of the array.
+
+    Raises
+    ------
+    TypeError
+        If `x` is no array of the standard.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from softk.backend import backend_of
+    >>> backend_of(np.ones(3)).name
+    'numpy'
+    """
+    adapted = _adapted(type(x))
+    return adapted if adapted is not None else _standard(array_api_compat.array_namespace(x))
+
+
+def is_array(value: Any) -> bool:
+    """Whether some backend can serve the value: an array of a known library or of the standard."""
+    return _adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
+
+
+def _adapted(kind: type) -> Backend | None:
+    if _is_tensor(kind):
+        return ADAPTERS["torch"].load()
+    if kind not in _by_type:
+        _by_type[kind] = _load(kind)
+    return _by_type[kind]
+
+
+def _is_tensor(kind: type) -> bool:
+    """Whether PyTorch's adapter serves the type.
+
+    It is not looked up: PyTorch's compiler can list neither the bases of a parameter's type nor its module, and would
+    compile again whenever the dictionary of the types has grown.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or "torch" not in ADAPTERS or not issubclass(kind, torch.Tensor):
+        return False
+    return kind in (torch.Tensor, torch.nn.Parameter) or all(known.types is not None for known in ADAPTERS.values())
+
+
+def _load(kind: type) -> Backend | None:
+    for base in kind.__mro__:  # a subclass from elsewhere may have a backend of its own
+        adapter = ADAPTERS.get(base.__module__.partition(".")[0])
+        name = base.__name__.rpartition(".")[2]  # JAX's own holds a module
+        if adapter is not None and (adapter.types is None or name in adapter.types):
+            return adapter.load()
+    return None
+
+
+def _standard(xp: Any) -> Backend:
+    name = xp.__name__
+    if name not in _by_namespace:
+        _by_namespace[name] = Backend(xp)
+    return _by_namespace[name]
+
+
+# --- shapes
 
 
 def unknown(size: Any) -> bool:

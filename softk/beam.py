@@ -16,12 +16,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
-from ._arguments import cast
-from ._checks import check_flag, require_array, working_dtype
-from ._ordering import sorted_topk
-from ._registry import backend_of, is_array
-from ._signatures import explained, plain_tuple
-from .backend import AnyArray, Array, ArrayT
+from ._functions.checks import check_flag, require_array, working_dtype
+from ._functions.ordering import sorted_topk
+from ._functions.shapes import cast
+from ._functions.signatures import explained, plain_tuple
+from .backend import AnyArray, Array, ArrayT, backend_of, is_array
 
 __all__ = ["Beams", "Step", "search", "step"]
 

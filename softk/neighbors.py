@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from . import _neighbor_primitives as primitives
-from ._arguments import Argument, Call, Slices, fits, shrink, static_ranks
-from ._checks import check_mass, check_precision, check_temperature, is_number, require_array, require_size
-from ._operators import operator_from
+from ._functions.arguments import Slices, static_ranks
+from ._functions.call import Argument, Call, operator_from
+from ._functions.checks import check_mass, check_precision, check_temperature, is_number, require_array, require_size
+from ._functions.shapes import fits, shrink
+from ._reference.neighbors.likelihood import likelihood
+from ._reference.neighbors.votes import votes as vote_primitive
+from ._reference.neighbors.weights import weights as weight_primitive
 from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["class_probabilities", "loss", "weights"]
@@ -192,7 +195,7 @@ def weights(
             "keys": pairs.points(keys, pairs.n),
             **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.weights, pairs.options(), arguments, (pairs.result(),))
+    return Call(pairs.backend, weight_primitive, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
@@ -273,7 +276,7 @@ def class_probabilities(
             "labels": values,
             **pairs.common(epsilon, where, exclude),
         }
-    return Call(pairs.backend, primitives.votes, pairs.options(), arguments, (pairs.result(),))
+    return Call(pairs.backend, vote_primitive, pairs.options(), arguments, (pairs.result(),))
 
 
 @operator_from
@@ -388,7 +391,7 @@ def loss(
             **pairs.common(epsilon, where, exclude),
         }
     restore = _reduced(pairs, reduction)
-    return Call(pairs.backend, primitives.likelihood, pairs.options(), arguments, (restore,))
+    return Call(pairs.backend, likelihood, pairs.options(), arguments, (restore,))
 
 
 def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:

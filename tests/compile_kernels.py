@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import softk
-from softk_torch import _fused, _launch
+import softk_triton as _fused
+from softk_triton import launch as _launch
 
 TYPES = {
     torch.float32: "*fp32",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import softk
-from softk._registry import backend_of
+from softk.backend import backend_of
 
 from .libraries import Library
 

@@ -48,7 +48,7 @@ def model(seed: int = 0, words: int = 2) -> Model:
 
 def search(given: Model, **options: Any) -> softk.beam.Beams:
     """The search of softk over the model, on any library."""
-    from softk._registry import backend_of
+    from softk.backend import backend_of
 
     xp = backend_of(given.start).xp
 
@@ -198,7 +198,7 @@ def test_libraries_agree(lib: Library, dtype: str) -> None:
 
 def weighed(given: Model, cotangents: list[Any], **options: Any) -> Any:
     """A number that every differentiable result enters."""
-    from softk._registry import backend_of
+    from softk.backend import backend_of
 
     xp = backend_of(given.start).xp
     answer = search(given, **options)
@@ -261,7 +261,7 @@ def test_no_derivative_is_nan(library: str, hard: bool, turns: tuple[int, ...]) 
     """Where beams die, have ended to the last digit, and only one token is allowed."""
     lib = BY_NAME[library]
     lib.require()
-    from softk._registry import backend_of
+    from softk.backend import backend_of
 
     allowed = np.asarray([[-0.1, -INF, -2.0], [0.0, -INF, -INF], [-INF, -INF, -0.5]])
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import softk
-from softk._registry import backend_of
+from softk.backend import backend_of
 
 from . import closed_form
 from .libraries import Library

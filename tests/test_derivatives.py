@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import softk
-import softk._rule
+import softk._reference.threshold.rule
 
 from .libraries import BY_NAME, Library
 from .oracles import DIGITS, FEW, PROBLEMS, Problem, Quantile, Reference, problem, problem_for
@@ -428,7 +428,7 @@ def _broken_pushes(push: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 @pytest.mark.parametrize("direction", ["pull", "push"])
 def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, numpy = problem("weighted", "float64"), BY_NAME["numpy"]
-    rule = softk._rule.Linearisation
+    rule = softk._reference.threshold.rule.Linearisation
 
     def check() -> None:
         if direction == "pull":
@@ -445,7 +445,10 @@ def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest
 
 def test_the_rule_is_one() -> None:
     """Every adapter differentiates by the same rule: none has mathematics of its own to test."""
-    assert importlib.import_module("softk._primitives").Linearisation is softk._rule.Linearisation
+    assert (
+        importlib.import_module("softk._reference.threshold.masks").Linearisation
+        is softk._reference.threshold.rule.Linearisation
+    )
 
 
 def test_what_stands_at_a_removed_item_does_no_harm() -> None:

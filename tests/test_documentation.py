@@ -15,15 +15,15 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:^```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE)
 MODULES = [
-    "softk._operators",
-    "softk._ordering",
-    "softk._transport",
-    "softk._derivatives",
+    "softk._functions.masks",
+    "softk._functions.ordering",
+    "softk._functions.transport",
+    "softk._functions.derivatives",
     "softk.neighbors",
-    "softk_sklearn._embedding",
+    "softk_sklearn.embedding",
     "softk.attention",
     "softk.beam",
-    "softk_torch._module",
+    "softk_torch.layers",
 ]
 
 EXAMPLES = [

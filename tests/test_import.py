@@ -11,7 +11,16 @@ import sys
 import pytest
 
 FRAMEWORKS = ("torch", "jax", "jaxlib", "cupy", "dask", "autograd", "array_api_strict", "scipy", "sklearn")
-ADAPTERS = ("softk_autograd", "softk_cupy", "softk_dask", "softk_jax", "softk_numpy", "softk_sklearn", "softk_torch")
+ADAPTERS = (
+    "softk_autograd",
+    "softk_cupy",
+    "softk_dask",
+    "softk_jax",
+    "softk_numpy",
+    "softk_sklearn",
+    "softk_torch",
+    "softk_triton",
+)
 
 
 def loaded(code: str) -> set[str]:
@@ -40,7 +49,7 @@ def test_import_loads_no_framework() -> None:
     [
         ("numpy", "import numpy as xp; x = xp.ones(3)", {"softk_numpy"}),
         ("array_api_strict", "import array_api_strict as xp; x = xp.ones(3)", set()),
-        ("torch", "import torch as xp; x = xp.ones(3)", {"softk_torch"}),
+        ("torch", "import torch as xp; x = xp.ones(3)", {"softk_torch", "softk_triton"}),
         ("jax", "import jax.numpy as xp; x = xp.ones(3)", {"softk_jax"}),
         ("dask", "import dask.array as xp; x = xp.ones(3)", {"softk_dask", "softk_numpy"}),
     ],

@@ -27,8 +27,9 @@ from torch.autograd import forward_ad  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import softk  # noqa: E402
-from softk_torch import _fused, _launch  # noqa: E402
-from softk_torch._kernels import lacking  # noqa: E402
+import softk_triton as _fused  # noqa: E402
+from softk_triton import launch as _launch  # noqa: E402
+from softk_triton.tiles import lacking  # noqa: E402
 
 from . import closed_form  # noqa: E402
 from .test_accuracy import EPSILONS, MASK, MASS, SCORES, masses  # noqa: E402
@@ -531,7 +532,7 @@ def test_where_kernels_do_not_run(device: str, launched: list[str], rng: Any, mo
     expected = softk.topk(x, 5)
     assert launched
     launched.clear()
-    monkeypatch.setattr("softk_torch._kernels.probe", Broken())
+    monkeypatch.setattr("softk_triton.tiles.probe", Broken())
     _fused._available.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Failed to find C compiler"):

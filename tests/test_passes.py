@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import softk
-import softk._registry
-import softk._third_parties
+import softk.backend
+from softk._functions import adapters
 from softk.backend import Backend
 
 SWEEPS, TYPICAL = 12, 6  # the numbers
@@ -155,9 +155,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Install entry points into an environment in which no array has been seen yet."""
 
     def install(*entries: Entry) -> None:
-        monkeypatch.setattr(softk._third_parties, "ENTRIES", entries)
-        monkeypatch.setattr(softk._registry, "_by_type", {})
-        monkeypatch.setattr(softk._registry, "_by_namespace", {})
+        monkeypatch.setattr(softk.backend, "ADAPTERS", dict(softk.backend.ADAPTERS))
+        monkeypatch.setattr(adapters, "ADAPTERS", softk.backend.ADAPTERS)
+        monkeypatch.setattr(softk.backend, "_by_type", {})
+        monkeypatch.setattr(softk.backend, "_by_namespace", {})
+        adapters.register_third_parties(entries)
 
     return install
 
@@ -178,7 +180,7 @@ def backend(install: Any) -> Iterator[LoopBackend]:
 def test_a_third_party_backend_serves_its_arrays(backend: LoopBackend, rng: np.random.Generator) -> None:
     x, u, weights = rng.normal(size=(3, 4, 30))
     weights = np.abs(weights)
-    assert softk._registry.backend_of(Loop(x)) is backend
+    assert softk.backend.backend_of(Loop(x)) is backend
     mask, pullback = softk.vjp(softk.topk, Loop(x), 3.5, epsilon=0.2, weights=Loop(weights))
     wanted, wanted_pullback = softk.vjp(softk.topk, x, 3.5, epsilon=0.2, weights=weights)
     assert isinstance(mask, Loop)
@@ -210,7 +212,7 @@ def test_an_unknown_library_of_the_standard_needs_no_backend(install: Any) -> No
     with np.errstate(all="ignore"):
         mask = softk.topk(Loop(x), 2, epsilon=0.5)
     np.testing.assert_allclose(mask.inner, softk.topk(x, 2, epsilon=0.5), rtol=1e-13)
-    assert type(softk._registry.backend_of(mask)) is Backend
+    assert type(softk.backend.backend_of(mask)) is Backend
 
 
 def test_entry_points_of_other_libraries_are_not_loaded(install: Any) -> None:

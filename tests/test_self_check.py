@@ -10,7 +10,7 @@ import pytest
 
 import softk
 from softk import __main__ as self_check
-from softk._registry import ADAPTERS
+from softk.backend import ADAPTERS, Adapter
 
 
 def test_every_installed_library_passes() -> None:
@@ -52,7 +52,7 @@ def test_a_broken_installation_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys:
         raise ImportError("libsomething.so.1 is missing")
 
     monkeypatch.setattr(self_check, "_names", lambda: iter(["torch", "numpy"]))
-    monkeypatch.setitem(ADAPTERS, "torch", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(ADAPTERS, "torch", Adapter(broken))
     assert self_check.main() == 1
     printed = capsys.readouterr().out
     assert "libsomething.so.1 is missing" in printed

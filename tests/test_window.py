@@ -27,7 +27,7 @@ def lib(request: pytest.FixtureRequest) -> Library:
 @pytest.fixture
 def gathered(lib: Library, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of the scores that each window keeps."""
-    backend = softk._registry.backend_of(lib.array(np.ones(3)))
+    backend = softk.backend.backend_of(lib.array(np.ones(3)))
     whole, shares = backend.gather_above, []
 
     def gather_above(x: Any, level: Any) -> Any:

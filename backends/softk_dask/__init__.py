@@ -9,8 +9,7 @@ import array_api_compat.dask.array as xp
 import dask.array as da
 import numpy as np
 
-from softk._registry import backend_of
-from softk.backend import Array, Backend, Inputs, Primitive, Words
+from softk.backend import Array, Backend, Inputs, Primitive, Words, backend_of
 
 __all__ = ["DaskBackend", "backend"]
 

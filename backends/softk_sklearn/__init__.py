@@ -1,5 +1,5 @@
 """scikit-learn estimators that learn through softk, on NumPy alone."""
 
-from ._embedding import SoftNeighborsEmbedding
+from .embedding import SoftNeighborsEmbedding
 
 __all__ = ["SoftNeighborsEmbedding"]

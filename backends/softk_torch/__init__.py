@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from ._backend import TorchBackend, backend
-from ._module import TopK, TopKAttention
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .adapter import TorchBackend, backend
+
+if TYPE_CHECKING:
+    from .layers import TopK, TopKAttention
 
 __all__ = ["TopK", "TopKAttention", "TorchBackend", "backend"]
+
+
+def __getattr__(name: str) -> Any:
+    """The layers call softk's functions, which load this adapter: they are loaded when they are asked for."""
+    if name in ("TopK", "TopKAttention"):
+        return getattr(importlib.import_module(".layers", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,360 @@
+"""How PyTorch differentiates a primitive.
+
+One `torch.autograd.Function` serves every primitive, with its rule in both directions and its batching. `torch.compile`
+cannot trace a Function that has a jvp, so it is called through a function marked ``allow_in_graph``, which the compiler
+keeps whole and differentiates by the rule. ``torch.compile(torch.func.grad(f))`` and ``torch.export`` ignore the rule
+and differentiate the operations of the forward pass: those end in two Newton corrections from a detached root, which
+is right to second order.
+"""
+
+from __future__ import annotations
+
+import sys
+from ast import literal_eval
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.torch as compat
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+import softk_triton as _fused
+from softk.backend import PRIMITIVES, Array, Backend, Primitive, Words
+
+__all__ = ["TorchBackend", "backend"]
+
+
+class TorchBackend(Backend):
+    """Tensors, eager or under a trace."""
+
+    autodiff = "torch.autograd, torch.func"
+    words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
+
+    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
+        return partial(_bound, primitive.name, tuple(options.items()))
+
+    def device(self, x: Array) -> Any:
+        return x.device
+
+    def densely(self, x: Array) -> str | None:
+        if x.is_nested:
+            return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
+        return None if x.layout is torch.strided else "{}.to_dense()"
+
+    def devices(self) -> list[Any]:
+        return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x, cotangent)[0]
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def exact(self, x: Array) -> AbstractContextManager[Any]:
+        return _as_given((x,))
+
+    def constant(self, x: Array) -> Array:
+        return x.detach()
+
+    def settle(
+        self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
+    ) -> tuple[Array, ...]:
+        if torch.compiler.is_exporting():  # a program runs where softk may not be
+            return function(self, *arrays, **options)
+        if torch.compiler.is_compiling() or any(type(value) is not torch.Tensor for value in arrays):
+            name = f"{function.__module__}:{function.__qualname__}"
+            return tuple(_settled(name, repr(options), list(arrays)))
+        return _settle(function, options, arrays)
+
+    @property
+    def differentiates_operations(self) -> bool:
+        """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
+        return bool(torch.compiler.is_compiling())
+
+    @property
+    def overwriting(self) -> Any:
+        """Not where autograd may need what is overwritten, nor under a transform or a trace."""
+        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        return self.xp if differentiated or transformed else _OVERWRITING
+
+    def indicator(self, x: Array, level: Array | float) -> Array:
+        """Compared into numbers: PyTorch is slow with booleans."""
+        if self.overwriting is self.xp or type(x) is not torch.Tensor:
+            return super().indicator(x, level)
+        return torch.gt(x, level, out=torch.empty_like(x))
+
+    def sigmoid(self, z: Array) -> Array:
+        return torch.sigmoid(z)
+
+    def gathers(self, x: Array) -> bool:
+        return _is_plain(x) and x.numel() > 0
+
+    def gather_above(self, x: Array, level: Array) -> Array | None:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = (flat < level.reshape(-1, 1)).logical_not_()
+        counts = torch.count_nonzero(chosen, dim=-1)[:, None]
+        width = max(int(counts.max()), 1)
+        if 2 * width > flat.shape[-1]:
+            return None
+        gathered = flat.new_full((len(flat), width), -torch.inf)
+        # Faster than by the booleans themselves.
+        found = flat.reshape(-1).index_select(0, chosen.reshape(-1).nonzero()[:, 0])
+        gathered.masked_scatter_(torch.arange(width, device=x.device) < counts, found)
+        return gathered.reshape(*x.shape[:-1], width)
+
+    def symbolic(self, number: Any) -> bool:
+        return torch.compiler.is_compiling() and not has_static_value(number)
+
+    def known(self, flag: Array) -> bool | None:
+        return _look(flag)
+
+    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
+        for _ in range(limit):
+            state, done = step(state)
+            if _is_plain(done) and _look(done.all()):
+                break
+        return state
+
+    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+        if not isinstance(ranks, tuple):
+            ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])
+            return torch.gather(torch.sort(x, dim=-1).values, -1, x.shape[-1] - ranks)
+        # topk selects in O(n), and sorts no more than is asked for; the shorter end is selected first.
+        n, most, least = x.shape[-1], max(ranks), min(ranks)
+        if most <= n - least + 1:
+            found = torch.topk(x, most, dim=-1, sorted=False).values
+            found = torch.topk(found, most - least + 1, dim=-1, largest=False).values
+            return self.pick(found, [most - rank for rank in ranks])
+        found = torch.topk(x, n - least + 1, dim=-1, largest=False, sorted=False).values
+        found = torch.topk(found, most - least + 1, dim=-1).values
+        return self.pick(found, [rank - least for rank in ranks])
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not _fused._is_traced()
+
+
+def _look(flag: torch.Tensor) -> bool | None:
+    """The value of a boolean, where it is there: a plain tensor in the memory of the CPU, outside any trace."""
+    if not _is_plain(flag):
+        return None
+    try:
+        return bool(flag)
+    except RuntimeError:  # a tracer that has no type of its own refuses to tell
+        return None
+
+
+def _settle(
+    function: Callable[..., tuple[Array, ...]], options: dict[str, Any], arrays: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """An iteration, by the kernel that there is for it or by its operations."""
+    found = _fused.settle(function, options, arrays)
+    return function(backend, *arrays, **options) if found is None else found
+
+
+@torch.library.custom_op("softk::settle", mutates_args=())
+def _settled(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    """An iteration as one operation of a graph, in which it stops when it is done."""
+    return _run(name, literal_eval(options), arrays)
+
+
+@_settled.register_fake
+def _(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    return _run(name, {**literal_eval(options), "limit": 0}, arrays)
+
+
+def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The function of that name. A graph must know how its results lie in memory, and that none is a view."""
+    module, function = name.split(":")
+    found = _settle(getattr(sys.modules[module], function), options, tuple(arrays))
+    return [value.clone(memory_format=torch.contiguous_format) for value in found]
+
+
+def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The primitive of that name, of tensors or of DTensors."""
+    if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
+        from . import distributed
+
+        if distributed.is_distributed(inputs):
+            return distributed.by_process(partial(_apply, name, options), PRIMITIVES[name].axes, inputs)
+    outputs: tuple[torch.Tensor, ...] = _apply(name, options, *inputs)
+    return outputs
+
+
+@torch.compiler.allow_in_graph
+@torch.compiler.disable
+def _apply(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The primitive of that name. The compiler keeps the call whole, so its constants are what a graph can hold."""
+    # The same tensor in two argument slots would get the sum of both gradients in each.
+    distinct = [
+        value.view_as(value) if value is not None and any(value is earlier for earlier in inputs[:i]) else value
+        for i, value in enumerate(inputs)
+    ]
+    outputs: tuple[torch.Tensor, ...] = _Function.apply(name, options, *distinct)
+    return outputs
+
+
+class _Function(torch.autograd.Function):
+    """Any primitive as an autograd function: its name and options, then its inputs."""
+
+    @staticmethod
+    def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
+        with _as_given(inputs):
+            found = _fused.forward(name, inputs)
+            return PRIMITIVES[name].forward(backend, *inputs, **dict(options)) if found is None else found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        name, _, *tensors = inputs
+        ctx.primitive = PRIMITIVES[name]
+        ctx.differentiable = len(output) - ctx.primitive.constants
+        ctx.mark_non_differentiable(*output[ctx.differentiable :])
+        ctx.set_materialize_grads(False)
+        kept = output[ctx.primitive.results :]
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_forward(*tensors, *kept)
+        ctx.count = len(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs, outputs = _saved(ctx)
+        given = (inputs, outputs, cotangents[: ctx.differentiable], needed)
+        with _as_given(inputs):
+            found = _fused.pull(ctx.primitive.name, *given) or ctx.primitive.vjp(backend, *given)
+        return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # Autograd takes the jvp with forward mode switched off, and a derivative of it would be zero without a word.
+        # The saved values are those of this level: its own tangents are the arguments.
+        inputs, outputs = (tuple(_primal(value) for value in values) for values in _saved(ctx))
+        with forward_ad._set_fwd_grad_enabled(True), _as_given(inputs):
+            found = ctx.primitive.jvp(backend, inputs, outputs, tangents)
+        return (*found, *(None,) * ctx.primitive.constants)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], name: str, options: Any, *inputs: torch.Tensor | None) -> Any:
+        """Every primitive batches over leading axes, so a new one in front is all there is to do."""
+        pairs = list(zip(inputs, in_dims[2:], strict=True))
+        axes = max(value.ndim - (dim is not None) for value, dim in pairs if value is not None)
+        batched = [None if value is None else _lead(value, dim, axes, info.batch_size) for value, dim in pairs]
+        outputs = _apply(name, options, *batched)
+        return outputs, (0,) * len(outputs)
+
+
+def _as_given(inputs: tuple[torch.Tensor | None, ...]) -> AbstractContextManager[Any]:
+    """Autocast lowers every product of matrices, of which distances and derivatives here are the small differences."""
+    kind = next(value.device.type for value in inputs if value is not None)
+    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if lowered else nullcontext()
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The inputs and the outputs of the forward pass; the rules do not read the results."""
+    saved = ctx.saved_tensors
+    return saved[: ctx.count], (*(None,) * ctx.primitive.results, *saved[ctx.count :])
+
+
+def _primal(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else forward_ad.unpack_dual(value, level=0).primal
+
+
+def _lead(value: torch.Tensor, dim: int | None, axes: int, size: int) -> torch.Tensor:
+    """The batched axis in front, and as many axes behind it as the others have."""
+    if dim is None:
+        return value.expand(size, *value.shape) if value.ndim == axes else value
+    value = value.movedim(dim, 0)
+    return value.reshape(size, *(1,) * (axes - value.ndim + 1), *value.shape[1:])
+
+
+def _full(shape: tuple[int, ...], value: float, /, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A symbol of a trace is added: the compiler knows that as an operation of tensors, and keeps the symbol open."""
+    if backend.symbolic(value):
+        return torch.zeros(shape, dtype=dtype, device=device) + value
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def _concat(arrays: list[torch.Tensor], /, *, axis: int = 0) -> torch.Tensor:
+    return torch.cat(arrays, dim=axis)
+
+
+def _maximum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+
+def _minimum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
+    return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
+
+
+def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> torch.Tensor:
+    found = torch.count_nonzero(x, dim=axis)
+    return found.unsqueeze(axis) if keepdims else found
+
+
+def _argsort(x: torch.Tensor, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> torch.Tensor:
+    """An exported program asks for no stable order, which ONNX cannot say; its own keeps ties in order."""
+    if not stable or torch.compiler.is_exporting():
+        return torch.argsort(x, dim=axis, descending=descending)
+    return torch.argsort(x, dim=axis, descending=descending, stable=True)
+
+
+def _take_along_axis(x: torch.Tensor, indices: torch.Tensor, /, *, axis: int = -1) -> torch.Tensor:
+    """Without the broadcasting of `torch.take_along_dim`, which makes constants of an exported program's sizes."""
+    return torch.gather(x, axis, indices)
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
+    """Without a look at whether the matrix is singular, which would wait for the device."""
+    found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
+    return found
+
+
+class _Overwriting:
+    """The methods of a tensor that end in an underscore, by the names of the standard."""
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(torch.Tensor, f"{name}_")
+        setattr(self, name, method)
+        return method
+
+    @staticmethod
+    def maximum(x: torch.Tensor, other: Any) -> torch.Tensor:
+        return x.clamp_(min=other)
+
+    @staticmethod
+    def minimum(x: torch.Tensor, other: Any) -> torch.Tensor:
+        return x.clamp_(max=other)
+
+    @staticmethod
+    def exp(x: torch.Tensor) -> torch.Tensor:
+        """By powers of 2, three times as fast. At -d it is off by d roundings, of which e^-d leaves less than one."""
+        return x.mul_(_LOG2_E).exp2_()
+
+
+_LOG2_E = 1.4426950408889634
+_OVERWRITING = _Overwriting()
+
+#: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
+#: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.
+xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
+vars(linalg).update({**vars(compat.linalg), "solve": _solve})
+_own = {
+    "argsort": _argsort,
+    "concat": _concat,
+    "full": _full,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "count_nonzero": _count_nonzero,
+    "take_along_axis": _take_along_axis,
+    "linalg": linalg,
+}
+vars(xp).update({**vars(compat), **_own})
+
+backend = TorchBackend(xp, "torch")

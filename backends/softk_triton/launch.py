@@ -1,0 +1,242 @@
+"""How the kernels are called: the tiles or segments of a problem, its passes, and room for what they find."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from . import segments, tiles
+
+#: The longest row that a tile takes, or half of that with weights, and how many scores each of its warps.
+LONGEST = 32768
+PER_WARP = 1024
+#: How many columns of a short row are taken side by side: a warp has several rows, and what belongs to each is computed
+#: for several at once.
+WIDTH = 32
+#: Of longer rows: the scores that a program takes at a time, the shortest segment, and how many segments at most.
+BLOCK = 4096
+SHORTEST = 32768
+SEGMENTS = 1024
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+
+class Problem:
+    """Scores (..., n) and what belongs to them, as rows. Its results have the shapes of a primitive's."""
+
+    grid: tuple[int]
+    size: dict[str, int]
+
+    def __init__(self, x: Tensor, k: Tensor, tau: Tensor, weights: Optional, where: Optional) -> None:
+        self.x, self.n = x.contiguous(), x.shape[-1]
+        self.rows = x.numel() // self.n
+        arrays, steps = zip(_per_row(k), _per_row(tau), _per_item(weights), _per_item(where), strict=True)
+        self.arrays = (self.x, *arrays)
+        self.steps = dict(zip(("k_step", "tau_step", "weights_step", "where_step"), steps, strict=True))
+        self.weights = weights
+
+    def per_item(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for a result of the scores' shape."""
+        return torch.empty(self.x.shape, dtype=dtype or self.x.dtype, device=self.x.device)
+
+    def per_row(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for a result, or some, of one value a slice."""
+        return torch.empty((*count, *self.x.shape[:-1], 1), dtype=dtype, device=self.x.device)
+
+    def run(self, kernel: Any, *arrays: Any, grid: tuple[int] | None = None, **options: Any) -> None:
+        """A kernel, on the device of the scores and its current stream."""
+        with _on(self.x.device):
+            kernel[grid or self.grid](
+                *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size, **options
+            )
+
+    def mask(self) -> tuple[Tensor, ...]:
+        """The mask, the offset and the reference."""
+        found = self.per_item(), self.per_row(), self.per_row()
+        self.forward(*found, None, None)
+        return found
+
+    def settled(self) -> tuple[Tensor, ...]:
+        """What the solver settles to."""
+        numbers, flags = self.per_row(4), self.per_row(4, dtype=torch.bool)
+        self.forward(None, None, None, numbers, flags)
+        return *numbers.unbind(), *flags.unbind()
+
+    def cotangents(self, given: tuple[Optional, ...], needed: tuple[bool, ...]) -> tuple[Optional, ...]:
+        """Those of (x, k, tau, weights) that are needed, from the offset, the reference, u and c."""
+        of_x, of_k, of_tau, of_weights = needed
+        found = (
+            self.per_item() if of_x else None,
+            self.per_row() if of_k else None,
+            self.per_row() if of_tau else None,
+            self.per_item(torch.float32) if of_weights and self.weights is not None else None,
+        )
+        self.pull(*(None if value is None else value.contiguous() for value in given), *found)
+        return found
+
+    def forward(
+        self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
+    ) -> None:
+        raise NotImplementedError
+
+    def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
+        raise NotImplementedError
+
+
+class Tiles(Problem):
+    """Rows of which a program takes one or more, once."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        block = max(1 << (self.n - 1).bit_length(), 16)
+        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # where rows are short, more warps are faster
+        rows = max(scores // block, 1)
+        width = min(WIDTH, block) if rows > 1 else block
+        self.grid = (-(-self.rows // rows),)
+        warps = min(max((1 if self.weights is None else 2) * rows * block // scores, 1), 32)
+        self.size = {
+            "ROWS": rows,
+            "CHUNKS": block // width,
+            "WIDTH": width,
+            "FULL": self.n == block,
+            "num_warps": warps,
+        }
+        self.again = block == LONGEST
+
+    def forward(self, *found: Optional) -> None:
+        self.run(tiles.solve_tile, *found)
+
+    def pull(self, *arrays: Optional) -> None:
+        self.run(tiles.pull_tile, *arrays, AGAIN=self.again)
+
+
+class Segments(Problem):
+    """Rows of which many programs take a segment each, in passes."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        length = SHORTEST
+        while length * SEGMENTS < self.n:
+            length *= 2
+        self.segments = -(-self.n // length)
+        self.grid = (self.rows * self.segments,)
+        self.each = (self.rows,)
+        self.size = {
+            "segments": self.segments,
+            "LENGTH": length,
+            "BLOCK": BLOCK,
+            "SEGMENTS": 1 << (self.segments - 1).bit_length(),
+            "num_warps": max((1 if self.weights is None else 2) * BLOCK // PER_WARP, 1),
+        }
+
+    def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for what segments hand on."""
+        return torch.empty((*count, self.rows, self.segments), dtype=dtype, device=self.x.device)
+
+    def values(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for what belongs to a row on the way."""
+        return torch.empty((*count, self.rows), dtype=dtype, device=self.x.device)
+
+    @property
+    def mass(self) -> torch.dtype:
+        """Without weights a mass is a count."""
+        return torch.int32 if self.weights is None else torch.float32
+
+    def forward(
+        self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
+    ) -> None:
+        kernels, near = segments, float(mask is not None)
+        survey = self.parts(5), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
+        self.run(kernels.survey, *survey)
+        outer, facts = self.values(2), self.values(4, dtype=torch.int32)
+        first = self.values(2, dtype=torch.int32), self.values(dtype=self.mass)
+        self.run(kernels.open_bracket, *survey, outer, facts, *first, grid=self.each)
+        bracket, reached, counts = self.select(*first, near, upper=True)
+        last, flanks = self.values(dtype=self.mass), self.parts(2)
+        self.run(kernels.flank, bracket, reached, counts, last, flanks, near)
+        lower: tuple[Optional, ...] = (None, None, None)
+        if self.weights is not None:
+            bracket = self.values(2, dtype=torch.int32)
+            self.run(kernels.open_lower_bracket, flanks, first[0], last, bracket, grid=self.each)
+            lower = self.select(bracket, first[1], 0.0, upper=False)
+        gap, state = self.values(5), self.values(5)
+        self.run(kernels.frame_rows, flanks, last, outer, facts, *lower, gap, state, grid=self.each)
+        tails: Optional = None
+        above: Optional = None
+        for steps in range(segments.SWEEPS):
+            swept = self.values(5), self.parts(3), self.parts(dtype=self.mass)
+            self.run(kernels.sweep_rows, gap, state, tails, above, *swept, steps)
+            state, tails, above = swept
+        results = (mask, offset, reference, numbers, flags, segments.SWEEPS)
+        self.run(kernels.mask_rows, gap, facts, state, tails, above, *results)
+
+    def select(self, bracket: Tensor, mass: Tensor, near: float, *, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The last but one bracket, the mass at its lower end, and what it leads to the last one."""
+        counts: Optional = None
+        for _ in range(segments.PASSES):
+            found = (
+                self.values(2, dtype=torch.int32),
+                self.values(dtype=self.mass),
+                self.parts(segments.PIVOTS.value, dtype=self.mass),
+            )
+            self.run(segments.count, bracket, mass, counts, *found, near, UPPER=upper)
+            bracket, mass, counts = found
+        assert counts is not None
+        return bracket, mass, counts
+
+    def pull(self, offset: Optional, reference: Optional, u: Optional, c: Optional, *found: Optional) -> None:
+        kernels = segments
+        of_x, of_k, of_tau, of_weights = found
+        distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
+        self.run(kernels.nearest_rows, offset, reference, distances)
+        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
+        joined, gains, moments = self.values(10), self.parts(), self.parts()
+        self.run(kernels.join_rows, offset, reference, c, distances, sums, masses, of_k, joined, grid=self.each)
+        self.run(kernels.gain_rows, offset, reference, u, joined, gains)
+        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
+        if of_tau is not None:
+            self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run there: Triton needs a C compiler, among other things."""
+    try:
+        with _on(device):
+            tiles.probe[(1,)](torch.empty(1, device=device))
+    except Exception as reason:
+        warnings.warn(
+            f"kernels do not run on {device} here, so softk leaves their work to PyTorch's operations: {reason!r}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def problem(inputs: tuple[Any, ...]) -> Problem:
+    """The inputs of a primitive as tiles, where registers hold a row."""
+    x, weights = inputs[0], inputs[3]
+    return (Tiles if x.shape[-1] <= (LONGEST if weights is None else LONGEST // 2) else Segments)(*inputs)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _per_row(value: Tensor) -> tuple[Tensor, int]:
+    """An array of one value a slice, or one for all, and how far the next one is."""
+    return (value, 0) if value.ndim == 0 else (value.contiguous(), 1)
+
+
+def _per_item(value: Optional) -> tuple[Optional, int]:
+    """An array of the scores' shape, and how far the next row is: no step where one row serves all."""
+    if value is None:
+        return None, 0
+    pairs = zip(value.shape[:-1], value.stride(), strict=False)
+    if value.stride(-1) == 1 and all(size == 1 or step == 0 for size, step in pairs):
+        return value, 0
+    return value.contiguous(), value.shape[-1]

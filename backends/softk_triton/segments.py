@@ -1,0 +1,998 @@
+"""The kernels for rows that no tile holds: the same in a few passes over the scores, each by many programs a row.
+
+A program sums up its segment of a row. What the segments of the pass before have found, every program of the next one
+adds up for itself, or a small one in between: so nothing waits but for the pass before, and nothing is added up in an
+order that varies. A pass that a row no longer needs reads nothing of it. What belongs to a row is a vector of one and
+what it reads a tile of one row, so that the functions for tiles serve.
+
+Forward: `survey`, `count` (brackets of keys, PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
+Backward: `nearest_rows`, `sum_rows`, `gain_rows`, `pull_rows`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softk._reference.threshold.formulas import STEPS
+
+from .tiles import (
+    INFINITY,
+    LARGEST,
+    across,
+    balance_of,
+    bars,
+    beside,
+    closer,
+    columns,
+    cotangent_of,
+    edges_of,
+    extent,
+    final_offset,
+    finish,
+    frame,
+    from_sides,
+    gain_of,
+    going_on,
+    key_of,
+    load_cotangent,
+    load_kept,
+    load_numbers,
+    load_per_row,
+    load_scores,
+    load_tile,
+    load_weights,
+    log_odds,
+    mass_of,
+    max_of,
+    min_of,
+    narrowed,
+    newton,
+    nonzero,
+    rates,
+    score_of,
+    sides_of,
+    sigmoid,
+    store_settled,
+    sum_of,
+    sweep,
+    tail_of,
+    weigh,
+)
+
+PIVOTS = tl.constexpr(8)
+#: Passes after which a bracket of all integers is one key, and sweeps after which the search ends.
+PASSES = 11
+SWEEPS = STEPS + 1
+
+
+# --- what programs know, and what they hand on
+
+
+@triton.jit
+def this_place(segments):
+    """The row of this program, as a vector of one, and its segment."""
+    program = tl.program_id(0)
+    return program // segments + tl.arange(0, 1), program % segments
+
+
+@triton.jit
+def segment_of(segment, n, going, LENGTH: tl.constexpr):
+    """Where a segment begins and ends: at once where nothing is to be read."""
+    begin = segment * LENGTH
+    return begin, tl.where(tl.max(going.to(tl.int32), axis=0) > 0, tl.minimum(begin + LENGTH, n), begin)
+
+
+@triton.jit
+def parts_of(parts, field, row, rows, segments, SEGMENTS: tl.constexpr, other):
+    """What the segments of a row have found, as a tile."""
+    segment = tl.arange(0, SEGMENTS)[None, None, :]
+    place = (field * rows + across(row.to(tl.int64))) * segments + segment
+    return tl.load(parts + place, mask=segment < segments, other=other)
+
+
+@triton.jit
+def hand_on(parts, field, row, rows, segment, segments, value):
+    tl.store(parts + (field * rows + row.to(tl.int64)) * segments + segment, value)
+
+
+@triton.jit
+def field_of(values, field, row, rows):
+    return tl.load(values + field * rows + row)
+
+
+@triton.jit
+def keep(values, field, row, rows, value, segment):
+    """A value of a row, written by the program of its first segment."""
+    tl.store(values + field * rows + row, value, mask=segment + tl.arange(0, 1) == 0)
+
+
+@triton.jit
+def no_mass(weights, SIZE: tl.constexpr):
+    """A count, or a sum of weights, of nothing."""
+    if weights is None:
+        nothing = tl.zeros([SIZE], tl.int32)
+    else:
+        nothing = tl.zeros([SIZE], tl.float32)
+    return nothing
+
+
+# --- the scores at the gap
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def survey(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    scores,
+    totals,
+    unsound,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: its lowest and highest score, also of those that count, its mass, and whether it is unsound."""
+    row, segment = this_place(segments)
+    lowest, highest = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    first, last, total, bad = lowest, highest, no_mass(weights_given, 1), tl.zeros([1], tl.int32)
+    of_all = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        x, able, sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, all_weights, usable = load_weights(weights_given, row, column, inside, able, weights_step)
+            sound, of_all = sound & usable, of_all + sum_of(all_weights)
+        lowest = tl.minimum(lowest, min_of(tl.where(able, x, INFINITY)))
+        highest = tl.maximum(highest, max_of(tl.where(able, x, -INFINITY)))
+        bad = tl.maximum(bad, max_of(tl.where(sound, 0, 1)))
+        if weights_given is None:
+            first, last = lowest, highest
+            total += mass_of(able, None)
+        else:
+            counted = able & (weights > 0.0)
+            first = tl.minimum(first, min_of(tl.where(counted, x, INFINITY)))
+            last = tl.maximum(last, max_of(tl.where(counted, x, -INFINITY)))
+            total += sum_of(weights)
+    hand_on(scores, 0, row, rows, segment, segments, lowest)
+    hand_on(scores, 1, row, rows, segment, segments, highest)
+    hand_on(scores, 2, row, rows, segment, segments, first)
+    hand_on(scores, 3, row, rows, segment, segments, last)
+    hand_on(scores, 4, row, rows, segment, segments, of_all)
+    hand_on(totals, 0, row, rows, segment, segments, total)
+    hand_on(unsound, 0, row, rows, segment, segments, bad)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def open_bracket(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    scores,
+    totals,
+    unsound,
+    outer,
+    flags,
+    bracket,
+    mass,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: what the survey says, and the bracket to begin with."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, _, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    lowest = min_of(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY))
+    highest = max_of(parts_of(scores, 1, row, rows, segments, SEGMENTS, -INFINITY))
+    first = key_of(min_of(parts_of(scores, 2, row, rows, segments, SEGMENTS, INFINITY)) + 0.0)
+    last = key_of(max_of(parts_of(scores, 3, row, rows, segments, SEGMENTS, -INFINITY)) + 0.0)
+    total = sum_of(parts_of(totals, 0, row, rows, segments, SEGMENTS, 0))
+    valid = valid & (max_of(parts_of(unsound, 0, row, rows, segments, SEGMENTS, 0)) == 0)
+    k = tl.where(valid, k, 0.0)
+    nothing = k <= 0.0
+    of_all = sum_of(parts_of(scores, 4, row, rows, segments, SEGMENTS, 0.0))
+    everything, enough = extent(k, total, of_all, n, weights_given)
+    bar, _ = bars(k, weights_given)
+    lowest = tl.where(bar < total, lowest, -INFINITY)
+    valid = valid & enough
+    keep(outer, 0, row, rows, lowest, 0)
+    keep(outer, 1, row, rows, highest, 0)
+    keep(flags, 0, row, rows, nothing, 0)
+    keep(flags, 1, row, rows, everything, 0)
+    keep(flags, 2, row, rows, valid, 0)
+    keep(bracket, 0, row, rows, tl.where(valid & ~nothing & ~everything, first, last), 0)
+    keep(bracket, 1, row, rows, last, 0)
+    keep(mass, 0, row, rows, total, 0)
+
+
+@triton.jit
+def pivots_in(low, high):
+    """Keys that cut a bracket into equal parts, above `low` and not above `high`."""
+    part = tl.arange(0, PIVOTS).to(tl.int64) + 1
+    width = high.to(tl.int64) - low.to(tl.int64)
+    return (low.to(tl.int64) + (width * part + PIVOTS) // (PIVOTS + 1)).to(tl.int32)
+
+
+@triton.jit
+def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near, weights, SEGMENTS: tl.constexpr):
+    """The bracket that the pass before has led to, the mass at its lower end, and whether it is too wide yet."""
+    low, high, reached = field_of(bracket, 0, row, rows), field_of(bracket, 1, row, rows), field_of(mass, 0, row, rows)
+    going = going_on(low, high, reached, bar, lower_bar, near, weights)
+    if counts is not None:
+        pivot, segment = tl.arange(0, PIVOTS), tl.arange(0, SEGMENTS)[None, :]
+        place = (pivot * rows + row.to(tl.int64))[:, None] * segments + segment
+        found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
+        # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
+        pivots, enough = pivots_in(low, high), found > bar
+        raised = tl.max(tl.where(enough, pivots, low), axis=0)
+        lowered = tl.min(tl.where(enough, high, pivots - 1), axis=0)
+        reached = tl.where(going & (raised > low), tl.min(tl.where(enough, found, reached), axis=0), reached)
+        low = tl.where(going, tl.maximum(low, raised), low)
+        high = tl.where(going, tl.minimum(high, lowered), high)
+        going = going_on(low, high, reached, bar, lower_bar, near, weights)
+    return low, high, reached, going
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def count(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    bracket,
+    mass,
+    counts,
+    next_bracket,
+    next_mass,
+    next_counts,
+    near,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    UPPER: tl.constexpr,
+):
+    """Of a segment: the mass at and above each pivot, for the upper side of the gap or the lower one."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    bar, lower_bar = bars(k, weights_given)
+    if not UPPER:
+        bar = lower_bar
+    low, high, reached, going = bracket_of(
+        bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
+    )
+    keep(next_bracket, 0, row, rows, low, segment)
+    keep(next_bracket, 1, row, rows, high, segment)
+    keep(next_mass, 0, row, rows, reached, segment)
+    pivots, found = across(score_of(pivots_in(low, high))), no_mass(weights_given, PIVOTS)
+    begin, end = segment_of(segment, n, going, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
+        found += mass_of(x >= pivots, weights)
+    hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, found)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def flank(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    bracket,
+    mass,
+    counts,
+    last_mass,
+    flanks,
+    near,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the scores on either side of the lower bound that the passes have led to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    bar, lower_bar = bars(k, weights_given)
+    low, _, reached, _ = bracket_of(
+        bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
+    )
+    keep(last_mass, 0, row, rows, reached, segment)
+    upper, lower = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
+        if weights_given is not None:
+            x = tl.where(weights > 0.0, x, -INFINITY)
+        above, below = beside(x, low)
+        upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
+    hand_on(flanks, 0, row, rows, segment, segments, upper)
+    hand_on(flanks, 1, row, rows, segment, segments, lower)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def open_lower_bracket(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    flanks,
+    first_bracket,
+    mass,
+    bracket,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row with weights: the bracket of the lower side, if it is apart; a weight may be within k's rounding."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, _, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    _, lower_bar = bars(k, weights_given)
+    lower = key_of(max_of(parts_of(flanks, 1, row, rows, segments, SEGMENTS, -INFINITY)) + 0.0)
+    first, apart = field_of(first_bracket, 0, row, rows), field_of(mass, 0, row, rows) <= lower_bar
+    keep(bracket, 0, row, rows, tl.where(apart & (first < lower), first, lower), 0)
+    keep(bracket, 1, row, rows, lower, 0)
+
+
+# --- the threshold
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def frame_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    flanks,
+    mass,
+    outer,
+    flags,
+    bracket,
+    total,
+    counts,
+    gap,
+    state,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: both sides of the gap, the reference and their z, and where the search begins."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    nothing = field_of(flags, 0, row, rows) != 0
+    everything, valid = field_of(flags, 1, row, rows) != 0, field_of(flags, 2, row, rows) != 0
+    _, lower_bar = bars(k, weights_given)
+    upper = min_of(parts_of(flanks, 0, row, rows, segments, SEGMENTS, INFINITY))
+    if weights_given is None:
+        lower = max_of(parts_of(flanks, 1, row, rows, segments, SEGMENTS, -INFINITY))
+    else:
+        below, _, _, _ = bracket_of(
+            bracket, total, counts, row, rows, segments, lower_bar, lower_bar, 0.0 * tau, weights_given, SEGMENTS
+        )
+        lower = score_of(below)
+    apart = field_of(mass, 0, row, rows) <= lower_bar
+    lowest, highest = field_of(outer, 0, row, rows), field_of(outer, 1, row, rows)
+    high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
+    low = tl.where(nothing | everything | ~apart | (lower == -INFINITY), high, lower)
+    keep(flags, 3, row, rows, high > LARGEST, 0)
+    high, low, reference, z_high, z_low = frame(high, low, tau)
+    keep(gap, 0, row, rows, reference, 0)
+    keep(gap, 1, row, rows, z_high, 0)
+    keep(gap, 2, row, rows, z_low, 0)
+    keep(gap, 3, row, rows, high, 0)
+    keep(gap, 4, row, rows, low, 0)
+    fixed = (nothing | everything | ~valid).to(tl.float32)
+    keep(state, 0, row, rows, 0.0 * tau, 0)
+    keep(state, 1, row, rows, 0.0 * tau - INFINITY, 0)
+    keep(state, 2, row, rows, 0.0 * tau + INFINITY, 0)
+    keep(state, 3, row, rows, fixed, 0)
+    keep(state, 4, row, rows, fixed, 0)
+
+
+@triton.jit
+def search_of(state, tails, above, steps, half, k, row, rows, segments, weights, SEGMENTS: tl.constexpr):
+    """Where the pass before has led to: the offset, its bracket, and whether it is done."""
+    offset, least, most = field_of(state, 0, row, rows), field_of(state, 1, row, rows), field_of(state, 2, row, rows)
+    done, last = field_of(state, 3, row, rows) != 0.0, field_of(state, 4, row, rows) != 0.0
+    if tails is not None:
+        mass = sum_of(parts_of(above, 0, row, rows, segments, SEGMENTS, 0))
+        lower = sum_of(parts_of(tails, 0, row, rows, segments, SEGMENTS, 0.0))
+        upper = sum_of(parts_of(tails, 1, row, rows, segments, SEGMENTS, 0.0))
+        slope = sum_of(parts_of(tails, 2, row, rows, segments, SEGMENTS, 0.0))
+        offset, least, most, done, last = newton(
+            offset, least, most, done, last, steps, mass, lower, upper, slope, half, k, weights
+        )
+    return offset, least, most, done, last
+
+
+@triton.jit(do_not_specialize=["rows", "segments", "steps"])
+def sweep_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    gap,
+    state,
+    tails,
+    above,
+    next_state,
+    next_tails,
+    next_above,
+    steps,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: what a sweep finds at the offset that the pass before has led to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
+    high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
+    half, _ = narrowed(z_high, z_low)
+    offset, least, most, done, last = search_of(
+        state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
+    )
+    keep(next_state, 0, row, rows, offset, segment)
+    keep(next_state, 1, row, rows, least, segment)
+    keep(next_state, 2, row, rows, most, segment)
+    keep(next_state, 3, row, rows, done.to(tl.float32), segment)
+    keep(next_state, 4, row, rows, last.to(tl.float32), segment)
+    level, number = tl.exp(offset), no_mass(weights_given, 1)
+    lower, upper, slope = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, ~done, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+        weights = None
+        if weights_given is not None:
+            weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
+        odds = closer(x, high, low, reference, z_high, z_low, tau)
+        found = sweep(odds, weights, level)
+        number += found[0]
+        lower += found[1]
+        upper += found[2]
+        slope += found[3]
+    hand_on(next_above, 0, row, rows, segment, segments, number)
+    hand_on(next_tails, 0, row, rows, segment, segments, lower)
+    hand_on(next_tails, 1, row, rows, segment, segments, upper)
+    hand_on(next_tails, 2, row, rows, segment, segments, slope)
+
+
+@triton.jit(do_not_specialize=["rows", "segments", "steps"])
+def mask_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    gap,
+    flags,
+    state,
+    tails,
+    above,
+    mask,
+    offset_found,
+    reference_found,
+    settled,
+    settled_flags,
+    steps,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """The results: of a segment its mask, or, without one, what `softk._reference.threshold.solve` settles to."""
+    row, segment = this_place(segments)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
+    high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
+    nothing, everything = field_of(flags, 0, row, rows) != 0, field_of(flags, 1, row, rows) != 0
+    half, excess = narrowed(z_high, z_low)
+    offset, _, _, _, _ = search_of(
+        state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
+    )
+    valid = (field_of(flags, 2, row, rows) != 0) & (offset == offset)
+    level = tl.exp(offset)
+    offset += 0.5 * (z_high + z_low)
+    leads = segment + tl.arange(0, 1) == 0
+    if mask is None:
+        most = field_of(flags, 3, row, rows) != 0
+        store_settled(
+            settled, settled_flags, row, rows, leads, reference, offset, z_high, z_low, nothing, everything, valid, most
+        )
+    else:
+        offset = final_offset(offset, nothing, everything, valid)
+        tl.store(reference_found + row, reference, mask=leads)
+        tl.store(offset_found + row, offset, mask=leads)
+        begin, end = segment_of(segment, n, row >= 0, LENGTH)
+        for start in range(begin, end, BLOCK):
+            column = columns(start, 1, BLOCK)
+            inside = column < n
+            x, able, _sound = load_scores(x_given, where, row, column, inside, n, where_step)
+            weights = None
+            if weights_given is not None:
+                weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
+            odds = closer(x, high, low, reference, z_high, z_low, tau)
+            soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
+            tl.store(mask + across(row.to(tl.int64)) * n + column, soft, mask=inside)
+
+
+# --- the rule in reverse
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def nearest_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    distances,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the nearest scores above and below the threshold that have weight, and the largest weight."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    high, low = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
+    heaviest = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+        above, below = edges_of(x, z, inside, weights)
+        high, low = tl.minimum(high, above), tl.maximum(low, below)
+        if weights is not None:
+            heaviest = tl.maximum(heaviest, max_of(tl.where(x > -INFINITY, weights, 0.0)))
+    hand_on(distances, 0, row, rows, segment, segments, high)
+    hand_on(distances, 1, row, rows, segment, segments, low)
+    hand_on(distances, 2, row, rows, segment, segments, heaviest)
+
+
+@triton.jit
+def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
+    """The nearest scores above and below the threshold that have weight, and the largest weight."""
+    return (
+        min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
+        max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
+        nonzero(max_of(parts_of(distances, 2, row, rows, segments, SEGMENTS, 0.0))),
+    )
+
+
+@triton.jit
+def sums_of(values, upper):
+    """The sums below and above the threshold."""
+    return sum_of(tl.where(upper, 0.0, values)), sum_of(tl.where(upper, values, 0.0))
+
+
+@triton.jit
+def greatest(values, u, share, best, u_best, share_best):
+    """The greatest value yet, and u and the share there. Of equal ones no one dominates, and any will do."""
+    here = max_of(values)
+    at = values == across(here)
+    better = here > best
+    u_here, share_here = max_of(tl.where(at, u, -INFINITY)), max_of(tl.where(at, share, 0.0))
+    u_best, share_best = tl.where(better, u_here, u_best), tl.where(better, share_here, share_best)
+    return tl.maximum(here, best), u_best, share_best
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def sum_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    distances,
+    sums,
+    masses,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'.
+
+    Each side is in units of its own.
+    """
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+    zero = tl.zeros([1], tl.float32)
+    tails_below, tails_above, normal_below, normal_above = zero, zero, zero, zero
+    pulled_below, pulled_above, shares_below, shares_above = zero, zero, zero, zero
+    most_below, u_below, share_below, most_above, u_above, share_above = zero, zero, zero, zero, zero, zero
+    mass = no_mass(weights_given, 1)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+        u = load_cotangent(u_given, row, column, kept, n)
+        upper = z > 0.0
+        distance, height = from_sides(
+            x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
+        )
+        tail, larger = tail_of(distance, height)
+        scaled = tail / larger
+        weighted = weigh(weights, scaled)
+        if weights_given is None:
+            share = tl.where(inside, 1.0, 0.0)
+        else:
+            share = tl.where(scaled > 0.0, weights, 0.0) / across(unit)
+        mass += mass_of(upper & inside, weights)
+        below, above = sums_of(weigh(weights, tail), upper)
+        tails_below, tails_above = tails_below + below, tails_above + above
+        below, above = sums_of(weighted, upper)
+        normal_below, normal_above = normal_below + below, normal_above + above
+        below, above = sums_of(scaled * u, upper)
+        pulled_below, pulled_above = pulled_below + below, pulled_above + above
+        below, above = sums_of(scaled * share, upper)
+        shares_below, shares_above = shares_below + below, shares_above + above
+        most_below, u_below, share_below = greatest(
+            tl.where(upper, 0.0, weighted), u, share, most_below, u_below, share_below
+        )
+        most_above, u_above, share_above = greatest(
+            tl.where(upper, weighted, 0.0), u, share, most_above, u_above, share_above
+        )
+    hand_on(masses, 0, row, rows, segment, segments, mass)
+    hand_on(sums, 0, row, rows, segment, segments, tails_below)
+    hand_on(sums, 1, row, rows, segment, segments, tails_above)
+    hand_on(sums, 2, row, rows, segment, segments, normal_below)
+    hand_on(sums, 3, row, rows, segment, segments, normal_above)
+    hand_on(sums, 4, row, rows, segment, segments, pulled_below)
+    hand_on(sums, 5, row, rows, segment, segments, pulled_above)
+    hand_on(sums, 6, row, rows, segment, segments, shares_below)
+    hand_on(sums, 7, row, rows, segment, segments, shares_above)
+    hand_on(sums, 8, row, rows, segment, segments, most_below)
+    hand_on(sums, 9, row, rows, segment, segments, u_below)
+    hand_on(sums, 10, row, rows, segment, segments, share_below)
+    hand_on(sums, 11, row, rows, segment, segments, most_above)
+    hand_on(sums, 12, row, rows, segment, segments, u_above)
+    hand_on(sums, 13, row, rows, segment, segments, share_above)
+
+
+@triton.jit
+def both_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
+    """Two sums, below and above the threshold."""
+    return (
+        sum_of(parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)),
+        sum_of(parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)),
+    )
+
+
+@triton.jit
+def greatest_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
+    """The greatest of the segments' greatest, and u and the share there."""
+    values = parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)
+    u = parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)
+    share = parts_of(sums, field + 2, row, rows, segments, SEGMENTS, 0.0)
+    zero = tl.zeros([1], tl.float32)
+    return greatest(values, u, share, zero, zero, zero)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def join_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    c_given,
+    distances,
+    sums,
+    masses,
+    of_k,
+    joined,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: the balance of its sides, V', the level that u is measured from, and the cotangent of k."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    k, tau = load_per_row(k_given, row, rows, k_step, 0.0), load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    c = tl.zeros([1], tl.float32)
+    if c_given is not None:
+        c = field_of(c_given, 0, row, rows)
+    high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
+    _, _, near_high, near_low, _, _ = sides_of(high, low, reference, tau, offset)
+    below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
+    mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
+    nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
+    below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
+    normal = nonzero(less * below + more * above)
+    below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
+    pulled = less * below + more * above
+    below, above = both_of(sums, 6, row, rows, segments, SEGMENTS)
+    shares = less * below + more * above
+    most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
+    most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
+    lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
+    at_most = tl.where(upper, u_above / nonzero(share_above), u_below / nonzero(share_below))
+    rate, inverse_slope = rates(nearest, normal)
+    hbar = rate * pulled - inverse_slope * c
+    keep(joined, 0, row, rows, nearest, 0)
+    keep(joined, 1, row, rows, less, 0)
+    keep(joined, 2, row, rows, normal, 0)
+    keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
+    keep(joined, 4, row, rows, unit, 0)
+    keep(joined, 5, row, rows, hbar, 0)
+    keep(joined, 6, row, rows, (lower | upper).to(tl.float32), 0)
+    keep(joined, 7, row, rows, more, 0)
+    keep(joined, 8, row, rows, high, 0)
+    keep(joined, 9, row, rows, low, 0)
+    if of_k is not None:
+        keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
+
+
+@triton.jit
+def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows):
+    """Of a tile: v', v, and the multiple of the weights that u is measured from."""
+    nearest, less, more = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
+    high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
+    normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
+    unit, held = field_of(joined, 4, row, rows), field_of(joined, 6, row, rows) != 0.0
+    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+    distance, side = from_sides(x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau)
+    scaled, larger = tail_of(distance, side)
+    scaled = scaled * tl.where(z > 0.0, across(more), across(less)) / larger
+    if weights is None:
+        level = tl.where(inside, across(level), 0.0)
+    else:
+        level = tl.where(scaled > 0.0, weights, 0.0) / across(unit) * across(level)
+    # At the item that dominates exactly u. If there is one it has three quarters, and no other more than one.
+    most = across(held) & (weigh(weights, scaled) > across(0.5 * normal))
+    return scaled, gain_of(z, scaled, tl.exp(-nearest), weights), tl.where(most, u, level)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def gain_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    joined,
+    gains,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: <v, u>, with u measured from its level."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    gained = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+        u = load_cotangent(u_given, row, column, kept, n)
+        _, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
+        gained += sum_of((u - level) * gain)
+    hand_on(gains, 0, row, rows, segment, segments, gained)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def pull_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    reference_given,
+    u_given,
+    c_given,
+    joined,
+    gains,
+    of_x,
+    of_weights,
+    moments,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a segment: the cotangents of the scores and of the weights, and <z, xbar> for that of the temperature."""
+    row, segment = this_place(segments)
+    tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
+    offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
+    normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
+    g = -sum_of(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0))
+    if c_given is not None:
+        g += field_of(c_given, 0, row, rows)
+    bad = across(offset != offset)
+    moment = tl.zeros([1], tl.float32)
+    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    for start in range(begin, end, BLOCK):
+        column = columns(start, 1, BLOCK)
+        inside = column < n
+        kept = load_kept(where, row, column, inside, where_step)
+        x = load_tile(x_given, row, column, kept, n, -INFINITY).to(tl.float32)
+        z = log_odds(x, reference, tau, offset)
+        weights = None
+        if weights_given is not None:
+            weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
+        u = load_cotangent(u_given, row, column, kept, n)
+        scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
+        xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
+        place = across(row.to(tl.int64)) * n + column
+        if of_x is not None:
+            tl.store(of_x + place, tl.where(bad, float("nan"), xbar), mask=inside)
+        if of_weights is not None:
+            abar = -sigmoid(z) * across(hbar)
+            tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)
+        moment += sum_of(z * xbar)
+    hand_on(moments, 0, row, rows, segment, segments, moment)
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def temperature_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    offset_given,
+    c_given,
+    moments,
+    of_tau,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Of a row: the cotangent of the temperature."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    tau, offset = load_per_row(tau_given, row, rows, tau_step, 1.0), field_of(offset_given, 0, row, rows)
+    taubar = -sum_of(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0))
+    if c_given is not None:
+        taubar -= field_of(c_given, 0, row, rows) * offset / tau
+    keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, float("nan")), 0)

@@ -1,0 +1,337 @@
+"""Arguments made canonical, and the results put back: what every public function does before and after its primitive.
+
+Canonical means: the selected axis last, float32 or float64, k and epsilon of shape (..., 1) or (), weights and where
+of the shape of the scores, the smallest turned into the largest.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
+
+from softk._reference.threshold.formulas import counted
+from softk.backend import Array, Backend, backend_of, broadcast_like, unknown
+
+from .call import Argument
+from .checks import (
+    check_axis,
+    is_number,
+    kind_of,
+    require_array,
+    require_equal_sizes,
+    require_size,
+    working_dtype,
+)
+from .shapes import cast, fits, move_axis, shrink
+
+
+class Slices:
+    """The scores and how they are sliced: what the other arguments are made canonical against."""
+
+    def __init__(self, x: Any, axis: Any, *, called: str = "x", smallest: bool = False, **others: Any) -> None:
+        require_array(called, x)
+        arrays = {}
+        for name, value in others.items():
+            per_item = name in ("where", "weights")
+            if (value is None and per_item) or (is_number(value) and not per_item):
+                continue
+            require_array(name, value, or_number=not per_item)
+            arrays[name] = value
+        self.backend = backend = common_backend(called, x, arrays)
+        self.xp = xp = backend.xp
+        if not xp.isdtype(x.dtype, "real floating") or xp.finfo(x.dtype).bits > 64:
+            is_complex = xp.isdtype(x.dtype, "complex floating")
+            advice = "" if is_complex else f"; convert it: {backend.words.cast.format(called)}"
+            raise TypeError(f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}{advice}")
+        if x.ndim == 0:
+            raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
+        self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
+        self.axis = check_axis(axis, x.ndim)
+        require_size(called, x, self.axis)
+        beside = {name: value for name, value in arrays.items() if value.ndim}
+        if beside:
+            require_equal_sizes({called: x, **beside})
+        self.n = self.shape[self.axis]
+        self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        self.dtype = x.dtype
+        self.working = working_dtype(xp, x.dtype)
+        self.sign = -1.0 if smallest else 1.0
+
+    def require_sizes(self) -> None:
+        """All sizes are numbers, or those of a library that computes block by block."""
+        for axis, size in enumerate(self.shape):
+            if size is None:
+                require_size("x", self.given, axis)
+
+    # -- conversions
+
+    def _repeat(self, values: Array, shape: tuple[Any, ...]) -> Array:
+        """Broadcast to a shape that is the batch, with axes of the values' own behind it or in front of it."""
+        if not any(unknown(size) for size in shape):
+            return self.xp.broadcast_to(values, shape)
+        return broadcast_like(self.xp, values, shape, self._last(self.given)[..., :1])
+
+    def _last(self, values: Array) -> Array:
+        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, self.axis, -1)
+
+    def _back(self, values: Array) -> Array:
+        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
+
+    def _cast(self, values: Array, dtype: Any) -> Array:
+        return cast(self.xp, values, dtype)
+
+    def _stretch(self, name: str, values: Array) -> Array:
+        """Broadcast an array of one value an item to the scores."""
+        if tuple(values.shape) == self.shape:
+            return values
+        if not fits(tuple(values.shape), self.shape):
+            raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
+        return broadcast_like(self.xp, values, self.shape, self.given)
+
+    def scores(self, *, narrow: bool = False) -> Argument:
+        """x; `narrow` is for a primitive that converts it by itself."""
+
+        def push(values: Array) -> Array:
+            values = self._last(self._cast(values, self.dtype if narrow else self.working))
+            return values if self.sign > 0.0 else -values
+
+        def pull(cotangent: Array) -> Array:
+            if self.sign < 0.0:
+                cotangent = -cotangent
+            return self._cast(self._back(cotangent), self.dtype)
+
+        return Argument(push(self.given), self.given, push, pull)
+
+    def per_slice(self, name: str, value: Any, scale: float = 1.0) -> Argument:
+        """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
+        xp = self.xp
+        if is_number(value):
+            number = scale * (value if self.backend.symbolic(value) else float(value))
+            return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
+        shape, target = tuple(value.shape), (*self.batch, 1)
+        aligned = (1,) * (self.ndim - len(shape)) + shape
+        slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
+        if not fits(shape, slices):
+            raise ValueError(
+                f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
+                f"got shape {shape}{self._with_axis(name, shape)}"
+            )
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+
+        def push(values: Array) -> Array:
+            values = self._cast(values, self.working)
+            if len(shape) < self.ndim:
+                values = xp.reshape(values, aligned)
+            values = self._last(values)
+            if scale != 1.0:
+                values = scale * values
+            return self._repeat(values, target)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._back(self._repeat(cotangent, target))
+            return self._cast(scale * shrink(xp, cotangent, shape), value.dtype)
+
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def mass(self, k: Any, weights: Any = None) -> Argument:
+        """k: without weights, an array's value that misses 0 or n by its rounding becomes that, and moves as before."""
+        argument = self.per_slice("k", k)
+        if weights is not None or is_number(k):
+            return argument
+        return self._counted(argument, self.n)
+
+    def _counted(self, argument: Argument, n: int) -> Argument:
+        value: Any = argument.value
+        return replace(argument, value=value + self.backend.constant(counted(self.xp, value, n)))
+
+    def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
+        """What to write where all that lacks for one value a slice is the selected axis."""
+        behind = self.ndim - 1 - self.axis
+        if len(shape) < behind or not fits(shape, self.batch):
+            return ""
+        ahead = len(shape) - behind
+        index = [*[":"] * ahead, "None", *[":"] * behind]
+        return f"; write {name}[{', '.join(index)}]"
+
+    def per_item(self, name: str, value: Any) -> Argument:
+        """weights: an array that broadcasts to the scores."""
+        xp = self.xp
+        if value is None:
+            return Argument(None)
+        shape = tuple(value.shape)
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+
+        def push(values: Array) -> Array:
+            return self._last(self._stretch(name, self._cast(values, self.working)))
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(shrink(xp, self._back(cotangent), shape), value.dtype)
+
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def kept(self, where: Any) -> Argument:
+        """where: a boolean array that broadcasts to the scores."""
+        if where is None:
+            return Argument(None)
+        if not self.xp.isdtype(where.dtype, "bool"):
+            raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
+        return Argument(self._last(self._stretch("where", where)), where)
+
+    def probabilities(self, q: Any) -> Probabilities:
+        """q: a number, or an array whose axes come first."""
+        xp = self.xp
+        if is_number(q):
+            return Probabilities(self.per_slice("q", q), ())
+        if not xp.isdtype(q.dtype, ("real floating", "integral")):
+            raise TypeError(f"q must be real, got dtype {q.dtype}")
+        shape = tuple(q.shape)
+        apart, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
+
+        def push(values: Array) -> Array:
+            return self._repeat(xp.reshape(self._cast(values, self.working), apart), full)
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(xp.reshape(shrink(xp, cotangent, apart), shape), q.dtype)
+
+        return Probabilities(self._counted(Argument(push(q), q, *self._linear(q, push, pull)), 1), shape)
+
+    def per_anchor(self, name: str, value: Array, anchors: int | None = None) -> Argument:
+        """anchors or marginals: one value an anchor along the last axis, for all slices or for each."""
+        xp, shape = self.xp, tuple(value.shape)
+        if not xp.isdtype(value.dtype, ("real floating", "integral")):
+            raise TypeError(f"{name} must be real, got dtype {value.dtype}")
+        if not shape or shape[-1] < 2 or (anchors is not None and shape[-1] != anchors):
+            wanted = "at least 2 values" if anchors is None else f"{anchors} values, one an anchor,"
+            raise ValueError(f"{name} must have {wanted} along its last axis, got shape {shape}")
+        if not fits(shape[:-1], self.batch):
+            raise ValueError(
+                f"{name} must have the shape {shape[-1:]}, or one that broadcasts to {(*self.batch, shape[-1])}, "
+                f"got {shape}"
+            )
+
+        def push(values: Array) -> Array:
+            return self._repeat(self._cast(values, self.working), (*self.batch, shape[-1]))
+
+        def pull(cotangent: Array) -> Array:
+            return self._cast(shrink(xp, cotangent, shape), value.dtype)
+
+        return Argument(push(value), value, *self._linear(value, push, pull))
+
+    def _linear(self, value: Array, push: Any, pull: Any) -> tuple[Any, Any]:
+        return (push, pull) if self.xp.isdtype(value.dtype, "real floating") else (None, None)
+
+    # -- results
+
+    def like_scores(self, *, narrow: bool = False) -> Argument:
+        """A result of the scores' shape; `narrow` is for a primitive that converts it by itself."""
+
+        def push(values: Array) -> Array:
+            return self._cast(self._back(values), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return self._last(self._cast(cotangent, self.dtype if narrow else self.working))
+
+        return Argument(None, None, push, pull)
+
+    def one_a_slice(self, keepdims: bool, leading: int = 0) -> Argument:
+        """A result of one value a slice, in the units of the scores, after `leading` axes of its own."""
+        xp = self.xp
+        axis = leading + self.axis
+
+        def push(values: Array) -> Array:
+            values = values if self.sign > 0.0 else -values
+            values = self._cast(values, self.dtype)
+            return move_axis(xp, values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._cast(cotangent, self.working)
+            cotangent = move_axis(xp, cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
+            return cotangent if self.sign > 0.0 else -cotangent
+
+        return Argument(None, None, push, pull)
+
+    def diagnostic(self, dtype: Any) -> Argument:
+        """A result of one value a slice, in no units and without a derivative."""
+        return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
+
+    def one_a_row(self) -> Argument:
+        """A result of one value a row (..., m), in the units of the scores, in the place of the selected axis."""
+
+        def push(values: Array) -> Array:
+            return self._cast(self._back(values if self.sign > 0.0 else -values), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            cotangent = self._last(self._cast(cotangent, self.working))
+            return cotangent if self.sign > 0.0 else -cotangent
+
+        return Argument(None, None, push, pull)
+
+    def row_by_item(self) -> Argument:
+        """A result of one value for each row and each item (..., m, n), the two in the place of the selected axis."""
+        xp, here = self.xp, (self.axis, self.axis + 1)
+
+        def push(values: Array) -> Array:
+            return self._cast(move_axis(xp, values, (-2, -1), here), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return move_axis(xp, self._cast(cotangent, self.working), here, (-2, -1))
+
+        return Argument(None, None, push, pull)
+
+    def item_by_row(self) -> Argument:
+        """The same with the items in the place of the selected axis and the rows last."""
+        xp = self.xp
+
+        def push(values: Array) -> Array:
+            return self._cast(move_axis(xp, values, -1, self.axis), self.dtype)
+
+        def pull(cotangent: Array) -> Array:
+            return move_axis(xp, self._cast(cotangent, self.working), self.axis, -1)
+
+        return Argument(None, None, push, pull)
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """q made canonical, and the axes that it puts in front of everything else."""
+
+    argument: Argument
+    leading: tuple[int, ...]
+
+
+def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
+    """The one library, and device, of all array arguments."""
+    backend = backend_of(x)
+    for value in others.values():
+        other = backend_of(value)
+        if other.wraps == backend.name:
+            backend = other
+    for name, value in others.items():
+        if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
+            raise TypeError(
+                f"{name} must be an array of the same library as {first}: got {kind_of(value)} beside {kind_of(x)}; "
+                f"convert one, for example {backend.words.own.format(name)}"
+            )
+        if not backend.share_device(x, value):
+            raise TypeError(
+                f"{name} must be on the device of {first}: got {backend.device(value)} beside {backend.device(x)}; "
+                f"move one, for example {backend.words.move.format(name, first)}"
+            )
+    return backend
+
+
+def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
+    """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
+    if not is_number(k) or backend.symbolic(k):
+        return None
+    rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
+    return math.ceil(rounded), math.floor(rounded) + 1
+
+
+def require_scores(slices: Slices) -> None:
+    if slices.n == 0:
+        raise ValueError(f"x must have at least one score along axis, got shape {slices.shape}, axis {slices.axis}")

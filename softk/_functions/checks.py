@@ -1,0 +1,140 @@
+"""Checks of numbers and kinds. Every error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any, TypeGuard
+
+from softk._reference.threshold.formulas import ROUNDINGS
+from softk.backend import Array, backend_of, is_array, unknown
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A real number, or the symbol that stands for one in a trace of PyTorch's."""
+    real = isinstance(value, numbers.Real) or hasattr(type(value), "__sym_float__")
+    return real and not isinstance(value, bool)
+
+
+def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
+    wanted = "a number or an array" if or_number else "an array"
+    if not is_array(value) or is_number(value):
+        raise TypeError(
+            f"{name} must be {wanted} of a library that follows the Python Array API standard "
+            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
+        )
+    kind = type(value)
+    if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
+        raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+    dense = backend_of(value).densely(value)
+    if dense is not None:
+        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
+
+
+def require_size(name: str, x: Array, axis: int) -> None:
+    """The size of an axis is a number, as a solver needs it, and not left open."""
+    if unknown(x.shape[axis]):
+        words = backend_of(x).words
+        raise ValueError(
+            f"{name} must have a known size along axis {axis}, got shape {tuple(x.shape)}; {words.measure.format(name)}"
+        )
+
+
+def require_equal_sizes(arrays: dict[str, Array]) -> None:
+    """No size is NaN, which equals none: nobody could say which blocks of two Dask arrays belong together."""
+    for name, value in arrays.items():
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, float):
+                require_size(name, value, axis)
+
+
+def kind_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def check_axis(axis: Any, ndim: int) -> int:
+    """The axis counted from the first."""
+    try:
+        if isinstance(axis, bool):
+            raise TypeError
+        number = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
+    return number % ndim
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Neither "no" nor an array is a switch, though both may count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_mode(mode: Any) -> bool:
+    """Whether the smallest are meant."""
+    if not isinstance(mode, str) or mode not in ("largest", "smallest"):
+        raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
+    return bool(mode == "smallest")
+
+
+def counted_number(k: Any, n: int | None, eps: float) -> Any:
+    """A number k, or the end, 0 or n, that it misses by its rounding; `formulas.counted` says it of arrays.
+
+    Without n, which weights decide, the only end is 0. The symbol of a trace stays as it is: a comparison would compile
+    it in.
+    """
+    symbolic = not isinstance(k, numbers.Real)
+    if symbolic:
+        return k
+    if isinstance(k, numbers.Integral) or (n is not None and 0 <= k <= n and k == math.floor(k)):
+        return k
+    if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
+        return n
+    return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
+
+
+def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
+    """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
+
+    A number that misses an end by its rounding is returned as that end. The solver alone knows the sum of weights.
+    """
+    if not is_number(k):
+        return k
+    info = xp.finfo(dtype)
+    k = counted_number(k, None if weighted else n, float(info.eps))
+    if weighted and not 0 <= k <= float(info.max):
+        raise ValueError(
+            f"k must be at least 0 and finite (at most {float(info.max):.3g} in float{info.bits}), got {k!r}"
+        )
+    if not weighted and not 0 <= k <= n:
+        raise ValueError(f"k must be from 0 to {n}, {of}, got {k!r}")
+    return k
+
+
+def working_dtype(xp: Any, dtype: Any) -> Any:
+    """What a real floating dtype is computed in: float32 at least."""
+    return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
+
+
+def check_precision(xp: Any, name: str, value: Any, of: str, other: Any, *, besides: str = "") -> None:
+    """Two arrays that are computed in one dtype: float16, bfloat16 and float32 may stand beside each other."""
+    if xp.isdtype(value.dtype, "real floating") and working_dtype(xp, value.dtype) == working_dtype(xp, other.dtype):
+        return
+    narrow = ", or another of at most 32 bits" if xp.finfo(other.dtype).bits <= 32 else ""
+    raise TypeError(
+        f"{name} must {besides}have the dtype of {of}, {other.dtype}{narrow}, got {value.dtype}; convert one"
+    )
+
+
+def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
+    if not is_number(epsilon):
+        return
+    info = xp.finfo(dtype)
+    least, most = 2.0 * float(info.smallest_normal), float(info.max)
+    if not least <= float(epsilon) <= most:
+        raise ValueError(
+            f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in float{info.bits}), "
+            f"got {epsilon!r}"
+        )

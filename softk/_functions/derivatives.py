@@ -1,0 +1,186 @@
+"""Explicit derivatives of softk's functions, on arrays of any library: the rules of the primitives, applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from softk.backend import Array, Backend, backend_of
+
+from .call import Call, R
+from .checks import is_number, kind_of, require_array, require_equal_sizes
+
+__all__ = ["jvp", "vjp"]
+
+
+def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R, Callable[[Any], dict[str, Array]]]:
+    """A function of softk and the pullback of its derivative (reverse mode), on arrays of any library.
+
+    Parameters
+    ----------
+    f : callable
+        A function of softk: `softk.topk`, `softk.sorted_topk`, `softk.transport`, ...
+    x, *args, **kwargs
+        Its arguments.
+
+    Returns
+    -------
+    out
+        ``f(x, *args, **kwargs)``.
+    pullback : callable
+        ``pullback(cotangent) -> {argument name: cotangent}``, for a cotangent of the shape of `out` and for every
+        argument that is a real floating-point array. Each cotangent has its argument's shape and dtype. For
+        `softk.sorted_topk` it is a pair, of the values and of the assignment, of which one may be None; for
+        `softk.transport` it is that of the plan, the rest having no derivative.
+
+    Raises
+    ------
+    TypeError
+        If `f` is not a function of softk; from `pullback`, if the cotangent is not real or not of the structure above.
+    ValueError
+        From `pullback`, if the cotangent has another shape than `out`.
+
+    See Also
+    --------
+    jvp : the same in forward mode.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> mask, pullback = softk.vjp(softk.topk, np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
+    >>> pullback(np.asarray([1.0, 0.0, 0.0, 0.0]))["x"].round(3).tolist()
+    [0.34, -0.018, -0.026, -0.295]
+    """
+    call = _describe(f)(x, *args, **kwargs)
+    backend, primitive = call.backend, call.primitive
+    with backend.quiet():
+        outputs = call.bound()(*call.inputs)
+        parts = call.restore(outputs)
+        out = call.build(*parts)
+    moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
+    names = getattr(type(out), "_fields", ())
+    needed = tuple(argument.pull is not None for argument in call.arguments.values())
+
+    def pullback(cotangent: Any) -> dict[str, Array]:
+        _require_structure(cotangent, [names[i] for i in moving] if names else [])
+        given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
+        canonical: list[Array | None] = [None] * (len(outputs) - primitive.constants)
+        with backend.quiet():
+            for i, value in zip(moving, given, strict=True):
+                pull = call.restores[i].pull
+                if pull is not None and (value is not None or len(moving) == 1):
+                    label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
+                    _require_like(label, value, parts[i], backend)
+                    canonical[i] = pull(value)
+            found = backend.pull(primitive, call.inputs, outputs, tuple(canonical), needed)
+            return {
+                name: argument.pull(values)
+                for (name, argument), values in zip(call.arguments.items(), found, strict=True)
+                if argument.pull is not None and values is not None
+            }
+
+    return out, pullback
+
+
+def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any) -> tuple[R, Any]:
+    """A function of softk and its derivative along tangents (forward mode), on arrays of any library.
+
+    Parameters
+    ----------
+    f : callable
+        A function of softk: `softk.topk`, `softk.sorted_topk`, `softk.transport`, ...
+    x, *args, **kwargs
+        Its arguments.
+    tangents : mapping
+        ``{argument name: tangent}``, each of its argument's shape, for arguments that are real floating-point arrays.
+        The others are held constant.
+
+    Returns
+    -------
+    out
+        ``f(x, *args, **kwargs)``.
+    tangent : array
+        The derivative, of the shape and dtype of `out`; a pair for `softk.sorted_topk`, of the plan for
+        `softk.transport`.
+
+    Raises
+    ------
+    TypeError
+        If `f` is not a function of softk, `tangents` no mapping, or a tangent not real.
+    ValueError
+        If a tangent names no such argument or has another shape than it.
+
+    See Also
+    --------
+    vjp : the same in reverse mode.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> k = np.asarray(2.0)
+    >>> mask, rate = softk.jvp(softk.topk, np.asarray([0.2, 1.7, -0.5, 0.9]), k, tangents={"k": np.asarray(1.0)})
+    >>> float(rate.sum().round(9))
+    1.0
+    """
+    call = _describe(f)(x, *args, **kwargs)
+    backend, primitive = call.backend, call.primitive
+    if not isinstance(tangents, Mapping):
+        raise TypeError(f"tangents must be a mapping {{argument name: tangent}}, got {kind_of(tangents)}")
+    known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
+    for name, tangent in tangents.items():
+        if name not in known:
+            raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
+        _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
+    with backend.quiet():
+        outputs = call.bound()(*call.inputs)
+        canonical = tuple(
+            argument.push(tangents[name]) if argument.push is not None and name in tangents else None
+            for name, argument in call.arguments.items()
+        )
+        rates = call.restore(backend.push(primitive, call.inputs, outputs, canonical))
+        moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
+        out = call.build(*call.restore(outputs))
+        return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)
+
+
+def _describe(f: Any) -> Callable[..., Call[Any]]:
+    describe: Callable[..., Call[Any]] | None = getattr(f, "call", None)
+    if describe is None:
+        raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
+    return describe
+
+
+def _require_structure(cotangent: Any, names: list[str]) -> None:
+    """One array, or a tuple of one for each of the results that have derivatives."""
+    if len(names) > 1 and (not isinstance(cotangent, (tuple, list)) or len(cotangent) != len(names)):
+        got = f"{len(cotangent)} parts" if isinstance(cotangent, (tuple, list)) else kind_of(cotangent)
+        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), of which each may be None, got {got}")
+    if len(names) <= 1 and isinstance(cotangent, (tuple, list, dict)):
+        of = f", that of {names[0]} alone" if names else ""
+        raise TypeError(f"cotangent must be one array{of}, got {kind_of(cotangent)}")
+
+
+def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
+    """A tangent or cotangent has the library and the shape of what it belongs to."""
+    if is_number(given) and like.ndim == 0:
+        return
+    require_array(name, given)
+    if backend_of(given) is not backend and backend.wraps != backend_of(given).name:
+        raise TypeError(
+            f"{name} must be an array of the same library as x: got {kind_of(given)} beside {kind_of(like)}"
+        )
+    if not backend.xp.isdtype(given.dtype, ("real floating", "integral")):
+        raise TypeError(f"{name} must be real, got dtype {given.dtype}")
+    require_equal_sizes({"x": like, name: given})
+    if tuple(given.shape) != tuple(like.shape):
+        raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(given.shape)}")

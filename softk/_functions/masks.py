@@ -1,0 +1,343 @@
+"""The public operators. Each one makes its arguments canonical and names the primitive that computes it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from softk._reference.threshold import masks as primitives
+from softk._reference.threshold.quantile import quantile as quantile_primitive
+from softk.backend import AnyArray, ArrayT, Primitive
+
+from .arguments import Slices, require_scores, static_ranks
+from .call import Call, operator_from
+from .checks import check_flag, check_mass, check_mode, check_temperature, counted_number, is_number
+
+Mode = Literal["largest", "smallest"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _masked(
+    primitive: Primitive, x: Any, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
+) -> tuple[Slices, dict[str, Any]]:
+    """The arguments that topk and threshold share, checked and canonical."""
+    smallest = check_mode(mode)
+    slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
+    k = check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
+    check_temperature(slices.xp, epsilon, slices.working)
+    # A count of the hard mask is a number, however few digits the working dtype has.
+    bits = 64 if primitive is primitives.hard_mask else slices.xp.finfo(slices.working).bits
+    with slices.backend.quiet():
+        arguments = {
+            "x": slices.scores(narrow=primitive.narrow),
+            "k": slices.mass(k, weights),
+            "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
+            "weights": slices.per_item("weights", weights),
+            "where": slices.kept(where),
+        }
+    options = {"ranks": None if weights is not None else static_ranks(slices.backend, k, bits)}
+    return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
+
+
+@operator_from
+def topk(
+    x: ArrayT,
+    /,
+    k: float | AnyArray,
+    *,
+    axis: int = -1,
+    mode: Mode = "largest",
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+    hard: bool = False,
+) -> Call[ArrayT]:
+    """Soft indicator of the k largest scores along an axis, with useful gradients.
+
+    The mask is the exact solution of the entropic optimal transport problem between the scores and the anchors 0
+    and 1: ``mask = sigmoid((x - t) / (epsilon / 2))``, with the one threshold ``t`` of each slice at which the mask
+    sums to `k`. For ``epsilon -> 0`` it is the ordinary top-k indicator.
+
+    Parameters
+    ----------
+    x : array
+        Scores, of any shape with at least one axis, real floating-point. ``-inf`` is never selected, ``+inf`` always
+        (more of them than `k` share it); a slice with a NaN has a NaN mask. float16 and bfloat16 are computed in
+        float32.
+    k : number or array
+        How many to select: from 0 to n, the size of `x` along `axis`, and not necessarily whole. An array holds one
+        value a slice: it broadcasts against `x` with size 1 along `axis`.
+    axis : int, optional
+        The axis along which to select. Every slice along it depends on itself alone.
+    mode : {"largest", "smallest"}, optional
+        Which end to select.
+    epsilon : number or array, optional
+        Strength of the entropy, in the units of `x`: scores that differ by much more than `epsilon` are told apart,
+        scores closer than that share. Positive. An array holds one value a slice, as for `k`.
+    weights : array, optional
+        Item weights, at least 0, broadcasting to the shape of `x`: then ``sum(weights * mask) = k`` and `k` may be
+        as large as their sum. An item of weight 0 has a mask but no say in the threshold; one that is removed, or at
+        ``-inf``, may have any weight.
+    where : array of bool, optional
+        Items to choose from, broadcasting to the shape of `x`. The others have mask 0 and gradient 0, whatever their
+        score. If fewer than `k` remain, all of them are selected.
+    hard : bool, optional
+        Return the exact indicator of the k largest (ties to the lowest index), with the derivative of the soft one.
+        For a whole `k` without weights.
+
+    Returns
+    -------
+    array
+        The mask, of the shape, dtype and device of `x`, in [0, 1], with sum `k` along `axis`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array (or number) of the right kind, or is of another library or device than `x`.
+    ValueError
+        If a number, `axis`, `mode` or a shape is out of its range. Arrays never raise for their values: a bad value
+        makes its slice NaN.
+
+    Notes
+    -----
+    Derivatives flow to `x`, `k`, `epsilon` and `weights`, natively where the framework has autodiff, through
+    `softk.vjp` and `softk.jvp` on every other array. The mask for k = 1 is not a softmax (for more than two scores),
+    and it is not k times a softmax, which can exceed 1.
+
+    References
+    ----------
+    Xie, Dai, Chen, Dai, Zhao, Zha, Wei, Pfister, "Differentiable Top-k with Optimal Transport", NeurIPS 2020:
+    equation (4) is the transport problem, section 3.1 the two anchors, section 3.2 the derivative by implicit
+    differentiation. The threshold is solved for directly instead of by Sinkhorn's iteration.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> mask = softk.topk(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
+    >>> mask.round(3).tolist()
+    [0.196, 0.99, 0.015, 0.8]
+    >>> float(mask.sum().round(9))
+    2.0
+    """
+    check_flag("hard", hard)
+    primitive = primitives.hard_mask if hard else primitives.mask
+    slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
+    if slices.n == 0:
+        call |= {"primitive": primitives.empty_mask, "options": {}}
+    if hard and weights is not None:
+        raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
+    counted = call["arguments"]["k"].given
+    if hard and is_number(counted) and counted != math.floor(counted):
+        raise ValueError(f"k must be whole with hard=True, got {k!r}")
+    return Call(**call, restores=(slices.like_scores(narrow=True),))
+
+
+@operator_from
+def log_topk(
+    x: ArrayT,
+    /,
+    k: float | AnyArray,
+    *,
+    axis: int = -1,
+    mode: Mode = "largest",
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+) -> Call[ArrayT]:
+    """Logarithm of the mask of `softk.topk`, accurate where the mask underflows or rounds to 1.
+
+    A cross-entropy needs it: ``-sum(target * log_topk(x, k))`` has a gradient for a target that is far from selected.
+
+    Parameters
+    ----------
+    x, k, axis, mode, epsilon, weights, where
+        As for `softk.topk`.
+
+    Returns
+    -------
+    array
+        ``log(topk(x, k))``, at most 0, of the shape, dtype and device of `x`; ``-inf`` for what is never selected.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`.
+
+    Notes
+    -----
+    ``log(1 - topk(x, k))`` is the logarithm of the mask of the others: ``log_topk(x, n - k, mode="smallest")``.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, sections 3.1 and 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> softk.log_topk(np.asarray([0.0, 1.0, 500.0, 501.0]), 2, epsilon=0.5).round(3).tolist()
+    [-1002.0, -998.0, 0.0, 0.0]
+    """
+    slices, call = _masked(primitives.log_mask, x, k, axis, mode, epsilon, weights, where)
+    if slices.n == 0:
+        call |= {"primitive": primitives.empty_mask, "options": {}}
+    return Call(**call, restores=(slices.like_scores(narrow=True),))
+
+
+@operator_from
+def threshold(
+    x: ArrayT,
+    /,
+    k: float | AnyArray,
+    *,
+    axis: int = -1,
+    mode: Mode = "largest",
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+    keepdims: bool = False,
+) -> Call[ArrayT]:
+    """Soft k-th largest score along an axis: the level t at which the mask of `topk` is one half.
+
+    Parameters
+    ----------
+    x, k, axis, mode, epsilon, weights, where
+        As for `softk.topk`.
+    keepdims : bool, optional
+        Keep `axis`, with size 1.
+
+    Returns
+    -------
+    array
+        The threshold of every slice, in the units of `x`, of its dtype and device: the shape of `x` without `axis`.
+        For k = 0 it is +inf and where everything is selected -inf (the other way round for the smallest).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`; also if there are no scores along `axis`.
+
+    Notes
+    -----
+    For ``epsilon -> 0`` and a whole k it is the middle between the k-th and the next score; its derivative with
+    respect to the scores is the weights of a soft selection of the marginal ones, ``p = softmax(log v)``,
+    ``v = mask * (1 - mask)``, which sum to 1.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 3.1: the threshold is the
+    difference of the two dual potentials.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> t = softk.threshold(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.01)
+    >>> float(t.round(6))
+    0.55
+    """
+    check_flag("keepdims", keepdims)
+    slices, call = _masked(primitives.threshold, x, k, axis, mode, epsilon, weights, where)
+    require_scores(slices)
+    return Call(**call, restores=(slices.one_a_slice(keepdims),))
+
+
+@operator_from
+def quantile(
+    x: ArrayT,
+    /,
+    q: float | AnyArray,
+    *,
+    axis: int = -1,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+    keepdims: bool = False,
+) -> Call[ArrayT]:
+    """Soft quantile along an axis: NumPy's default quantile with soft order statistics.
+
+    The j-th smallest of n scores (j from 0) becomes the threshold at k = n - j - 1/2, half-way between the counts;
+    between two of them the quantile is interpolated linearly. For ``epsilon -> 0`` it is ``numpy.quantile``.
+
+    Parameters
+    ----------
+    x : array
+        Scores, as for `softk.topk`.
+    q : number or array
+        Probabilities, from 0 to 1. The axes of an array come first in the result, as in NumPy.
+    axis, epsilon
+        As for `softk.topk`.
+    weights : array, optional
+        Frequencies, at least 0, broadcasting to the shape of `x`: how many observations each item stands for. Their sum
+        takes the place of n. Several items whose frequencies sum to at most 1 are no sample, and their quantile is NaN;
+        see the notes for weights that are probabilities.
+    where : array of bool, optional
+        Items that count, broadcasting to the shape of `x`.
+    keepdims : bool, optional
+        Keep `axis`, with size 1.
+
+    Returns
+    -------
+    array
+        The quantiles, in the units, dtype and device of `x`: the shape of `q`, then that of `x` without `axis`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`; also if there are no scores along `axis`.
+
+    Notes
+    -----
+    A soft quantile may lie beyond the data: it is a threshold, not a convex combination of the scores. Without weights
+    that for q = 1 is never below the largest score, since the mask of `softk.topk` sums to one half there. All soft
+    quantiles lie between ``min(x) - d`` and ``max(x) + d`` with ``d = epsilon / 2 * log(2 n - 1)``. Both bounds are
+    reached where all scores are equal.
+
+    Weights have two readings. Here they are frequencies: doubling them all doubles the sample, and whole ones do what
+    repeating the items does. In ``numpy.quantile(x, q, weights=w, method="inverted_cdf")`` they are probabilities up to
+    a factor. That quantile is the level above which a share ``1 - q`` of the weight lies, with a soft twin in
+    ``softk.threshold(x, (1 - q) * w.sum(), weights=w)`` for q between 0 and 1. Frequencies are made of probabilities by
+    multiplying with the number of observations that they stand for; the more, the nearer the two readings are.
+
+    References
+    ----------
+    Hyndman and Fan, "Sample Quantiles in Statistical Packages", The American Statistician 1996, definition 7, with
+    the soft order statistics of Xie et al., NeurIPS 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
+    [1.0, 5.0, 7.5]
+
+    Probabilities, by the two readings, as a sample of ten and as a level above which half of them lie:
+
+    >>> x, w = np.asarray([1.0, 2.0, 3.0, 4.0]), np.asarray([0.1, 0.2, 0.3, 0.4])
+    >>> float(softk.quantile(x, 0.25, epsilon=0.01, weights=10 * w).round(2))
+    2.25
+    >>> float(softk.threshold(x, 0.75 * w.sum(), epsilon=0.01, weights=w).round(2))
+    2.01
+    """
+    check_flag("keepdims", keepdims)
+    slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
+    require_scores(slices)
+    if is_number(q):
+        number = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"q must be from 0 to 1, got {q!r}")
+        q = number
+    check_temperature(slices.xp, epsilon, slices.working)
+    with slices.backend.quiet():
+        probability = slices.probabilities(q)
+        arguments = {
+            "x": slices.scores().lead(slices.xp, probability.leading),
+            "q": probability.argument,
+            "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5).lead(slices.xp, probability.leading),
+            "weights": slices.per_item("weights", weights).lead(slices.xp, probability.leading),
+            "where": slices.kept(where).lead(slices.xp, probability.leading),
+        }
+    restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
+    return Call(slices.backend, quantile_primitive, {}, arguments, (restore,))

@@ -1,0 +1,181 @@
+"""The public operator for the transport problem itself: any anchors, any marginals, and diagnostics."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Generic, Literal, NamedTuple
+
+from softk._reference.plan.newton import STEPS
+from softk._reference.plan.transport import transport_plan
+from softk.backend import AnyArray, Array, ArrayT
+
+from .arguments import Slices, require_scores
+from .call import Argument, Call, operator_from
+from .checks import check_temperature, is_number, require_array
+from .signatures import plain_tuple
+
+
+class ConvergenceWarning(UserWarning):
+    """A transport problem was not solved to its tolerance."""
+
+
+@plain_tuple
+class Plan(NamedTuple, Generic[ArrayT]):
+    """The solution of a transport problem. Only `plan` has derivatives.
+
+    Attributes
+    ----------
+    plan : array
+        What each score gives to each anchor: the shape of `x`, then one axis for the anchors. The sum over the anchors
+        is the weight of the score, over the scores the normalised marginal.
+    potentials : array
+        The dual potentials of the anchors, in the units of the squared distance, 0 for the lowest anchor that takes
+        anything, -inf for those that take nothing: the shape of `x` without the selected axis, then the anchors.
+    marginal_error : array
+        The largest difference of a column sum and its marginal, one a slice.
+    iterations : array
+        How many were done, an integer a slice.
+    converged : array of bool
+        Whether the marginal error is within the tolerance, one a slice.
+    """
+
+    plan: ArrayT
+    potentials: ArrayT
+    marginal_error: ArrayT
+    iterations: ArrayT
+    converged: ArrayT
+
+
+@operator_from
+def transport(
+    x: ArrayT,
+    /,
+    anchors: AnyArray,
+    marginals: AnyArray,
+    *,
+    axis: int = -1,
+    epsilon: float | AnyArray = 0.1,
+    weights: AnyArray | None = None,
+    where: AnyArray | None = None,
+    method: Literal["newton", "sinkhorn"] = "newton",
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+) -> Call[Plan[ArrayT]]:
+    """Entropic optimal transport between scores and anchors on a line, with diagnostics.
+
+    The plan minimises ``sum(plan * cost) + epsilon * sum(plan * (log(plan) - 1))`` with ``cost = (x - anchor)**2``
+    among all that give each score its weight and each anchor its marginal.
+
+    Parameters
+    ----------
+    x : array
+        Scores, as for `softk.topk`. ``-inf`` is not transported.
+    anchors : array
+        Positions, in the units of `x` and in any order, at least 2: shape (m,), or (..., m) with one set a slice.
+    marginals : array
+        What each anchor takes, at least 0, of the same shape as `anchors` or broadcasting. They are normalised to the
+        total weight of the scores. An anchor that takes nothing is left out, with no derivative in its marginal.
+    axis : int, optional
+        The axis of the scores.
+    epsilon : number or array, optional
+        Strength of the entropy, in the units of the cost.
+    weights : array, optional
+        Item weights, at least 0, broadcasting to the shape of `x`. Without them every score weighs 1.
+    where : array of bool, optional
+        Items to transport, broadcasting to the shape of `x`.
+    method : {"newton", "sinkhorn"}, optional
+        Newton's method on the m - 1 thresholds between neighbouring anchors, or the algorithm of the paper, in the log
+        domain, as a reference.
+    tolerance : float, optional
+        The marginal error that counts as converged, in units of weight. By default 1e-8 for float64 and 1e-4 for
+        float32, or 4 eps times the number of scores where that is more. `"sinkhorn"` stops there.
+    max_iterations : int, optional
+        By default 40 for `"newton"` and 1000 for `"sinkhorn"`.
+
+    Returns
+    -------
+    Plan
+        `plan`, `potentials`, `marginal_error`, `iterations` and `converged`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`; also if `anchors` or `marginals` are not arrays, or their shapes do not fit.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If a slice has not converged, where looking costs nothing: on the CPU, outside a trace.
+
+    Notes
+    -----
+    Derivatives flow to `x`, `anchors`, `marginals`, `epsilon` and `weights`, by the implicit function theorem at the
+    solution; what `"sinkhorn"` has not solved has the derivative of neither.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, equation (4) and algorithm 1; the damped
+    Newton step: Sun and Tran-Dinh, "Generalized self-concordant functions", Mathematical Programming 2019.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> x, anchors, marginals = np.asarray([0.2, 1.7, -0.5, 0.9]), np.asarray([0.0, 1.0]), np.asarray([1.0, 1.0])
+    >>> found = softk.transport(x, anchors, marginals, epsilon=0.5)
+    >>> found.plan.round(3).tolist()
+    [[0.804, 0.196], [0.01, 0.99], [0.985, 0.015], [0.2, 0.8]]
+    >>> bool(found.converged)
+    True
+    """
+    require_array("anchors", anchors)
+    require_array("marginals", marginals)
+    slices = Slices(x, axis, anchors=anchors, marginals=marginals, epsilon=epsilon, weights=weights, where=where)
+    require_scores(slices)
+    slices.require_sizes()
+    xp = slices.xp
+    check_temperature(xp, epsilon, slices.working)
+    if method not in ("newton", "sinkhorn"):
+        raise ValueError(f"method must be 'newton' or 'sinkhorn', got {method!r}")
+    eps = float(xp.finfo(slices.working).eps)
+    if tolerance is None:
+        tolerance = max(1e-8 if eps < 1e-10 else 1e-4, 4.0 * eps * slices.n)
+    if not is_number(tolerance) or not 0.0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+    limit = (STEPS if method == "newton" else 1000) if max_iterations is None else max_iterations
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
+        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+
+    with slices.backend.quiet():
+        arguments = {
+            "x": slices.scores(),
+            "anchors": slices.per_anchor("anchors", anchors),
+            "marginals": slices.per_anchor("marginals", marginals, anchors.shape[-1]),
+            "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
+            "weights": slices.per_item("weights", weights),
+            "where": slices.kept(where),
+        }
+    options = {"method": method, "tolerance": float(tolerance), "limit": int(limit)}
+
+    def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
+        converged = error <= tolerance
+        if slices.backend.known(xp.any(error > tolerance)):
+            warnings.warn(
+                f"softk.transport has not converged: the largest marginal error is {float(xp.max(error)):.3g}, the "
+                f"tolerance {tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return Plan(plan, potentials, error, iterations, converged)
+
+    restores = (
+        slices.item_by_row(),
+        Argument(None),  # the offsets and the references are nobody's business
+        Argument(None),
+        slices.diagnostic(slices.dtype),
+        slices.diagnostic(slices.backend.index),
+        Argument(None, None, lambda values: xp.astype(values, slices.dtype)),
+    )
+    return Call(slices.backend, transport_plan, options, arguments, restores, build)

@@ -1,0 +1,71 @@
+"""The soft indicator of the nearest keys of each query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from softk.backend import Array, Backend, Inputs, Primitive
+
+from .block import Block, Keys, block_rows, blocks_of, pull_blocks
+
+Arrays = tuple[Array, ...]
+
+
+def _weights_forward(
+    backend: Backend,
+    queries: Array,
+    keys: Array,
+    k: Array,
+    tau: Array,
+    where: Array | None,
+    exclude: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    cache = Keys(backend, keys)
+
+    def block(*given: Any) -> Arrays:
+        here = Block(backend, cache, *given)
+        solved = here.solve(ranks)
+        return here.mask(*solved), *solved
+
+    return backend.by_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
+
+
+def _weights_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    queries, keys, k, tau, where, exclude = inputs
+    dqueries, dkeys, dk, dtau, _, _ = tangents
+    cache = Keys(backend, keys)
+
+    def block(queries: Any, offset: Any, reference: Any, dqueries: Any, dk: Any, dtau: Any, *given: Any) -> Arrays:
+        here = Block(backend, cache, queries, *given)
+        dx = cache.push(here.queries, dqueries, dkeys)
+        balanced = dk is not None or dtau is not None
+        return here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)[:2]
+
+    arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
+    return backend.by_rows(block, block_rows(queries, keys), *arrays)
+
+
+def _weights_vjp(
+    backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
+    queries, keys, k, tau, where, exclude = inputs
+    of_tau, balanced = needed[3], needed[2] or needed[3]
+    wanted = (True, True, of_tau, False)
+    cache = Keys(backend, keys)
+
+    def found() -> Iterator[tuple[Any, ...]]:
+        arrays = (k, tau, where, exclude, *outputs[-2:], *cotangents)
+        for *given, offset, reference, u, c in blocks_of(queries, keys, *arrays):
+            here = Block(backend, cache, *given)
+            xbar, kbar, taubar, _ = here.rule(offset, reference, balanced=balanced).pull(u, c, None, wanted)
+            by_queries, by_keys = cache.pull(here.queries, xbar)
+            yield by_queries, kbar, taubar, by_keys
+
+    by_queries, kbar, taubar, by_keys = pull_blocks(backend, found(), 3)
+    return by_queries, by_keys, kbar, taubar, None, None
+
+
+weights = Primitive("neighbor_weights", _weights_forward, _weights_jvp, _weights_vjp, constants=1, axes=2)

@@ -1,0 +1,142 @@
+r"""The boundaries of a plan by Newton's method.
+
+**The start.** Each boundary alone is the threshold of a top-k with the mass C_j. The differences of neighbouring masks
+are a plan with the right masses; (x - r) / tau less its log-odds, on average, is a start that is exact for epsilon -> 0
+and close when epsilon is large.
+
+**The step.** The dual is a sum of logarithms of sums of exponentials: a Newton step d shortened to log(1 + |d|) / |d|
+of itself always ascends, if |d| is its range in the potentials. With the largest change of a threshold in the place of
+the range the steps are longer and nearly always better; the range is used from where Newton's decrement has grown.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk._reference.threshold.ends import Ends, closer, find_ends, frame, middle
+from softk._reference.threshold.formulas import CORRECTIONS, MARGIN, limits, nonzero
+from softk._reference.threshold.newton import search
+from softk._reference.threshold.problem import hold
+from softk._reference.threshold.solve import window
+from softk.backend import Array, Backend
+
+from .system import Boundaries, System, Task, excess, log_odds, plan, running, sides
+
+#: Newton steps at most. In the measured range (the guide's table) 30 always sufficed, 10 nearly always.
+STEPS = 40
+
+
+def newton(
+    backend: Backend, task: Task, *, weighted: bool, ranks: tuple[int, ...] | None = None, limit: int = STEPS
+) -> Boundaries:
+    """The boundaries by Newton's method.
+
+    `weighted` says whether the weights of the task are the user's; `ranks` are ceil(C) of every boundary and then
+    floor(C) + 1, where they are known without looking into an array; `limit` is the number of steps at most.
+    """
+    xp = backend.xp
+    constants = (backend.constant(value) for value in task)
+    options = {"weighted": weighted, "ranks": ranks, "limit": limit}
+    reference, offset, count, valid = backend.settle(_approach, options, *constants)
+    if backend.differentiates_operations:
+        z = log_odds(backend, task, reference)
+        for _ in range(CORRECTIONS):
+            offset = offset + _step(backend, z - offset, task.mass, task.masses, task.weights)[0]
+    return Boundaries(reference, xp.where(valid, offset, math.nan), count)
+
+
+def _approach(
+    backend: Backend, *arrays: Array, weighted: bool, ranks: tuple[int, ...] | None, limit: int
+) -> tuple[Array, ...]:
+    """The reference; the offset; the number of steps; and whether there is a plan."""
+    xp, task = backend.xp, Task(*arrays)
+    near = None if weighted or ranks is None else window(backend, task.x, xp.max(task.tau, axis=-2), ranks)
+    if near is not None:
+        within = task._replace(x=near, weights=xp.expand_dims(hold(xp, near, None), axis=-2))
+        found, sure = _approach_within(backend, within, weighted, ranks, limit, task.x.shape[-1])
+        if backend.known(xp.all(sure)):
+            return found
+    return _approach_within(backend, task, weighted, ranks, limit, task.x.shape[-1])[0]
+
+
+def _approach_within(
+    backend: Backend, task: Task, weighted: bool, ranks: tuple[int, ...] | None, limit: int, n: int
+) -> tuple[tuple[Array, ...], Array]:
+    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    xp = backend.xp
+    bound = limits(xp, task.x.dtype)
+    mass = task.mass[..., 0]
+    if not weighted:  # sums of fractions that should be whole are
+        nearest = xp.round(mass)
+        mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
+    weights = task.weights[..., 0, :] if weighted else None
+    ends = find_ends(backend, task.x, None, mass, weights, ranks, n)
+    ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
+    reference, gap = frame(backend, ends, task.tau)
+    z = log_odds(backend, task, reference)
+    mass = xp.expand_dims(mass, axis=-1)
+    odds, half = closer(backend, z, gap)
+    alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
+    del odds
+    offset = _together(xp, z, alone + middle(gap), task.weights)
+    offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
+
+    def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
+        offset, count, last, careful, done = state
+        size, wanted = _step(backend, z - offset, mass, task.masses, task.weights)
+        decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
+        careful = careful | (decrement > last)
+        potentials = running(xp, size, reverse=True)
+        span = xp.max(potentials, axis=-2, keepdims=True) - xp.min(potentials, axis=-2, keepdims=True)
+        length = xp.where(careful, span, xp.max(xp.abs(size), axis=-2, keepdims=True))
+        short = xp.where(length == 0.0, 1.0, xp.log1p(length) / nonzero(xp, length))
+        offset = xp.where(done, offset, offset + short * size)
+        count = xp.where(done, count, count + 1.0)
+        done = done | ~(span > bound.eps**0.25)  # two steps of second order away from eps: the corrections
+        return (offset, count, decrement, careful, done), done
+
+    none = xp.zeros_like(offset[..., :1, :])
+    state = (offset, none, none + math.inf, none > 0.0, none > 0.0)
+    offset, count, *_ = backend.repeat(step, state, limit)
+    for _ in range(CORRECTIONS):
+        offset = offset + _step(backend, z - offset, mass, task.masses, task.weights)[0]
+    valid = xp.all(ends.valid, axis=-2, keepdims=True) & (task.tau > 0.0) & (task.tau <= bound.largest)
+    # A window leaves out what is log(n / eps) and the margin below the lower side of every gap. That is nothing beside
+    # the score there, where it is below the boundary; else it must be beside all that is shared at the boundary.
+    above, below = sides(xp, plan(xp, z - offset))
+    shared = xp.sum(task.weights * (above * below), axis=-1, keepdims=True)
+    sure = ends.nothing | ends.everything | (offset >= gap.low) | (xp.exp(gap.low - offset - MARGIN) <= shared)
+    return (reference, offset, count, valid), sure | ~valid
+
+
+def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array) -> tuple[Array, Array]:
+    """Newton's step of the offsets, and the excess of the boundaries that asks for it."""
+    xp = backend.xp
+    share = plan(xp, z)
+    above, below = sides(xp, share)
+    system = System(backend, share, above, below, weights)
+    wanted = excess(xp, above, below, mass, weights)
+    column = xp.sum(weights * share[..., :-1, :], axis=-1, keepdims=True) - masses[..., :-1, :]
+    return system.solve(system.choose(wanted, column)), wanted
+
+
+def _together(xp: Any, z: Array, alone: Array, weights: Array) -> Array:
+    """Offsets from the plan that the boundaries on their own make: the mean of its log-odds, where it has any."""
+    y = z - alone
+    positive = y > 0.0
+    decay = xp.exp(-xp.abs(y))
+    tail = decay / (1.0 + decay)
+    above, below = xp.where(positive, 1.0 - tail, tail), xp.where(positive, tail, 1.0 - tail)
+    all_of_it, none = xp.ones_like(above[..., :1, :]), xp.zeros_like(above[..., :1, :])
+    # The difference of two masks is also that of their complements: taken of the small ones.
+    by_mask = xp.concat([above, all_of_it], axis=-2) - xp.concat([none, above], axis=-2)
+    by_rest = xp.concat([all_of_it, below], axis=-2) - xp.concat([below, none], axis=-2)
+    share = xp.where(xp.concat([positive, all_of_it > 0.0], axis=-2), by_rest, by_mask)
+    upper, lower = share[..., :-1, :], share[..., 1:, :]
+    both = (upper > 0.0) & (lower > 0.0)
+    upper, lower = xp.where(both, upper, 1.0), xp.where(both, lower, 1.0)
+    weight = xp.where(both, weights * (upper * lower / (upper + lower)), 0.0)
+    total = xp.sum(weight, axis=-1, keepdims=True)
+    mean = xp.sum(weight * (z - (xp.log(upper) - xp.log(lower))), axis=-1, keepdims=True) / nonzero(xp, total)
+    return xp.where(total > float(xp.finfo(z.dtype).smallest_normal), mean, alone)

@@ -1,0 +1,123 @@
+r"""The derivative of the transport plan, once, for every operator that is made of it and every framework.
+
+Differentiate sum_i a_i Q_ij = C_j, with z_ij = (x_i - r_j) / tau_j - s_j, M_i and J as in the docstring of this
+package. Write w_ij = dx_i / tau_j - (x_i - r_j) / tau_j^2 dtau_j, the change of z for an offset that stays. Then, for
+each score, dQ = M dz and
+
+    dz = w - ds,   J ds = sum_i a_i M_i w_i + sum_i da_i Q_i - dC,
+    dP_j = P_j (sum_{l >= j} R_l dz_l - sum_{l < j} Q_l dz_l).
+
+M is never formed: (M w)_j = R_j sum_{l <= j} Q_l w_l + Q_j sum_{l > j} R_l w_l. For a cotangent U of the plan, with the
+differences of neighbours D_j = U_j - U_j+1,
+
+    <U, dP> = <D, dQ>,   so   zbar = M D,   J lambda = c - sum_i zbar_i,   wbar = zbar + a M lambda,
+    xbar = sum_j wbar_j / tau_j,   taubar_j = -sum_i wbar_ij (x_i - r_j) / tau_j^2,
+    abar = sum_j lambda_j Q_j,   Cbar = -lambda
+
+(c the cotangent of s). At a boundary that one score dominates, w less its mean and D + a lambda nearly cancel: both are
+measured from that score, and are zero there by a choice, as in the rule of the mask.
+"""
+
+from __future__ import annotations
+
+from softk._reference.threshold.formulas import limits, nonzero
+from softk.backend import Array, Backend
+
+from .system import System, Task, log_odds, plan, running, sides
+
+
+class PlanLinearisation:
+    """The derivative at one point. Rows are boundaries (m - 1) or anchors (m), columns scores.
+
+    Parameters
+    ----------
+    backend : Backend
+        The framework of the arrays.
+    task : Task
+        The problem.
+    reference, offset : array
+        Its boundaries, as `newton.newton` returns them.
+    """
+
+    def __init__(self, backend: Backend, task: Task, reference: Array, offset: Array) -> None:
+        self.xp, self.task = backend.xp, task
+        xp = backend.xp
+        self.apart = log_odds(backend, task, reference)
+        self.share = plan(xp, self.apart - offset)
+        self.above, self.below = sides(xp, self.share)
+        self.system = System(backend, self.share, self.above, self.below, task.weights)
+        weight = task.weights * (self.above * self.below)
+        self.peak = (weight >= xp.max(weight, axis=-1, keepdims=True)) & (weight > 0.0)
+        self.alone = self.peak & (xp.count_nonzero(self.peak, axis=-1, keepdims=True) == 1)
+
+    def total(self, values: Array) -> Array:
+        return self.xp.sum(values, axis=-1, keepdims=True)
+
+    def at_peak(self, values: Array) -> Array:
+        """The value at the score that dominates each boundary; the mean of several."""
+        xp = self.xp
+        count = xp.astype(xp.count_nonzero(self.peak, axis=-1, keepdims=True), self.apart.dtype)
+        return self.total(xp.where(self.peak, values, 0.0)) / nonzero(xp, count)
+
+    def across(self, w: Array) -> Array:
+        """dQ = M w, score by score, for a change w of the log-odds."""
+        before = running(self.xp, self.above * w)[..., 1:, :]
+        before = self.below * before
+        behind = running(self.xp, self.below * w, reverse=True)[..., 1:, :]
+        return self.above * behind + before
+
+    def spread(self, w: Array) -> Array:
+        """dP, for all anchors."""
+        change = running(self.xp, self.below * w, reverse=True)
+        change = change - running(self.xp, self.above * w)
+        return change * self.share
+
+    def weighed(self, w: Array) -> Array:
+        """sum_i a_i M_i w_i, for the unknowns of the system."""
+        weights = self.task.weights
+        boundaries = self.total(self.across(w) * weights)
+        return self.system.choose(boundaries, self.total((self.spread(w) * weights)[..., :-1, :]))
+
+    def moving(self) -> Array:
+        """The scores that a tangent moves: those that are finite."""
+        most = limits(self.xp, self.apart.dtype).largest
+        return self.xp.expand_dims((self.task.x >= -most) & (self.task.x <= most), axis=-2)
+
+    def push(
+        self, dx: Array | None, dtau: Array | None, da: Array | None, dmasses: Array | None
+    ) -> tuple[Array, Array]:
+        """Tangents (dP, ds), from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c (..., m, 1)."""
+        xp, tau = self.xp, self.task.tau
+        w = xp.zeros_like(self.apart)
+        if dx is not None:
+            w = w + xp.where(self.moving(), dx, 0.0) / tau
+        if dtau is not None:
+            w = w - self.apart * (dtau / tau)
+        origin = self.at_peak(w)
+        w = xp.where(self.alone, 0.0, w - origin)
+        change = self.weighed(w)
+        if da is not None:
+            change = change + self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
+        if dmasses is not None:
+            change = change - self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
+        ds = self.system.solve(change)
+        return self.spread(w - ds), ds + origin
+
+    def pull(self, u: Array | None, c: Array | None) -> tuple[Array, Array, Array, Array]:
+        """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
+        xp, tau, weights = self.xp, self.task.tau, self.task.weights
+        difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
+        origin = self.at_peak(difference) / nonzero(xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape)))
+        difference = xp.where(self.alone, 0.0, difference - weights * origin)
+        boundaries = self.total(self.across(difference))
+        wanted = -self.system.choose(boundaries, self.total(self.spread(difference)[..., :-1, :]))
+        if c is not None:
+            before = xp.concat([xp.zeros_like(c[..., :1, :]), c[..., :-1, :]], axis=-2)
+            wanted = wanted + self.system.choose(c, c - before)
+        slack = self.system.solve(wanted)
+        wbar = self.across(difference + weights * slack)
+        del difference
+        slack = slack - origin
+        xbar = xp.sum(xp.where(self.moving(), wbar / tau, 0.0), axis=-2)
+        taubar = -self.total(self.apart * wbar) / tau
+        return xbar, taubar, xp.sum(slack * self.above, axis=-2), -running(xp, slack, reverse=True)

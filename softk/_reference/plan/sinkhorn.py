@@ -1,0 +1,59 @@
+"""The boundaries of a plan by Sinkhorn's algorithm, as the paper has it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk._reference.threshold.formulas import limits
+from softk.backend import Array, Backend
+
+from .system import Boundaries, Task, log_odds, plan
+
+
+def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolerance: float, limit: int) -> Boundaries:
+    """The boundaries by the algorithm of the paper, in the log domain, from potentials of zero.
+
+    With the rows normalised, one iteration adds epsilon log(c_j / sum_i a_i P_ij) to the potential g_j, and moves a
+    threshold by the difference of its neighbours.
+
+    Parameters
+    ----------
+    backend, task
+        As for `newton`.
+    masses, anchors : array
+        Shape (..., m).
+    tolerance : float
+        The error in a mass that is good enough.
+    limit : int
+        Iterations at most.
+    """
+    xp = backend.xp
+    masses, anchors = (xp.expand_dims(backend.constant(value), axis=-1) for value in (masses, anchors))
+    reference = 0.5 * (anchors[..., :-1, :] + anchors[..., 1:, :])  # where g = 0
+    constants = (backend.constant(value) for value in task)
+    options = {"tolerance": tolerance, "limit": limit}
+    offset, count = backend.settle(_iterate, options, *constants, masses, reference)
+    valid = (task.tau > 0.0) & (task.tau <= limits(xp, offset.dtype).largest)
+    return Boundaries(reference, xp.where(valid, offset, math.nan), count)
+
+
+def _iterate(backend: Backend, *arrays: Array, tolerance: float, limit: int) -> tuple[Array, ...]:
+    """The offset, and the number of iterations."""
+    *given, masses, reference = arrays
+    xp, task = backend.xp, Task(*given)
+    z = log_odds(backend, task, reference)
+    taken, least = masses > 0.0, float(xp.finfo(z.dtype).smallest_normal)
+
+    def step(state: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        offset, count, done = state
+        found = xp.sum(task.weights * plan(xp, z - offset), axis=-1, keepdims=True)
+        done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= tolerance)
+        rise = xp.log(xp.where(taken, masses, 1.0)) - xp.log(xp.maximum(found, least))
+        rise = xp.where(taken, rise, math.log(least))
+        move = rise[..., 1:, :] - rise[..., :-1, :]
+        return (xp.where(done, offset, offset + move), xp.where(done, count, count + 1.0), done), done
+
+    none = xp.zeros_like(z[..., :1, :1])
+    offset, count, _ = backend.repeat(step, (xp.zeros_like(z[..., :1]), none, none > 0.0), limit)
+    return offset, count

@@ -1,0 +1,189 @@
+"""Sorting and ranking: rows of equal mass at equal distances, and one more anchor for the rest, which may be nothing.
+
+As for the mask, the outputs end with the offsets, from which the rule is built, and with constants. Rows are anchors or
+the boundaries between them, from the highest to the lowest; columns are scores.
+
+Inputs, in this order: scores x (..., n), tau between neighbouring anchors (..., 1) or (), the mass of a row (), where
+(..., n) or None. How many rows there are is an option; in a rule the offsets say it, of which each row has one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk._reference.threshold.formulas import between, limits
+from softk._reference.threshold.problem import hold, selectable
+from softk.backend import Array, Backend, Inputs, Primitive
+
+from .newton import newton
+from .rule import PlanLinearisation
+from .system import Task, log_odds, plan, prepare
+
+Arrays = tuple[Array, ...]
+
+
+def _ladder(xp: Any, inputs: tuple[Any, ...], rows: int) -> Task:
+    x, tau, unit, where = inputs
+    x = selectable(xp, x, where)
+    return prepare(xp, x, xp.broadcast_to(unit, (*x.shape[:-1], rows + 1)), tau, hold(xp, x, None))
+
+
+def _climb(
+    backend: Backend, inputs: tuple[Any, ...], rows: int, ranks: tuple[int, ...] | None
+) -> tuple[Task, Array, Array]:
+    task = _ladder(backend.xp, inputs, rows)
+    reference, offset, _ = newton(backend, task, weighted=False, ranks=ranks)
+    return task, reference, offset
+
+
+def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearisation:
+    *_, offset, reference = outputs
+    return PlanLinearisation(backend, _ladder(backend.xp, inputs, offset.shape[-2]), reference, offset)
+
+
+def _push(rule: PlanLinearisation, tangents: Inputs) -> tuple[Array, Array]:
+    """Tangents of the whole plan and of the offsets."""
+    dx, dtau, *_ = tangents
+    column = None if dtau is None else _column(rule.xp, dtau)
+    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), column, None, None)
+
+
+def _column(xp: Any, values: Array) -> Array:
+    """One value a slice, for every boundary."""
+    return xp.expand_dims(values, axis=-1) if values.ndim else values
+
+
+def _one(xp: Any, taubar: Array, tau: Array) -> Array:
+    """The cotangent of the one temperature that all boundaries share."""
+    shared = xp.sum(taubar, axis=-2)
+    return shared if tau.ndim else xp.sum(shared)
+
+
+class _Means:
+    """The mean score that each row takes: r + sum_i P_ij (x_i - r) / c_j.
+
+    Measured from a constant r near it, which keeps an offset of the scores out of the sum. A row that takes of +inf is
+    +inf; one for which not enough scores are left is -inf.
+    """
+
+    def __init__(self, backend: Backend, task: Task, reference: Array, unit: Array) -> None:
+        xp = backend.xp
+        x, rows = task.x, reference.shape[-2]
+        finite = xp.abs(x) < math.inf
+        least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
+        most = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
+        some = least <= most
+        near = between(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
+        self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
+        far = limits(xp, x.dtype).largest
+        apart = between(xp, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), -far, far)
+        self.apart = xp.where(self.finite, apart, 0.0)
+        before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
+        count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
+        first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
+        mass = between(xp, count - before, 0.0, unit)
+        none = xp.zeros_like(mass)
+        self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
+        self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
+
+    def of(self, share: Array) -> Array:
+        found = self.xp.sum(share * self.apart, axis=-1) / self.mass
+        return self.xp.where(self.xp.isnan(found), math.nan, self.near + found + self.end)
+
+    def push(self, share: Array, dshare: Array, dx: Array | None) -> Array:
+        xp = self.xp
+        moved = dshare * self.apart
+        if dx is not None:
+            moved = moved + share * xp.where(self.finite, xp.expand_dims(dx, axis=-2), 0.0)
+        return xp.sum(moved, axis=-1) / self.mass
+
+    def pull(self, share: Array, vbar: Array) -> tuple[Array, Array]:
+        """Cotangents of the rows of the plan and of the scores."""
+        xp = self.xp
+        vbar = xp.expand_dims(vbar / self.mass, axis=-1)
+        return vbar * self.apart, xp.sum(xp.where(self.finite, vbar * share, 0.0), axis=-2)
+
+
+def _sorted_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    xp = backend.xp
+    task, reference, offset = _climb(backend, inputs, rows, ranks)
+    share = (plan(xp, log_odds(backend, task, reference) - offset) * task.weights)[..., :-1, :]
+    return _Means(backend, task, reference, inputs[2]).of(share), share, offset, reference
+
+
+def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _linearise(backend, inputs, outputs)
+    weights = rule.task.weights
+    dshare, doffset = _push(rule, tangents)
+    share, dshare = (weights * rule.share)[..., :-1, :], (weights * dshare)[..., :-1, :]
+    means = _Means(backend, rule.task, outputs[-1], inputs[2])
+    return means.push(share, dshare, tangents[0]), dshare, doffset
+
+
+def _sorted_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
+    xp = backend.xp
+    vbar, ubar, c = cotangents
+    rule = _linearise(backend, inputs, outputs)
+    weights, direct = rule.task.weights, None
+    if vbar is not None:
+        share = (weights * rule.share)[..., :-1, :]
+        found, direct = _Means(backend, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
+        ubar = found if ubar is None else ubar + found
+    if ubar is not None:
+        ubar = weights * xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
+    xbar, taubar, _, _ = rule.pull(ubar, c)
+    return xbar if direct is None else xbar + direct, _one(xp, taubar, inputs[1]), None, None
+
+
+sorted_plan = Primitive("sorted_plan", _sorted_forward, _sorted_jvp, _sorted_vjp, constants=1, results=2)
+
+
+# --- the soft rank: the mean position of the rows that a score goes to, 0 for the highest
+
+
+def _positions(backend: Backend, x: Array, rows: int) -> Array:
+    """Evenly over 0 ... n - 1, from the highest to the lowest row (..., m - 1, 1)."""
+    xp = backend.xp
+    step = (x.shape[-1] - 1) / max(rows - 1, 1)
+    place = step * xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype)
+    return xp.broadcast_to(xp.reshape(place, (rows, 1)), (*x.shape[:-1], rows, 1))
+
+
+def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    xp = backend.xp
+    task, reference, offset = _climb(backend, inputs, rows, ranks)
+    share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
+    place = _positions(backend, task.x, rows)
+    found = xp.sum(share * place, axis=-2)
+    # -inf is never selected: those are behind all others, and tie.
+    count = xp.count_nonzero(task.x > -math.inf, axis=-1, keepdims=True)
+    last = 0.5 * (xp.astype(count, found.dtype) + (task.x.shape[-1] - 1))
+    last = xp.where(xp.isnan(offset[..., 0, :]), math.nan, last)
+    return xp.where(task.x == -math.inf, last, found), offset, reference
+
+
+def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _linearise(backend, inputs, outputs)
+    place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
+    dshare, doffset = _push(rule, tangents)
+    return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
+
+
+def _rank_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
+    xp = backend.xp
+    ubar, c = cotangents
+    rule = _linearise(backend, inputs, outputs)
+    if ubar is not None:
+        place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
+        place = xp.concat([place, place[..., -1:, :]], axis=-2)
+        ubar = rule.task.weights * xp.expand_dims(ubar, axis=-2) * place
+    xbar, taubar, _, _ = rule.pull(ubar, c)
+    return xbar, _one(xp, taubar, inputs[1]), None, None
+
+
+soft_rank = Primitive("soft_rank", _rank_forward, _rank_jvp, _rank_vjp, constants=1)

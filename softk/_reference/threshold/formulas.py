@@ -1,0 +1,79 @@
+"""What a dtype can hold, the tolerances, and the formulas that are computed once per slice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from softk.backend import Array
+
+#: Steps before the correction, at most.
+STEPS = 11
+#: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
+CORRECTIONS = 2
+#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
+MARGIN = 4.0
+#: A mass is rounded by as many units of its last digit: that close to 0, n or a sum of weights, it counts as that.
+ROUNDINGS = 8.0
+
+
+class Limits(NamedTuple):
+    """What a dtype can hold, as Python numbers."""
+
+    eps: float
+    largest: float  # finite score; +inf counts as this one
+    farthest: float  # |z| beyond which a score has no part in any derivative
+    saturated: float  # offset at which a sigmoid is exactly 0 or 1
+    reach: float  # |z| of which exp(z) and exp(-z) are numbers, with room for products
+
+
+def limits(xp: Any, dtype: Any) -> Limits:
+    info = xp.finfo(dtype)
+    largest = float(info.max)
+    saturated, reach = (128.0, 80.0) if info.bits <= 32 else (1024.0, 700.0)
+    return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
+
+
+def least(xp: Any, dtype: Any) -> float:
+    """What is nothing beside 1, and far enough from the smallest number that its products are numbers."""
+    return math.exp(0.9 * math.log(float(xp.finfo(dtype).smallest_normal)))
+
+
+def narrow(bound: Limits) -> float:
+    return 2.0 - math.log(bound.eps)
+
+
+def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
+    """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
+    values = xp.maximum(values, least)
+    return xp.minimum(values, most)
+
+
+def exponential(xp: Any, exponent: Array, over: Any = None) -> Array:
+    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers.
+
+    `over` is the namespace that overwrites, for an exponent that nobody reads again.
+    """
+    over = over or xp
+    return over.exp(over.maximum(exponent, math.log(least(xp, exponent.dtype))))
+
+
+def nonzero(xp: Any, values: Array) -> Array:
+    """A denominator: 1 in the place of 0."""
+    return xp.where(values == 0.0, 1.0, values)
+
+
+def counted(xp: Any, k: Array, n: Any) -> Array:
+    """What to add to a mass k of n items, so that it is the end, 0 or n, that it misses by its rounding.
+
+    `n` may be a symbol of a trace, which is only compared. Above 0 there is nothing to add, however small k is.
+    """
+    unit = ROUNDINGS * limits(xp, k.dtype).eps  # of numbers of the size of n; a power of 2
+    over = k - n
+    found = xp.where((k < 0.0) & (-k / unit <= n), -k, 0.0)
+    return xp.where(xp.abs(over) / unit <= n, -over, found)
+
+
+def is_rounding(xp: Any, delta: Array, k: Array) -> Array:
+    """Whether what a sum of weights lacks of k is no more than the rounding of a sum."""
+    return xp.abs(delta) <= ROUNDINGS * limits(xp, k.dtype).eps * k

@@ -1,0 +1,223 @@
+"""The operators as primitives: what each one reads off the solved threshold, and its derivative in both directions.
+
+Inputs, in this order: scores x (..., n), mass k and temperature tau (..., 1) or (), item weights (..., n) or None, and
+where (..., n) or None, the items that are not removed, which has no derivative.
+Every primitive ends its outputs with the offset, which is differentiable and from which its rule is built, so that
+rules nest, and the reference, which is a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk.backend import Array, Backend, Inputs, Primitive
+
+from .formulas import limits
+from .problem import logits, selectable
+from .rule import Linearisation, LogLinearisation
+from .solve import solve
+
+Arrays = tuple[Array, ...]
+Needed = tuple[bool, ...]
+
+
+def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, balanced: bool = True) -> Linearisation:
+    """The rule; the mask's needs no balance where only the derivative in the scores is asked for."""
+    *_, offset, reference = outputs
+    return Linearisation(backend, inputs, reference, offset, balanced=balanced)
+
+
+# --- scores narrower than what is computed in
+
+
+def _widening(forward: Any, jvp: Any, vjp: Any) -> tuple[Any, Any, Any]:
+    """The three functions of a primitive whose result is like the scores, for scores narrower than k.
+
+    They are converted within, so that what is kept for the derivative is no larger than the scores.
+    """
+
+    def convert(backend: Backend, values: Array | None, like: Any) -> Array | None:
+        return values if values is None or values.dtype == like.dtype else backend.xp.astype(values, like.dtype)
+
+    def widened_forward(backend: Backend, x: Array, k: Array, *others: Array | None, **options: Any) -> Arrays:
+        found, *rest = forward(backend, convert(backend, x, k), k, *others, **options)
+        return convert(backend, found, x), *rest
+
+    def widened_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+        (x, k, *others), (dx, *tangents_of_others) = inputs, tangents
+        given = (convert(backend, x, k), k, *others), outputs, (convert(backend, dx, k), *tangents_of_others)
+        found, *rest = jvp(backend, *given)
+        return convert(backend, found, x), *rest
+
+    def widened_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+        (x, k, *others), (u, *cotangents_of_others) = inputs, cotangents
+        given = (convert(backend, x, k), k, *others), outputs, (convert(backend, u, k), *cotangents_of_others)
+        found, *rest = vjp(backend, *given, needed)
+        return convert(backend, found, x), *rest
+
+    return widened_forward, widened_jvp, widened_vjp
+
+
+# --- the mask: sigmoid((x - t) / tau)
+
+
+def _mask_forward(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
+    z = logits(backend, selectable(backend.xp, x, where), reference, tau, offset)
+    return backend.sigmoid(z), offset, reference
+
+
+def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    balanced = any(tangent is not None for tangent in tangents[1:4])
+    rule = _linearise(backend, inputs, outputs, balanced=balanced)
+    mask, offset, _ = rule.push(*tangents[:-1])
+    return mask, offset
+
+
+def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+    u, c = cotangents
+    return (*_linearise(backend, inputs, outputs, balanced=any(needed[1:4])).pull(u, c, None, needed), None)
+
+
+mask = Primitive("topk_mask", *_widening(_mask_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
+
+
+# --- the logarithm of the mask: it neither underflows nor rounds to 0 before the mask does
+
+
+def _log_forward(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    xp = backend.xp
+    x = selectable(xp, x, where)
+    reference, offset, extreme = solve(backend, x, k, tau, weights, None, ranks)
+    z = logits(backend, x, reference, tau, offset)
+    # As far below as it is, and not only as far as a derivative sees.
+    lower = xp.where(z < 0.0, (xp.minimum(x, limits(xp, x.dtype).largest) - reference) / tau - offset, 0.0)
+    found = lower - xp.log1p(xp.exp(-xp.abs(z)))
+    never = (x == -math.inf) | (k <= 0.0) | ((extreme == math.inf) & (x < math.inf))
+    never = never & ~xp.isnan(offset)
+    return xp.where(never, -math.inf, found), offset, reference
+
+
+def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearisation:
+    *_, offset, reference = outputs
+    return LogLinearisation(backend, inputs, reference, offset)
+
+
+def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _log_linearise(backend, inputs, outputs)
+    found, offset, _ = rule.push(*tangents[:-1])
+    return found, offset
+
+
+def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+    u, c = cotangents
+    return (*_log_linearise(backend, inputs, outputs).pull(u, c, None, needed), None)
+
+
+log_mask = Primitive("topk_log_mask", *_widening(_log_forward, _log_jvp, _log_vjp), constants=1, narrow=True)
+
+
+# --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
+
+
+def _hard_forward(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    xp = backend.xp
+    x = selectable(xp, x, where)
+    reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
+    whole = (k == xp.floor(k)) & ~xp.isnan(offset)
+    wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
+    if ranks is not None:
+        wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
+    # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
+    # score has a finite stand-in.
+    infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
+    level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
+    above, tied = x > level, x == level
+    # Of the scores equal to it, as many as are still wanted, the lowest indices first.
+    place = xp.cumulative_sum(xp.astype(tied, backend.index), axis=-1)
+    place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
+    chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
+    chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
+    # Where a framework differentiates the operations themselves, they are those of the soft mask.
+    soft = backend.sigmoid(logits(backend, x, reference, tau, offset))
+    return chosen + (soft - backend.constant(soft)), offset, reference
+
+
+hard_mask = Primitive("topk_hard_mask", *_widening(_hard_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
+
+
+# --- the mask of no scores at all: nothing to solve, and nothing depends on anything
+
+
+def _empty_forward(backend: Backend, x: Array, *_: Array | None) -> Arrays:
+    return (backend.xp.zeros_like(x),)
+
+
+def _empty_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    return (backend.xp.zeros_like(inputs[0]),)
+
+
+def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+    return (*(None if value is None else backend.xp.zeros_like(value) for value in inputs[:4]), None)
+
+
+empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp, narrow=True)
+
+
+# --- the threshold: t = r + tau s
+
+
+def threshold_forward(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    *,
+    ranks: tuple[int, ...] | None,
+) -> Arrays:
+    reference, offset, extreme = solve(backend, x, k, tau, weights, where, ranks)
+    return reference + tau * offset + extreme, offset, reference
+
+
+def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    rule = _linearise(backend, inputs, outputs)
+    _, offset, threshold = rule.push(*tangents[:-1])
+    return threshold, offset
+
+
+def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+    b, c = cotangents
+    return (*_linearise(backend, inputs, outputs).pull(None, c, b, needed), None)
+
+
+threshold = Primitive("topk_threshold", threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)

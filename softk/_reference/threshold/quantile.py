@@ -1,0 +1,113 @@
+"""The quantile: linear interpolation between the thresholds of two neighbouring ranks, half-way between their counts.
+
+Inputs, in this order: scores x (..., n), the probability q and temperature tau (..., 1) or (), item weights (..., n) or
+None, and where (..., n) or None. The outputs end with the offsets of both thresholds and with their references.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk.backend import Array, Backend, Inputs, Primitive
+
+from .formulas import between
+from .masks import threshold_forward
+from .rule import Linearisation
+
+Arrays = tuple[Array, ...]
+Needed = tuple[bool, ...]
+
+
+class _Place:
+    """Where the quantile q lies among n weighted scores: between the thresholds at `first` and at `second`."""
+
+    def __init__(self, xp: Any, x: Array, q: Array, weights: Array | None, where: Array | None) -> None:
+        if weights is None:
+            n = xp.full_like(q, x.shape[-1])
+            if where is not None:
+                n = n - xp.astype(xp.count_nonzero(~where, axis=-1, keepdims=True), q.dtype)
+            sampled = n > 0.0
+        else:
+            counted = weights if where is None else xp.where(where, weights, 0.0)
+            n = xp.sum(xp.where(counted >= 0.0, counted, math.nan), axis=-1, keepdims=True)
+            items = xp.astype(xp.count_nonzero(counted > 0.0, axis=-1, keepdims=True), q.dtype)
+            # The place (n - 1) q tells no q from another unless there is more than one observation: several items that
+            # are one together, or less, have no quantiles. Probabilities sum to 1 but for a rounding an item.
+            sampled = (n - 1.0 > float(xp.finfo(q.dtype).eps) * items) | ((n > 0.0) & (items == 1.0))
+        position = (n - 1.0) * q
+        index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
+        margin = 0.5 * xp.minimum(n, 1.0)
+        self.n = n
+        self.first = between(xp, n - index - 0.5, margin, n - margin)
+        self.second = between(xp, n - index - 1.5, margin, n - margin)
+        # Both follow n, but where they are held at the margin.
+        held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
+        self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)
+        self.second_rate = xp.where(n - index - 1.5 >= margin, 1.0, held)
+        self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & sampled, xp.maximum(position - index, 0.0), math.nan)
+
+
+def _quantile_forward(
+    backend: Backend, x: Array, q: Array, tau: Array, weights: Array | None, where: Array | None
+) -> Arrays:
+    xp = backend.xp
+    place = _Place(xp, x, q, weights, where)
+    one, first, first_reference = threshold_forward(backend, x, place.first, tau, weights, where, ranks=None)
+    two, second, second_reference = threshold_forward(backend, x, place.second, tau, weights, where, ranks=None)
+    value = (1.0 - place.fraction) * one + place.fraction * two
+    value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # no 0 * inf
+    return value, first, second, first_reference, second_reference
+
+
+def _quantile_parts(
+    backend: Backend, inputs: Inputs, outputs: Arrays
+) -> tuple[_Place, Linearisation, Linearisation, Array]:
+    x, q, tau, weights, where = inputs
+    _, first, second, first_reference, second_reference = outputs
+    place = _Place(backend.xp, x, q, weights, where)
+    one = Linearisation(backend, (x, place.first, tau, weights, where), first_reference, first)
+    two = Linearisation(backend, (x, place.second, tau, weights, where), second_reference, second)
+    apart = (second_reference - first_reference) + tau * (second - first)
+    return place, one, two, apart
+
+
+def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
+    dx, dq, dtau, da, _ = tangents
+    q, where = inputs[1], inputs[4]
+    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    dn = None if da is None else one.total(da if where is None else backend.xp.where(where, da, 0.0))
+    _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
+    _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
+    value = one_push + place.fraction * (two_push - one_push)
+    if dq is not None:
+        value = value + apart * (place.n - 1.0) * dq
+    if dn is not None:
+        value = value + apart * q * dn
+    return value, first, second
+
+
+def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
+    b, first_bar, second_bar = cotangents
+    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    if b is None:
+        b = backend.xp.zeros_like(apart)
+    of_x, of_q, of_tau, of_a, _ = needed
+    asked = (of_x, of_a, of_tau, of_a)
+    pulled = [
+        one.pull(None, first_bar, (1.0 - place.fraction) * b, asked),
+        two.pull(None, second_bar, place.fraction * b, asked),
+    ]
+    (xbar, nbar, taubar, abar), (xbar_two, nbar_two, taubar_two, abar_two) = pulled
+    if abar is not None and abar_two is not None:
+        abar = abar + abar_two + (place.first_rate * nbar + place.second_rate * nbar_two + inputs[1] * apart * b)
+        if inputs[4] is not None:
+            abar = backend.xp.where(inputs[4], abar, 0.0)
+    return _sum(xbar, xbar_two), (place.n - 1.0) * apart * b if of_q else None, _sum(taubar, taubar_two), abar, None
+
+
+def _sum(one: Array | None, two: Array | None) -> Array | None:
+    return None if one is None or two is None else one + two
+
+
+quantile = Primitive("soft_quantile", _quantile_forward, _quantile_jvp, _quantile_vjp, constants=2)

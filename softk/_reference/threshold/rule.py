@@ -1,0 +1,378 @@
+r"""The derivative of the soft top-k, once, for every operator and every framework.
+
+With z = (x - r) / tau - s and the mask m = sigmoid(z), differentiate sum_i a_i m_i = k (the implicit function theorem;
+Xie et al., NeurIPS 2020, section 3.2, reduced to its one unknown). Write v = m (1 - m), V = sum_i a_i v_i,
+p = a v / V, w = (dx - z dtau) / tau and dh = dk - <m, da>, the mass that the threshold has to find. Then
+
+    dm = v (w - <p, w>) + (v / V) dh
+    ds = <p, w> - s dtau / tau - dh / V          (r is a constant)
+    dt = tau (<p, w> - dh / V)                   t = r + tau s
+
+and, for cotangents u of m, c of s and b of t, with g = c + tau b,
+
+    wbar = v u + p (g - <v, u>),   xbar = wbar / tau,   taubar = -<z, xbar> - c s / tau,
+    hbar = <v, u> / V - g / V,     kbar = hbar,         abar = -m hbar.
+
+v underflows far from the threshold, but v / V and p do not: with the distance d = min |z| of the items that have
+weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
+quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
+
+z is held to eps |z| only, and so is a p that is read off it. In a gap that is not enough: not for the derivatives in k,
+the weights and the temperature, nor for those of the threshold and of the log mask, which are all in proportion to p.
+But the distance of a score from the nearest one on its side of the threshold is known to a rounding of its own, which
+determines p but for one number: how much of it lies on either side. That number follows from the mass. With the tails
+A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above and l below the threshold,
+
+    B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
+
+delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
+distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
+not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
+farthest that a derivative sees.
+
+**Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
+reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item
+j with nearly all of p has a derivative that is minus the sum of the others', and is lost in rounding as a difference of
+its own terms. So it is chosen out and not subtracted, in both directions: w - w_j and u - a u_j / a_j are zero there by
+a choice, of which the transpose sums up the others; and its tangent is -sum_{i != j} a_i dm_i / a_j.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk.backend import Array, Backend
+
+from .formulas import between, exponential, is_rounding, least, limits, nonzero
+from .problem import logits, selectable, weigh
+
+
+def _asinh(xp: Any, values: Array, most: float) -> Array:
+    """The inverse of sinh, of sizes up to `most`, by functions that every runtime has in float64."""
+    size = xp.minimum(xp.abs(values), most)
+    found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
+    return xp.where(values < 0.0, -found, found)
+
+
+class Linearisation:
+    """The derivative at one point. Sums run along the last axis and keep it.
+
+    Parameters
+    ----------
+    backend : Backend
+        The framework of the arrays.
+    inputs : tuple of array or None
+        Scores (..., n), mass, temperature, item weights (..., n) and where (..., n).
+    reference, offset : array
+        The solution, as `solve.solve` returns it.
+    balanced : bool
+        Whether p must be exact in a gap too, where the mask has no derivative in the scores that is a number.
+    """
+
+    def __init__(
+        self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array, *, balanced: bool = True
+    ) -> None:
+        self.backend, self.xp, self.over = backend, backend.xp, backend.overwriting
+        xp, over = self.xp, self.over
+        self.x, self.k, self.tau, self.weights, self.where = inputs
+        self.reference, self.offset = reference, offset
+        distance, height = self.from_sides() if balanced else self.from_nearest()
+        # What is nothing beside 1 is exactly 0.
+        distance = over.negative(distance)
+        some = backend.indicator(distance, math.log(least(xp, self.x.dtype)))
+        decay = over.multiply(exponential(xp, distance, over), some)
+        del distance, some
+        # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
+        total = height * decay
+        del height
+        total = over.add(total, 1.0)
+        self.scaled = over.divide(decay, total)
+        del decay
+        if balanced:
+            self.scaled = over.multiply(self.scaled, self.balance(self.scaled))
+            del self.upper
+        self.scaled = over.divide(self.scaled, total)
+        del total
+        self.height = xp.exp(-self.nearest)
+        self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
+        self.normal = nonzero(xp, self.normal)
+
+    def from_nearest(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight, and exp(-|z|) of that one."""
+        xp, over = self.xp, self.over
+        bound = limits(xp, self.x.dtype)
+        distance = over.abs(self.z())
+        weighty = distance if self.weights is None else xp.where(self.weights == 0.0, math.inf, distance)
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        self.nearest = xp.minimum(xp.min(weighty, axis=-1, keepdims=True), 0.5 * bound.farthest)
+        del weighty
+        distance = over.subtract(distance, self.nearest)
+        if self.weights is not None:  # an item without weight can come closer
+            distance = over.maximum(distance, -math.log(bound.farthest))
+        return distance, xp.exp(-self.nearest)
+
+    def from_sides(self) -> tuple[Array, Array]:
+        """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+        xp, over, constant = self.xp, self.over, self.backend.constant
+        bound = limits(xp, self.x.dtype)
+        self.upper = upper = self.z() > 0.0
+        x = xp.minimum(selectable(xp, self.x, self.where), bound.largest)
+        weightless = None if self.weights is None else self.weights == 0.0
+        above = xp.where(upper if weightless is None else upper & ~weightless, x, math.inf)
+        below = xp.where(upper if weightless is None else upper | weightless, -math.inf, x)
+        high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
+        del above, below, x, weightless
+        no_high, no_low = high == math.inf, low == -math.inf
+        both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
+        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
+        near = xp.minimum(near, 0.5 * bound.farthest)
+        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
+        # Where there is none, weightless items are measured from the nearest on the other side.
+        self.above, self.below = xp.where(no_high, below, above), xp.where(no_low, above, below)
+        side = xp.where(upper, xp.where(no_high, low, high), xp.where(no_low, high, low))
+        distance = logits(self.backend, selectable(xp, self.x, self.where), side, self.tau)
+        del side
+        # An absolute value has no derivative at the nearest itself.
+        distance = xp.where(upper, distance, -distance)
+        if self.weights is not None:
+            across = xp.where(upper, xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0))
+            distance = over.maximum(over.subtract(distance, across), -math.log(bound.farthest))
+            del across
+        return distance, xp.where(upper, xp.exp(-self.above), xp.exp(-self.below))
+
+    def balance(self, tail: Array) -> Array:
+        """What the tails of either side, each in units of its own, are to be multiplied with."""
+        xp, constant, upper = self.xp, self.backend.constant, self.upper
+        bound = limits(xp, tail.dtype)
+        if self.weights is None:
+            mass = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
+        else:
+            mass = self.total(xp.where(upper, self.weights, 0.0))
+            tail = self.weigh(tail)
+        delta = self.k - mass
+        high, low = self.total(xp.where(upper, tail, 0.0)), self.total(xp.where(upper, 0.0, tail))
+        del tail
+        # No offset supplies k where nothing or everything is selected: there one side is empty.
+        exact = (high > 0.0) & (low > 0.0)
+        if self.weights is not None:  # of which sums are rounded: more than a rounding is in the offset already
+            exact = exact & is_rounding(xp, delta, self.k)
+            delta = xp.zeros_like(delta)
+        high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
+        middle = 0.5 * (self.above + self.below)
+        unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
+        share = _asinh(xp, delta * unit / (xp.sqrt(high) * xp.sqrt(low)), 0.1 * bound.farthest)
+        share = share + 0.5 * xp.log(high / low)
+        share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
+        # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
+        beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))
+        nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
+        self.nearest = constant(nearest)
+        # Constants leave it to these zeros to carry the derivative.
+        above, below = constant(self.above) - self.above, constant(self.below) - self.below
+        above, below = xp.exp(above - share - xp.abs(share)), xp.exp(below + share - xp.abs(share))
+        # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        above = xp.where(self.above < 0.5 * bound.farthest, above, 0.0)
+        return xp.where(upper, above, xp.where(self.below < 0.5 * bound.farthest, below, 0.0))
+
+    def z(self) -> Array:
+        """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
+        return logits(self.backend, selectable(self.xp, self.x, self.where), self.reference, self.tau, self.offset)
+
+    def gain(self) -> Array:
+        """v, the derivative of the mask in z. Without weights v' is never held back, and v is in proportion to it."""
+        if self.weights is None:
+            return self.height * self.scaled
+        over = self.over
+        tail = over.exp(over.negative(over.abs(self.z())))
+        tail = over.divide(tail, 1.0 + tail)
+        return over.multiply(1.0 - tail, tail)
+
+    def rate(self) -> Array:
+        """1 / V'."""
+        return self.xp.minimum(1.0 / self.normal, limits(self.xp, self.x.dtype).farthest)
+
+    def inverse(self) -> Array:
+        """1 / V."""
+        xp, farthest = self.xp, limits(self.xp, self.x.dtype).farthest
+        return xp.minimum(xp.exp(xp.minimum(self.nearest, math.log(farthest))) * self.rate(), farthest)
+
+    def lift(self) -> Array:
+        """v / V, the derivative of the mask in k."""
+        return self.scaled * self.rate()
+
+    def dominating(self) -> tuple[Array, Array]:
+        """1 for the item that has more than three quarters of p, else 0; and whether there is such an item."""
+        most = self.backend.indicator(self.weigh(self.scaled), 0.75 * self.normal)
+        return most, self.total(most) > 0.0
+
+    def spread(self, u: Array, g: Array) -> Array:
+        """v u + p (g - <v, u>), where J^T a = 0.
+
+        From u less a multiple of the weights: that which is zero at the item that dominates p, where there is one, for
+        u less its mean is lost in rounding there; elsewhere its mean.
+        """
+        xp, over, dot = self.xp, self.over, self.backend.dot
+        most, held = self.dominating()
+        u = self.kept(u)
+        if self.weights is None:
+            u = self.others(most, u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal))
+            del most
+            g = g - self.height * dot(self.scaled, u)
+            return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
+        share = self.relative(most, held)
+        level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
+        if over is not self.xp:
+            most = None  # `others` reads it only where operations are differentiated
+        share = share * level
+        fresh = over if self.where is not None else self.xp  # without `where` u is the caller's
+        u = self.others(most, fresh.subtract(u, share))
+        del most, share
+        found = over.multiply(u, self.gain())
+        return over.add(found, self.shares(g - self.total(found)))
+
+    def others(self, most: Array | None, values: Array) -> Array:
+        """Zero at the item that dominates p, where the values are zero: a choice, if they are differentiated."""
+        return values if most is None or self.over is not self.xp else self.xp.where(most > 0.0, 0.0, values)
+
+    def relative(self, most: Array, held: Array) -> Array:
+        """The weights, which may be of any size, in units of that of the item that dominates p, or of the largest."""
+        xp = self.xp
+        share = xp.where(self.scaled > 0.0, self.weights, 0.0)
+        unit = xp.where(held, self.backend.dot(most, share), xp.max(share, axis=-1, keepdims=True))
+        return self.over.divide(share, nonzero(xp, unit))
+
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        """v w, for a w whose mean by p is 0. Its weighted sum is 0, which gives the value where p dominates."""
+        xp, dot = self.xp, self.backend.dot
+        moved = xp.where(most > 0.0, 0.0, self.gain() * w)
+        if self.weights is None:
+            return moved - self.total(moved) * xp.where(held, most, self.scaled / self.normal)
+        share = self.relative(most, held)
+        rest = dot(share, moved)
+        return moved - rest * xp.where(held, most, self.scaled / nonzero(xp, dot(self.scaled, share)))
+
+    def still(self, values: Array) -> Array:
+        """Zero for the scores that do not move: +inf, and those that are removed."""
+        moves = ~(self.x > limits(self.xp, self.x.dtype).largest)
+        return self.xp.where(moves if self.where is None else moves & self.where, values, 0.0)
+
+    def kept(self, values: Array) -> Array:
+        """Zero for the items that are removed, whatever stands there."""
+        return values if self.where is None else self.xp.where(self.where, values, 0.0)
+
+    def weigh(self, values: Array) -> Array:
+        return values if self.weights is None else weigh(self.xp, self.weights, values)
+
+    def shares(self, factor: Array) -> Array:
+        """p times a number a slice. The inverse of the sum of tiny weights is not a number that exists."""
+        if self.weights is None:
+            return self.scaled * (factor / self.normal)
+        return self.over.divide(self.weigh(self.scaled), self.normal) * factor
+
+    def total(self, values: Array) -> Array:
+        return self.xp.sum(values, axis=-1, keepdims=True)
+
+    def mask(self) -> Array:
+        return self.backend.sigmoid(self.z())
+
+    def push(
+        self, dx: Array | None, dk: Array | None, dtau: Array | None, da: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Tangents (dm, ds, dt) of the mask, the offset and the threshold. None is zero."""
+        xp = self.xp
+        zero = xp.zeros_like(self.offset)
+        w = xp.zeros_like(self.x) if dx is None else self.still(dx) / self.tau
+        if dtau is not None:
+            w = w - self.z() * (dtau / self.tau)
+        dh = zero if dk is None else dk + zero
+        if da is not None:
+            dh = dh - self.total(self.mask() * self.kept(da))
+        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean, and
+        # is zero there whatever a compiler makes of a product and a difference.
+        share = self.weigh(self.scaled)
+        most, held = self.dominating()
+        origin = xp.where(held, self.backend.dot(most, w), self.backend.dot(share, w) / self.normal)
+        w = xp.where(most > 0.0, 0.0, w - origin)
+        shifted = self.backend.dot(share, w) / self.normal
+        del share
+        mean = shifted + origin
+        found = self.inverse() * dh
+        ds = mean - found
+        if dtau is not None:
+            ds = ds - self.offset * (dtau / self.tau)
+        moved = self.response(w - shifted, most, held)
+        if dk is not None or da is not None:
+            moved = moved + self.lift() * dh
+        return moved, ds, self.tau * (mean - found)
+
+    def pull(
+        self,
+        u: Array | None,
+        c: Array | None,
+        b: Array | None,
+        needed: tuple[bool, ...],
+    ) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+        """Cotangents of (x, k, tau, a), from those of the mask, the offset and the threshold. None is zero.
+
+        None for those that nobody needs.
+        """
+        xp = self.xp
+        of_x, of_k, of_tau, of_a, *_ = needed
+        of_a = of_a and self.weights is not None
+        g = xp.zeros_like(self.offset)
+        if c is not None:
+            g = g + c
+        if b is not None:
+            g = g + self.tau * b
+        hbar = None
+        if of_k or of_a:
+            hbar = -self.inverse() * g
+            if u is not None:
+                hbar = hbar + self.total(self.lift() * self.kept(u))
+        xbar = taubar = None
+        if of_x or of_tau:
+            xbar = self.shares(g / self.tau) if u is None else self.over.divide(self.spread(u, g), self.tau)
+            del self.scaled  # an array of the scores' size, of which the rest needs some
+            # +inf does not move; for the other scores that do not, v' is 0.
+            xbar = self.over.multiply(xbar, self.backend.indicator(-self.x, -math.inf))
+        if of_tau:
+            taubar = -self.total(self.z() * xbar)
+            if c is not None:
+                taubar = taubar - c * self.offset / self.tau
+        return xbar, hbar, taubar, -self.mask() * hbar if of_a else None
+
+
+class LogLinearisation(Linearisation):
+    """The derivative of the logarithm of the mask, log m = min(z, 0) - log1p(exp(-|z|)): with 1 - m in the place of v.
+
+    What is never selected has the logarithm -inf and no derivative.
+    """
+
+    def gain(self) -> Array:
+        z = self.z()
+        never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
+        found = self.backend.sigmoid(-z)
+        if self.weights is None:  # rounded as p is, of which `spread` takes it
+            found = self.xp.where(z > 0.0, self.height * self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))), found)
+        return self.xp.where(never, 0.0, found)
+
+    def response(self, w: Array, most: Array, held: Array) -> Array:
+        return self.gain() * w
+
+    def lift(self) -> Array:
+        """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
+        z = self.z()
+        above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate()
+        return self.xp.where(z > 0.0, above, self.gain() * self.inverse())
+
+    def spread(self, u: Array, g: Array) -> Array:
+        """(1 - m) u + p (g - <1 - m, u>), likewise."""
+        direct = self.gain()
+        direct = self.xp.where(direct == 0.0, 0.0, u) * direct
+        most, held = self.dominating()
+        share = self.shares(self.xp.ones_like(self.offset))
+        share = share / self.xp.where(held, self.backend.dot(most, share), 1.0)
+        found = direct - share * self.xp.where(held, self.backend.dot(most, direct), self.total(direct))
+        found = self.others(most, found)
+        return self.shares(g - self.total(found)) + found

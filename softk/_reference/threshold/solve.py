@@ -1,0 +1,161 @@
+"""The threshold in its two parts: the gap, then Newton's steps.
+
+**A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
+array, `window` says which these are, and `approach` checks from the result that what was left out had no say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from softk.backend import Array, Backend, broadcast_like
+
+from .ends import Gap, closer, find_ends, frame, middle
+from .formulas import CORRECTIONS, MARGIN, STEPS, limits
+from .newton import correction, search
+from .problem import hold, logits, selectable
+
+
+class Solution(NamedTuple):
+    """The threshold reference + tau * offset + extreme of every slice."""
+
+    reference: Array  # a score or the middle of a gap, a constant to every derivative
+    offset: Array
+    extreme: Array  # +inf where nothing is selected, -inf where everything is, else 0
+
+
+def solve(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    ranks: tuple[int, ...] | None,
+) -> Solution:
+    """The threshold r + tau s, in its two parts.
+
+    Parameters
+    ----------
+    backend : Backend
+        The framework of the arrays.
+    x : array
+        Scores, shape (..., n), n >= 1.
+    k, tau : array
+        Mass and temperature, of one shape with `x` but for the last axis, which is 1, or of no axes at all.
+    weights, where : array or None
+        Item weights and the items that are not removed, the shape of `x`.
+    ranks : tuple of int or None
+        ceil(k) and floor(k) + 1 where k is a Python number and there are no weights.
+
+    Returns
+    -------
+    Solution
+        Three arrays of shape (..., 1). A slice that the contract answers with NaN has a NaN offset. Where nothing
+        (everything) is selected the offset saturates every sigmoid at 0 (at 1).
+    """
+    xp = backend.xp
+    bound = limits(xp, x.dtype)
+    valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
+    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
+    given = {"x": x, "k": k, "tau": tau, "weights": weights, "where": where}
+    names = tuple(name for name, value in given.items() if value is not None)
+    constants = (backend.constant(given[name]) for name in names)
+    if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
+        ranks = None  # symbols of a trace
+    options = {"names": names, "ranks": ranks, "limit": STEPS}
+    found = backend.settle(approach, options, *constants)
+    reference, offset, high, low, nothing, everything, settled, infinite = found
+
+    if backend.differentiates_operations:
+        gap = Gap(high, low)
+        x = selectable(xp, x, where)
+        held = None if weights is None else hold(xp, x, weights)
+        odds, half = closer(backend, logits(backend, x, reference, tau), gap)
+        wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
+        offset = offset - middle(gap)
+        for _ in range(CORRECTIONS):
+            offset = offset + correction(backend, odds, offset, half, wider, k, held)
+        offset = offset + middle(gap)
+    offset = xp.where(everything, -bound.saturated, offset)
+    offset = xp.where(nothing, bound.saturated, offset)
+    extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
+    extreme = xp.where(nothing | infinite, math.inf, extreme)
+    return Solution(reference, xp.where(valid & settled, offset, math.nan), extreme)
+
+
+def approach(
+    backend: Backend, *arrays: Array, names: tuple[str, ...], ranks: tuple[int, ...] | None, limit: int
+) -> tuple[Array, ...]:
+    """Reference, offset, both sides of the gap; whether nothing is selected, everything, there is an answer, and
+    whether the last that is selected is +inf.
+    """
+    given = dict(zip(names, arrays, strict=True))
+    x, k, tau = given["x"], given["k"], given["tau"]
+    weights, where = given.get("weights"), given.get("where")
+    xp = backend.xp
+    if weights is None:
+        x, where = selectable(xp, x, where), None
+    near = None if ranks is None else window(backend, x, tau, ranks)
+    if near is not None:
+        found, sure = _approach_within(backend, near, k, tau, None, None, ranks, limit, x.shape[-1])
+        if backend.known(xp.all(sure)):
+            return found
+    return _approach_within(backend, x, k, tau, weights, where, ranks, limit, x.shape[-1])[0]
+
+
+def _approach_within(
+    backend: Backend,
+    x: Array,
+    k: Array,
+    tau: Array,
+    weights: Array | None,
+    where: Array | None,
+    ranks: tuple[int, ...] | None,
+    limit: int,
+    n: int,
+) -> tuple[tuple[Array, ...], Array]:
+    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    xp = backend.xp
+    bound = limits(xp, x.dtype)
+    ends = find_ends(backend, x, where, k, weights, ranks, n)
+    reference, gap = frame(backend, ends, tau)
+    if weights is not None:
+        weights = hold(xp, selectable(xp, x, where), weights)
+    fixed = ends.nothing | ends.everything
+    odds, half = closer(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
+    offset, tails = search(backend, odds, half, k, weights, fixed, limit)
+    settled = ends.valid & ~xp.isnan(tails.lower)
+    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
+    sure = fixed | ~settled | (xp.exp(-half - offset - MARGIN) <= tails.lower + tails.upper)
+    return (
+        reference,
+        offset + middle(gap),
+        *gap,
+        broadcast_like(xp, ends.nothing, offset.shape, offset),
+        ends.everything,
+        settled,
+        ends.high > bound.largest,
+    ), sure
+
+
+def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
+    """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
+
+    Of the maxima of blocks, the one of a rank is a lower bound of the score of that rank: that many scores are at least
+    as large. Everything that is log(n / eps) and a margin, in units of tau, below the bound has, all together, no part
+    in a tail.
+    """
+    xp, n, rank = backend.xp, x.shape[-1], max(ranks)
+    if not isinstance(n, int) or not backend.gathers(x):
+        return None
+    size = n // (8 * rank)
+    if size < 4:
+        return None
+    blocks = n // size
+    maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
+    level = backend.order_statistics(maxima, (rank,))
+    bound = limits(xp, x.dtype)
+    level = xp.minimum(level, bound.largest) - (math.log(n / bound.eps) + MARGIN) * tau  # of finite scores beside +inf
+    return backend.gather_above(x, level)
