@@ -5,6 +5,7 @@ from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import TopK, rank, sort, sorted_topk
 from ._functions.transport import ConvergenceWarning, Plan, transport
+from .backend import kernels
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "beam",
     "jvp",
+    "kernels",
     "log_topk",
     "neighbors",
     "quantile",

@@ -16,7 +16,7 @@ from ._functions.checks import check_flag, check_precision, is_number, require_a
 from ._functions.masks import log_topk
 from ._functions.shapes import cast, fits
 from ._functions.signatures import explained
-from .backend import AnyArray, Array, ArrayT, Backend, backend_of
+from .backend import AnyArray, Array, ArrayT, Backend, backend_of, index_dtype
 
 __all__ = ["attention_weights", "topk_attention"]
 
@@ -115,7 +115,7 @@ def topk_attention(
     value = _grouped(xp, "value", value, query) if enable_gqa else value
     _require_broadcast("value", value, weights)
     weights = weights if dropout is None else dropout(weights)
-    with backend.quiet(), backend.exact(query):
+    with backend.quiet(query):
         result: ArrayT = cast(xp, xp.matmul(weights, cast(xp, value, weights.dtype)), dtype)
     return result
 
@@ -196,7 +196,7 @@ def _weights(
     key = _grouped(xp, "key", key, query) if enable_gqa else key
     _require_broadcast("key", key, query)
 
-    with backend.quiet(), backend.exact(query):
+    with backend.quiet(query):
         # In half precision the products would be rounded by more than what the scores of two keys differ by.
         wide = working_dtype(xp, query.dtype)
         scores = xp.matmul(cast(xp, query, wide), xp.matrix_transpose(cast(xp, key, wide))) * scale
@@ -209,7 +209,7 @@ def _weights(
             where, scores = _masked(xp, mask, scores)
     elif is_causal:
         device = backend.device(query)
-        places = [xp.arange(size, dtype=backend.index, device=device) for size in (rows, n)]
+        places = [xp.arange(size, dtype=index_dtype(xp), device=device) for size in (rows, n)]
         where = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
     if n == 0:
         return scores
@@ -218,7 +218,7 @@ def _weights(
     else:
         require_array("k", k, or_number=True)
         k = xp.where(k > n, n, k)
-    with backend.quiet():
+    with backend.quiet(query):
         return _renormalised(backend, scores, k, epsilon, where)
 
 

@@ -1,21 +1,37 @@
-"""What a framework supplies to softk: the two types that an adapter is written against.
+"""The contracts: what an operator, a framework and a kernel are to softk.
 
-`Primitive` is a differentiable operator, stated once against the array API. `Backend` is a framework: its
-namespace, how it differentiates a primitive, and the few things that only it can say. The base class is
-complete: it serves every array that follows the standard and has no autodiff of its own.
+`Primitive` is an operator with its derivative, stated once against the array API: the reference. `Backend` is a
+framework: its namespace, how it differentiates a primitive, and the few things that only it can say. The base class is
+complete: it serves every array that follows the standard and has no autodiff of its own. `Kernel` is a part of a
+primitive over again, for one kind of processor. `backend_of` finds the backend of an array.
 """
 
 from __future__ import annotations
 
+import numbers
+import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import array_api_compat
 
-__all__ = ["PRIMITIVES", "Adapter", "AnyArray", "Array", "ArrayT", "Backend", "Primitive", "Words", "backend_of"]
+__all__ = [
+    "PRIMITIVES",
+    "Adapter",
+    "AnyArray",
+    "Array",
+    "ArrayT",
+    "Backend",
+    "Form",
+    "Kernel",
+    "Primitive",
+    "Words",
+    "backend_of",
+    "kernels",
+]
 
 #: Any array of any library; Python has no type for it yet.
 Array = Any
@@ -43,11 +59,18 @@ ArrayT = TypeVar("ArrayT", bound=AnyArray)
 Inputs = tuple[Array | None, ...]
 
 
+class Form(NamedTuple):
+    """The shape and the dtype of an array that need not be there."""
+
+    shape: tuple[Any, ...]
+    dtype: Any
+
+
 @dataclass(frozen=True)
 class Primitive:
-    """A differentiable operator on canonical arrays, with its derivative in both directions.
+    """An operator on canonical arrays, with its derivative in both directions; or without one, as a solver is.
 
-    Every function takes the `Backend` first and is written against its namespace, so that the derivative of a
+    The functions take the `Backend` first and are written against its namespace, so that the derivative of a
     derivative is taken by the framework itself, through the outputs that the rule is built from.
 
     Attributes
@@ -55,40 +78,143 @@ class Primitive:
     name : str
         What a traced graph calls it: unique, lower case.
     forward : callable
-        ``forward(backend, *inputs, **options) -> outputs``. An input may be None (an argument that was not
-        given); options are hashable and have no derivative. The outputs are a tuple of arrays.
-    jvp : callable
-        ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the differentiable outputs. A tangent that is
-        None is zero.
-    vjp : callable
-        ``vjp(backend, inputs, outputs, cotangents, needed) -> cotangents``, one an input. A cotangent that is None is
-        zero. `needed` says, for each input, whether anybody asks for its cotangent; the others may be None, as are
-        those of inputs that are None.
-    constants : int
-        How many of the outputs, counted from the last, have no derivative.
-    results : int
-        How many of the outputs, counted from the first, the rules do not read, so that a framework need not keep them.
+        ``forward(backend, inputs, **options) -> outputs``. An input may be None (an argument that was not given);
+        options are Python literals and have no derivative. The outputs are a tuple of arrays.
+    forms : callable
+        ``forms(xp, inputs, **options) -> tuple of Form``: the shapes and dtypes of the outputs. Of the inputs it reads
+        the shapes and dtypes alone.
+    jvp : callable, optional
+        ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the results and the state. A tangent that is None is
+        zero.
+    vjp : callable, optional
+        ``vjp(backend, inputs, outputs, cotangents, needed) -> cotangents``, one an input, from those of the results and
+        the state. A cotangent that is None is zero. `needed` says, for each input, whether anybody asks for its
+        cotangent; the others may be None, as are those of inputs that are None.
+    results : tuple of str
+        The names of the first outputs, which the rules do not read: in their place the rules get None where a framework
+        did not keep them.
+    state : tuple of str
+        The names of the outputs that follow: differentiable, and what the rules are built from.
+    constants : tuple of str
+        The names of the last outputs, which have no derivative.
     axes : int
         How many axes of the first input, counted from the last, belong to one problem; those before them are a batch.
     narrow : bool
         Whether the scores may be narrower than the other inputs, in float16 or bfloat16; then so is the result.
+
+    Raises
+    ------
+    ValueError
+        If there is a primitive of that name already.
     """
 
     name: str
     forward: Callable[..., tuple[Array, ...]]
-    jvp: Callable[..., tuple[Array, ...]]
-    vjp: Callable[..., tuple[Array | None, ...]]
-    constants: int = 0
-    results: int = 1
+    forms: Callable[..., tuple[Form, ...]]
+    jvp: Callable[..., tuple[Array, ...]] | None = None
+    vjp: Callable[..., tuple[Array | None, ...]] | None = None
+    results: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     axes: int = 1
     narrow: bool = False
 
     def __post_init__(self) -> None:
+        if self.name in PRIMITIVES:
+            raise ValueError(f"name must be that of no other primitive, got {self.name!r}")
         PRIMITIVES[self.name] = self
+
+    @property
+    def moving(self) -> int:
+        """How many of the outputs, counted from the first, have derivatives."""
+        return len(self.results) + len(self.state)
 
 
 #: Every primitive by its name, for a framework that can hold a name in a graph but not a Python object.
 PRIMITIVES: dict[str, Primitive] = {}
+
+#: The parts of a primitive: its value, and its derivative in both directions.
+Part = Literal["forward", "jvp", "vjp"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Another implementation of one part of a primitive, for one kind of processor.
+
+    It takes the reference's arguments and returns the reference's results: the same tuple, shapes, dtypes and devices.
+    It overwrites nothing that it is given, and nobody differentiates it: where somebody might, it must refuse.
+
+    Attributes
+    ----------
+    name : str
+        Of the processor's language, such as "triton": what ``SOFTK_KERNELS`` and `kernels` choose by.
+    primitive : Primitive
+        What it computes.
+    part : {"forward", "jvp", "vjp"}
+        Which part of it.
+    refuses : callable
+        ``refuses(backend, *groups, **options) -> str or None``: why it does not serve these arguments, or None where it
+        does. It may look at types, shapes and devices, never at values.
+    compute : callable
+        ``compute(backend, *groups, **options) -> tuple``.
+    """
+
+    name: str
+    primitive: Primitive
+    part: Part
+    refuses: Callable[..., str | None]
+    compute: Callable[..., tuple[Array | None, ...]]
+
+
+#: What ``SOFTK_KERNELS`` may be.
+CHOICES = ("auto", "none", "triton")
+
+
+def _require_choice(name: str, choice: Any) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return str(choice)
+
+
+_chosen = [_require_choice("SOFTK_KERNELS", os.environ.get("SOFTK_KERNELS", "auto"))]
+
+
+def chosen_kernels() -> str:
+    """What was chosen last, by ``SOFTK_KERNELS`` or `kernels`."""
+    return _chosen[0]
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Choose the kernels within a ``with`` statement, for the whole process. `SOFTK_KERNELS` chooses those without.
+
+    Parameters
+    ----------
+    choice : {"auto", "none", "triton"}
+        All that serve, none (the reference computes everything), or those of one name.
+
+    Raises
+    ------
+    ValueError
+        If `choice` is none of these.
+
+    Notes
+    -----
+    What was compiled before keeps the kernels that were chosen then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import softk
+    >>> with softk.kernels("none"):
+    ...     mask = softk.topk(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
+    """
+    before = _chosen[0]
+    _chosen[0] = _require_choice("choice", choice)
+    try:
+        yield
+    finally:
+        _chosen[0] = before
 
 
 class Words(NamedTuple):
@@ -129,6 +255,8 @@ class Backend:
     words: Words = Words()
     #: How derivatives are taken, for the table of ``python -m softk``.
     autodiff: str = "softk.vjp, softk.jvp"
+    #: What may take the place of the reference, the first that serves.
+    kernels: tuple[Kernel, ...] = ()
 
     def __init__(self, xp: Any, name: str | None = None) -> None:
         self.xp = xp
@@ -138,64 +266,64 @@ class Backend:
         """The primitive as a function of its inputs that the framework can differentiate natively."""
 
         def bound(*inputs: Array | None) -> tuple[Array, ...]:
-            with self.quiet():
-                return primitive.forward(self, *inputs, **options)
+            with self.quiet(inputs[0]):
+                return self.run(primitive, "forward", inputs, **options)
 
         return bound
 
-    def push(
-        self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs
-    ) -> tuple[Array, ...]:
-        """The primitive's rule in forward mode, for `softk.jvp`."""
-        return primitive.jvp(self, inputs, outputs, tangents)
+    def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
+        """A part of a primitive: by the first kernel that serves, else by the reference.
 
-    def pull(
-        self,
-        primitive: Primitive,
-        inputs: Inputs,
-        outputs: tuple[Array, ...],
-        cotangents: Inputs,
-        needed: tuple[bool, ...],
-    ) -> tuple[Array | None, ...]:
-        """The primitive's rule in reverse mode, for `softk.vjp`."""
-        return primitive.vjp(self, inputs, outputs, cotangents, needed)
+        Parameters
+        ----------
+        primitive : Primitive
+            What to compute.
+        part : {"forward", "jvp", "vjp"}
+            Which part of it.
+        *groups, **options
+            The arguments of that part after the backend: ``inputs``, or ``inputs, outputs, tangents``, or ``inputs,
+            outputs, cotangents, needed``.
 
-    def quiet(self) -> AbstractContextManager[Any]:
+        Returns
+        -------
+        tuple
+            The results of that part. Of a vjp, None for every cotangent that is not needed.
+        """
+        compute = getattr(primitive, part)
+        for kernel in self.kernels:
+            serves = kernel.primitive is primitive and kernel.part == part and _chosen[0] in ("auto", kernel.name)
+            if serves and kernel.refuses(self, *groups, **options) is None:
+                compute = kernel.compute
+                break
+        found: tuple[Any, ...] = compute(self, *groups, **options)
+        if part == "vjp":
+            return tuple(value if need else None for value, need in zip(found, groups[-1], strict=True))
+        return found
+
+    def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         """A context in which overflow and invalid operations, which softk means or mends, are not reported.
 
-        Most libraries report nothing; those that are built on NumPy report as NumPy is set to.
+        Most libraries report nothing; those that are built on NumPy report as NumPy is set to. Where `x` is given, a
+        product of matrices on its device is rounded as its dtype is, no coarser.
         """
         numpy = sys.modules.get("numpy")
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
-    def exact(self, x: Array) -> AbstractContextManager[Any]:
-        """A context in which products of matrices on the device of `x` are rounded as their dtype is, no coarser."""
-        return nullcontext()
-
     def device(self, x: Array) -> Any:
-        """The device of an array, as creation functions take it."""
+        """The device of an array, as creation functions take it; None where the framework itself sees to devices."""
         return array_api_compat.device(x)
 
     def densely(self, x: Array) -> str | None:
         """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for others."""
         return "{}.todense()" if hasattr(x, "todense") else None
 
-    def devices(self) -> list[Any]:
-        """The devices that arrays can be on now, for the self-check."""
-        return [None]
+    def memory(self, x: Any) -> Any:
+        """An array as raw memory, or a number: what may be looked at now, or handed to a kernel; else None.
 
-    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array | None:
-        """The framework's own reverse-mode derivative of `f`, for the self-check; None where it has none."""
-        return None
-
-    @property
-    def index(self) -> Any:
-        """The dtype of counts and indices."""
-        return self.xp.int64
-
-    def share_device(self, x: Array, other: Array) -> bool:
-        """Whether two arrays can meet in one operation."""
-        return bool(self.device(x) == self.device(other))
+        None for a lazy array, under a trace or a transform, or where automatic differentiation watches what becomes of
+        the array; and for a number that is the symbol of a trace, which Python must not read.
+        """
+        return x if isinstance(x, numbers.Real) else None
 
     @property
     def differentiates_operations(self) -> bool:
@@ -216,22 +344,8 @@ class Backend:
         """The same values, cut off from automatic differentiation."""
         return x
 
-    def settle(
-        self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
-    ) -> tuple[Array, ...]:
-        """``function(backend, *arrays, **options)``, which has no derivative: what an iteration settles to.
-
-        A framework that would unroll the iteration under a trace may keep the call whole there. The options are
-        literals, one of them `limit`, the number of iterations, on which the shapes of the results do not depend.
-        """
-        return function(self, *arrays, **options)
-
-    def gathers(self, x: Array) -> bool:
-        """Whether `gather_above` serves this array: where looking at its values neither waits nor breaks a trace."""
-        return False
-
     def gather_above(self, x: Array, level: Array) -> Array | None:
-        """The scores that are not below a level, in a shorter array.
+        """The scores that are not below a level, in a shorter array. Asked only for an array that has `memory`.
 
         Parameters
         ----------
@@ -244,7 +358,7 @@ class Backend:
         -------
         array or None
             Shape (..., m): of each slice the scores ``~(x < level)``, in any order, and then -inf. None where it would
-            not be much shorter.
+            not be much shorter, or to look at values would wait for a device.
         """
         return None
 
@@ -262,30 +376,18 @@ class Backend:
         """The sum of the products along the last axis, which is kept; rounded as the dtype rounds, and no coarser."""
         return self.xp.sum(x * y, axis=-1, keepdims=True)
 
-    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
-        """The sums along the last axis, which is kept, of the numbers where `side` is 1 and of those where it is 0."""
-        xp, above = self.xp, x * side
-        return xp.sum(above, axis=-1, keepdims=True), xp.sum(x - above, axis=-1, keepdims=True)
-
-    def symbolic(self, number: Any) -> bool:
-        """Whether a number is a symbol of a trace: a graph may compute with it, and Python must not read its value."""
-        return False
-
-    def known(self, flag: Array) -> bool | None:
-        """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
-        return None
-
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.
 
-        A backend that can read `done` (a boolean array) without waiting for the device may stop as soon as all of
-        it is true. Here nothing is read: an array may be lazy.
+        It may end as soon as all of `done`, a boolean array, is true.
         """
         for _ in range(limit):
-            state, _ = step(state)
+            state, done = step(state)
+            if self.memory(done) is not None and peek(self, self.xp.all(done)):
+                break
         return state
 
-    def by_rows(
+    def map_rows(
         self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
     ) -> tuple[Array, ...]:
         """``function(first, *others)`` on `rows` rows at a time: what it forms on the way is never there for all.
@@ -299,7 +401,7 @@ class Backend:
         parts = [function(*rows_of(count, start, start + rows, first, *others)) for start in range(0, count, rows)]
         return tuple(self.xp.concat(list(column), axis=-2) for column in zip(*parts, strict=True))
 
-    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+    def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         """The scores of the given ranks along the last axis: rank 1 is the largest.
 
         Parameters
@@ -318,13 +420,31 @@ class Backend:
         xp = self.xp
         ordered = xp.sort(x, axis=-1, stable=False)
         if isinstance(ranks, tuple):
-            return self.pick(ordered, [x.shape[-1] - rank for rank in ranks])
+            return pick(xp, ordered, [x.shape[-1] - rank for rank in ranks])
         ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
-    def pick(self, x: Array, places: list[int]) -> Array:
-        """Some items along the last axis."""
-        return self.xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+def peek(backend: Backend, flag: Array) -> bool | None:
+    """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
+    raw = backend.memory(flag)
+    return bool(raw) if raw is not None and is_in_host_memory(raw) else None
+
+
+def is_in_host_memory(raw: Any) -> bool:
+    """Whether the processor that runs Python can read the memory, by the standard's protocol for exchanging arrays."""
+    device = getattr(raw, "__dlpack_device__", None)
+    return device is None or int(device()[0]) == 1
+
+
+def pick(xp: Any, x: Array, places: list[int]) -> Array:
+    """Some items along the last axis."""
+    return xp.concat([x[..., place : place + 1] for place in places], axis=-1)
+
+
+def index_dtype(xp: Any) -> Any:
+    """The dtype of counts and indices."""
+    return xp.__array_namespace_info__().default_dtypes()["indexing"]
 
 
 # --- which backend serves an array: found from the array's type, without importing anything

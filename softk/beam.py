@@ -20,7 +20,7 @@ from ._functions.checks import check_flag, require_array, working_dtype
 from ._functions.ordering import sorted_topk
 from ._functions.shapes import cast
 from ._functions.signatures import explained, plain_tuple
-from .backend import AnyArray, Array, ArrayT, backend_of, is_array
+from .backend import AnyArray, Array, ArrayT, backend_of, index_dtype, is_array
 
 __all__ = ["Beams", "Step", "search", "step"]
 
@@ -160,7 +160,7 @@ def step(
     backend = backend_of(scores)
     xp, dtype = backend.xp, scores.dtype
     batch = tuple(scores.shape[:-2])
-    with backend.quiet(), backend.exact(scores):
+    with backend.quiet(scores):
         flat = _widened("scores", xp.reshape(scores, (*batch, parents * vocabulary)))
         values, assignment = _hard_topk(flat, beams) if hard else sorted_topk(flat, beams, epsilon=epsilon)
         shares = xp.reshape(assignment, (*batch, beams, parents, vocabulary))
@@ -264,7 +264,7 @@ def search(
                 f"is {tuple(inputs.shape)}, got {tuple(logs.shape)}"
             )
         dtype = logs.dtype
-        with backend.quiet(), backend.exact(logs):
+        with backend.quiet(logs):
             # In half precision a sum of log-probabilities would be rounded by more than two beams differ by.
             logs = _widened("the log-probabilities of step_function", logs)
             if not kept:
@@ -280,7 +280,7 @@ def search(
             inputs = cast(xp, found.inputs, dtype) if table is None else found.inputs
             lengths = _take(found.parents, lengths + (1.0 - ended))
             ended = _ended(xp, found, end)
-    with backend.quiet(), backend.exact(scores):
+    with backend.quiet(scores):
         ranked, order = scores, None
         if length_penalty != 0.0:
             there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
@@ -392,7 +392,7 @@ def _carried(weights: Array, states: Tree, hard: bool) -> Tree:
     xp, parents = backend_of(weights).xp, weights.shape[-1]
     batch, beams = tuple(weights.shape[:-2]), weights.shape[-2]
     # The row of each new beam's parent among those of all batches.
-    start = xp.arange(math.prod(batch), dtype=backend_of(weights).index, device=backend_of(weights).device(weights))
+    start = xp.arange(math.prod(batch), dtype=index_dtype(xp), device=backend_of(weights).device(weights))
     rows = xp.argmax(weights, axis=-1) + parents * xp.reshape(start, (*batch, 1))
     rows, there = xp.reshape(rows, (-1,)), xp.any(weights > 0.0, axis=-1)
 

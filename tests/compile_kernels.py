@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import softk
-import softk_triton as _fused
-from softk_triton import launch as _launch
+import softk_triton
+from softk_triton import launch
 
 TYPES = {
     torch.float32: "*fp32",
@@ -77,9 +77,9 @@ def main() -> None:
         names = [parameter.name for parameter in kernel.params]
         compile_for(capability, kernel, grid, {**dict(zip(names, (*problem.arrays, *arrays), strict=False)), **numbers})
 
-    _fused.DEVICES.add("cpu")
-    _launch.runs_on = lambda device: True
-    _launch.Problem.run = run  # type: ignore[method-assign]
+    softk_triton._is_interpreted = lambda device: device.type == "cpu"
+    launch.fault_on = lambda device: None
+    launch.Problem.run = run  # type: ignore[method-assign]
     for n, dtype, riches in (
         (128, torch.float32, (False,)),
         (1000, torch.bfloat16, (False, True)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import softk
-from softk.backend import PRIMITIVES, Primitive, backend_of
+from softk.backend import PRIMITIVES, Form, Primitive, backend_of
 
 from . import closed_form
 from .closed_form import assert_close
@@ -227,7 +227,8 @@ def test_every_adapter_is_inspected() -> None:
 FACTOR = 3.0
 
 
-def _forward(backend: Any, x: Any, a: Any, unused: Any, *, shift: float) -> tuple[Any, ...]:
+def _forward(backend: Any, inputs: Any, *, shift: float) -> tuple[Any, ...]:
+    x, a, unused = inputs
     assert unused is None
     return a * x * x + shift, backend.xp.zeros_like(x) + 7.0, a * x
 
@@ -254,10 +255,17 @@ def _vjp(backend: Any, inputs: Any, outputs: Any, cotangents: Any, needed: Any) 
     return xbar, FACTOR * x * x * u, None
 
 
+def _forms(xp: Any, inputs: Any, **_: Any) -> tuple[Form, ...]:
+    return (Form(inputs[0].shape, inputs[0].dtype),) * 3
+
+
+OUTPUTS: Any = {"results": ("y",), "state": ("moving",), "constants": ("dead",)}
+
+
 @pytest.fixture
 def toy() -> Iterator[Primitive]:
     """y = a x^2 + shift whose derivative is thrice too large, a constant whose derivative is 5, and a true constant."""
-    yield Primitive("a toy", _forward, _jvp, _vjp, constants=1)
+    yield Primitive("a toy", _forward, _forms, _jvp, _vjp, **OUTPUTS)
     del PRIMITIVES["a toy"]
 
 
@@ -351,8 +359,8 @@ def test_softk_vjp_and_jvp_apply_the_rules_given(library: str, toy: Primitive, m
         "dask": lambda: lambda value: pytest.importorskip("dask.array").from_array(value, chunks=-1),
     }[library]()
 
-    def forward(backend: Any, x: Any, k: Any, tau: Any, weights: Any, where: Any, *, ranks: Any) -> Any:
-        return _forward(backend, x, k, weights, shift=0.0)
+    def forward(backend: Any, inputs: Any, *, ranks: Any) -> Any:
+        return _forward(backend, (*inputs[:2], inputs[3]), shift=0.0)
 
     def jvp(backend: Any, inputs: Any, outputs: Any, tangents: Any) -> Any:
         return _jvp(backend, (inputs[0], inputs[1], None), outputs, (tangents[0], tangents[1], None))
@@ -364,7 +372,7 @@ def test_softk_vjp_and_jvp_apply_the_rules_given(library: str, toy: Primitive, m
 
     from softk._reference.threshold import masks
 
-    monkeypatch.setattr(masks, "mask", Primitive("a toy", forward, jvp, vjp, constants=1))
+    monkeypatch.setattr(masks, "mask", Primitive("another toy", forward, _forms, jvp, vjp, **OUTPUTS))
     x, k, u = make(X), make(np.asarray([2.0])), make(U)
     out, pull = softk.vjp(softk.topk, x, k)
     assert_close(np.asarray(out), 2.0 * X * X)
@@ -373,6 +381,7 @@ def test_softk_vjp_and_jvp_apply_the_rules_given(library: str, toy: Primitive, m
     assert_close(np.asarray(found["k"]), np.asarray([FACTOR * (X * X * U).sum()]))
     _, moved = softk.jvp(softk.topk, x, k, tangents={"x": make(W)})
     assert_close(np.asarray(moved), FACTOR * 4.0 * X * W)
+    del PRIMITIVES["another toy"]
 
 
 def test_every_result_of_an_adapter_comes_from_the_primitive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,14 +392,14 @@ def test_every_result_of_an_adapter_comes_from_the_primitive(monkeypatch: pytest
 
     from softk._reference.threshold import masks
 
-    monkeypatch.setattr(masks, "mask", Primitive("a failing toy", fail, fail, fail, constants=1))
+    monkeypatch.setattr(masks, "mask", Primitive("a failing toy", fail, _forms, fail, fail, **OUTPUTS))
     torch, jnp = pytest.importorskip("torch"), pytest.importorskip("jax.numpy")
     da, anp = pytest.importorskip("dask.array"), pytest.importorskip("autograd")
     for call in (
         lambda: softk.topk(X, 2),
         lambda: softk.topk(torch.tensor(X), 2),
         lambda: softk.topk(jnp.asarray(X), 2),
-        lambda: softk.topk(da.from_array(X, chunks=-1), 2),
+        lambda: softk.topk(da.from_array(X, chunks=-1), 2).compute(),
         lambda: anp.grad(lambda x: softk.topk(x, 2)[0])(X),
     ):
         with pytest.raises(ArithmeticError, match="the primitive was asked"):

@@ -19,6 +19,7 @@ MODULES = [
     "softk._functions.ordering",
     "softk._functions.transport",
     "softk._functions.derivatives",
+    "softk.backend",
     "softk.neighbors",
     "softk_sklearn.embedding",
     "softk.attention",

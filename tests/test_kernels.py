@@ -12,7 +12,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from torch.autograd import forward_ad  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import softk  # noqa: E402
-import softk_triton as _fused  # noqa: E402
-from softk_triton import launch as _launch  # noqa: E402
+import softk_triton  # noqa: E402
+from softk_triton import launch  # noqa: E402
 from softk_triton.tiles import lacking  # noqa: E402
 
 from . import closed_form  # noqa: E402
@@ -49,8 +48,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton compiles in this process, for a CUDA device")
-    monkeypatch.setattr(_fused, "DEVICES", {"cpu"})
-    with np.errstate(all="ignore"), warnings.catch_warnings():  # the interpreter computes with NumPy
+    # The interpreter computes with NumPy.
+    with softk.kernels("triton"), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield "cpu"
 
@@ -60,7 +59,7 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """How rows are taken: several to a program, or several programs to one."""
     if request.param == "segments":
         for name, size in SIZES.items():
-            monkeypatch.setattr(_launch, name, size)
+            monkeypatch.setattr(launch, name, size)
     name: str = request.param
     return name
 
@@ -69,22 +68,14 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that have run."""
     names: list[str] = []
-    run = _launch.Problem.run
+    run = launch.Problem.run
 
     def listed(problem: Any, kernel: Any, *arrays: Any, **options: Any) -> None:
         names.append(kernel.__name__)
         run(problem, kernel, *arrays, **options)
 
-    monkeypatch.setattr(_launch.Problem, "run", listed)
+    monkeypatch.setattr(launch.Problem, "run", listed)
     return names
-
-
-@contextmanager
-def by_operations() -> Iterator[None]:
-    """Without the kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused, "DEVICES", set())
-        yield
 
 
 def differentiated(function: Callable[..., Any], x: Any, *, seed: int = 0, **arguments: Any) -> dict[str, Any]:
@@ -138,7 +129,7 @@ def test_masks_of_adversarial_scores(device: str, rows: str, weighted: bool, rng
     given = {name: torch.tensor(value).float().to(device) for name, value in values.items() if value is not None}
     wide = {name: value.double().cpu() for name, value in given.items()}
     found = topk(**given).double().cpu()
-    with by_operations():
+    with softk.kernels("none"):
         expected = topk(**wide)
     assert ((found >= 0.0) & (found <= 1.0)).all()
     errors, limit = (found - expected).abs().amax(-1) / EPS, torch.full((len(x),), MASK)
@@ -245,7 +236,7 @@ def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
         given["k"] = 8 * given["k"]
     given = {name: value.to(device) for name, value in given.items()}
     found = differentiated(topk, **given)
-    with by_operations():
+    with softk.kernels("none"):
         expected = differentiated(topk, **given)
     torch.testing.assert_close(found[""].cpu(), expected[""].cpu(), rtol=0.0, atol=8 * EPS, equal_nan=True)
     for name in given:
@@ -267,7 +258,7 @@ def test_other_operators_through_the_solver(device: str, rows: str, launched: li
         launched.clear()
         found = operator()
         assert launched
-        with by_operations():
+        with softk.kernels("none"):
             torch.testing.assert_close(found, operator(), rtol=4 * EPS, atol=4 * EPS)
 
 
@@ -376,7 +367,7 @@ def test_half_precision(device: str, rows: str, dtype: Any, launched: list[str],
     x = torch.tensor(rng.normal(size=(2, 70)), dtype=dtype, device=device)
     found = differentiated(lambda x: softk.topk(x, 9.5, epsilon=0.5), x)
     assert launched
-    with by_operations():
+    with softk.kernels("none"):
         expected = differentiated(lambda x: softk.topk(x, 9.5, epsilon=0.5), x)
     for name in ("", "x"):
         assert found[name].dtype == dtype
@@ -394,13 +385,13 @@ def test_layouts(device: str, rng: Any) -> None:
     for weights in (shared, each):
         arguments = {"k": k, "weights": weights, "where": where, "axis": 0}
         found = differentiated(topk, x, **arguments)
-        with by_operations():
+        with softk.kernels("none"):
             expected = differentiated(topk, x, **arguments)
         for name, value in expected.items():
             assert_near(found[name].movedim(0, -1), value.movedim(0, -1), 2e-5)
     y = x.clone().requires_grad_()
     (softk.topk(y, 5, axis=0)[:10]).sum().backward()
-    with by_operations():
+    with softk.kernels("none"):
         z = x.clone().requires_grad_()
         (softk.topk(z, 5, axis=0)[:10]).sum().backward()
     assert_near(y.grad.movedim(0, -1), z.grad.movedim(0, -1), 2e-5)
@@ -459,10 +450,10 @@ def test_which_calls_are_served(device: str, launched: list[str], rng: Any) -> N
     assert kernels(lambda: softk.topk(x[:0], 3)) == []
     grad = torch.func.grad(lambda x: softk.topk(x, 3).square().sum())
     assert kernels(lambda: grad(x))[0] == "solve_tile"
-    long = torch.zeros((1, _launch.LONGEST + 1), device=device)
-    assert isinstance(_launch.problem((long, torch.ones(()), torch.ones(()), None, None)), _launch.Segments)
+    long = torch.zeros((1, launch.LONGEST + 1), device=device)
+    assert isinstance(launch.problem((long, torch.ones(()), torch.ones(()), None, None)), launch.Segments)
     full = long[:, :-1]
-    assert isinstance(_launch.problem((full, torch.ones(()), torch.ones(()), None, None)), _launch.Tiles)
+    assert isinstance(launch.problem((full, torch.ones(()), torch.ones(()), None, None)), launch.Tiles)
 
 
 def _hessian_product(x: Any) -> Any:
@@ -503,7 +494,7 @@ AROUND: dict[str, Callable[[Any], Any]] = {
 def test_around_the_kernels(device: str, name: str, rng: Any) -> None:
     x = torch.tensor(rng.normal(size=(3, 2, 40)), dtype=torch.float32, device=device)
     found = AROUND[name](x)
-    with by_operations():
+    with softk.kernels("none"):
         assert_near(found, AROUND[name](x), 2e-5)
 
 
@@ -517,7 +508,7 @@ def test_compiled_around_the_kernels(device: str, launched: list[str], rng: Any)
 
     found = torch.compile(both)(x)
     assert launched
-    with by_operations():
+    with softk.kernels("none"):
         assert_near(found, both(x), 2e-5)
 
 
@@ -533,13 +524,13 @@ def test_where_kernels_do_not_run(device: str, launched: list[str], rng: Any, mo
     assert launched
     launched.clear()
     monkeypatch.setattr("softk_triton.tiles.probe", Broken())
-    _fused._available.cache_clear()
+    softk_triton._absent.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Failed to find C compiler"):
             assert_near(softk.topk(x, 5), expected, 2e-5)
         softk.topk(x, 5)
     finally:
-        _fused._available.cache_clear()
+        softk_triton._absent.cache_clear()
     assert not launched
 
 

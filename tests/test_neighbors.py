@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import softk
-from softk import _neighbor_primitives, neighbors
+from softk import neighbors
+from softk._reference.neighbors import block
 
 from . import closed_form
 from .closed_form import WIDE, assert_close, differences
@@ -283,7 +284,7 @@ def test_native_gradients(name: str, cells: int, d: int, rng: Any, monkeypatch: 
     args = [points["queries"][:3], points["keys"], labels["query_labels"][:3], labels["key_labels"], k, epsilon]
     _, pullback = softk.vjp(neighbors.loss, *args[:-1], epsilon=epsilon, floor=0.1)
     expected = pullback(1.0)
-    monkeypatch.setattr(_neighbor_primitives, "CELLS", cells)
+    monkeypatch.setattr(block, "CELLS", cells)
     _fresh_traces()
     try:
         found = gradients(name, lambda *a: neighbors.loss(*a[:-1], epsilon=a[-1], floor=0.1), args)
@@ -371,15 +372,15 @@ def test_blocks_change_nothing(function: str, cells: int, rng: Any, monkeypatch:
     expected = pullback(cotangent)
     tangents = {"keys": rng.normal(size=args[1].shape)}
     rate = softk.jvp(public, *args, tangents=tangents, **options)[1]
-    monkeypatch.setattr(_neighbor_primitives, "CELLS", cells)
+    monkeypatch.setattr(block, "CELLS", cells)
     calls = []
-    forward = _neighbor_primitives.Block.solve
+    forward = block.Block.solve
 
     def counted(self: Any, ranks: Any) -> Any:
         calls.append(self.scores.shape[0])
         return forward(self, ranks)
 
-    monkeypatch.setattr(_neighbor_primitives.Block, "solve", counted)
+    monkeypatch.setattr(block.Block, "solve", counted)
     blocked, pullback = softk.vjp(public, *args, **options)
     assert calls == ([1] * Q if cells == 1 else [2, 2])
     assert_close(blocked, out, 1e-15)
@@ -393,7 +394,7 @@ def test_blocks_change_nothing(function: str, cells: int, rng: Any, monkeypatch:
 def test_memory_is_that_of_a_block(rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of 900 x 900 leave-one-out: a third of one dense array at the peak."""
     n, cells = 900, 7200
-    monkeypatch.setattr(_neighbor_primitives, "CELLS", cells)
+    monkeypatch.setattr(block, "CELLS", cells)
     points, labels, every = rng.normal(size=(n, 3)), rng.integers(0, 5, n), np.arange(n)
 
     def both(count: int) -> Any:

@@ -98,7 +98,11 @@ class Namespace:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(xp, name)
-        if not callable(found) or isinstance(found, type) or name in ("finfo", "iinfo", "isdtype"):
+        if (
+            not callable(found)
+            or isinstance(found, type)
+            or name in ("finfo", "iinfo", "isdtype", "__array_namespace_info__")
+        ):
             return found
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +129,7 @@ class LoopBackend(Backend):
         NAMESPACE.comparisons.append(x.size)
         return super().indicator(x, level)
 
-    def quiet(self) -> Any:
+    def quiet(self, x: Any = None) -> Any:
         return np.errstate(all="ignore")
 
     def repeat(self, step: Any, state: Any, limit: int) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import autograd.numpy as anp
 import numpy as np
-from autograd import make_vjp
 from autograd.builtins import tuple as boxed_tuple
 from autograd.extend import defjvp, defjvp_argnums, defvjp, defvjp_argnums
 from autograd.extend import primitive as traced
@@ -30,6 +29,7 @@ class _Namespace:
 
     __name__ = "autograd.numpy"
     isdtype = staticmethod(np.isdtype)
+    __array_namespace_info__ = staticmethod(np.__array_namespace_info__)
     finfo = staticmethod(np.finfo)
 
     def __getattr__(self, name: str) -> Any:
@@ -100,14 +100,14 @@ class AutogradBackend(NumpyBackend):
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())))
 
-    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
-        return make_vjp(f)(x)[0](cotangent)
-
     def device(self, x: Array) -> Any:
         return "cpu"
 
     def constant(self, x: Array) -> Array:
         return _value(x)
+
+    def memory(self, x: Any) -> Any:
+        return None if isbox(x) else x
 
     # In operations that the tape knows:
 
@@ -117,9 +117,6 @@ class AutogradBackend(NumpyBackend):
 
     def dot(self, x: Array, y: Array) -> Array:
         return Backend.dot(self, x, y)
-
-    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
-        return Backend.part(self, x, side)
 
     def sigmoid(self, z: Array) -> Array:
         return Backend.sigmoid(self, z)
@@ -132,18 +129,18 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
     def pullback(argnums: Any, outputs: Any, inputs: Any, _: Any) -> Callable[[Any], tuple[Array, ...]]:
         def pull(cotangents: Any) -> tuple[Array, ...]:
             needed = tuple(i in argnums for i in range(len(inputs)))
-            parts = _parts(primitive, outputs), _differentiable(primitive, cotangents)
+            parts = _parts(outputs), _parts(cotangents)[: primitive.moving]
             with backend.quiet():
-                found = primitive.vjp(backend, inputs, *parts, needed)
+                found = backend.run(primitive, "vjp", inputs, *parts, needed)
             return tuple(found[i] for i in argnums)
 
         return pull
 
     def push(argnums: Any, tangents: Any, outputs: Any, inputs: Any, _: Any) -> Any:
         given = dict(zip(argnums, tangents, strict=True))
-        parts = _parts(primitive, outputs)
+        parts = _parts(outputs)
         with backend.quiet():
-            found = primitive.jvp(backend, inputs, parts, tuple(given.get(i) for i in range(len(inputs))))
+            found = backend.run(primitive, "jvp", inputs, parts, tuple(given.get(i) for i in range(len(inputs))))
             constants = parts[len(found) :]
             return boxed_tuple((*found, *(anp.zeros_like(value) for value in constants)))
 
@@ -152,13 +149,9 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
     return operator
 
 
-def _parts(primitive: Primitive, boxed: Any) -> tuple[Array, ...]:
+def _parts(boxed: Any) -> tuple[Array, ...]:
     """The arrays in a tuple that may be one box."""
     return tuple(boxed[i] for i in range(len(boxed)))
-
-
-def _differentiable(primitive: Primitive, cotangents: Any) -> tuple[Array, ...]:
-    return _parts(primitive, cotangents)[: len(cotangents) - primitive.constants]
 
 
 backend: Backend = AutogradBackend(_Namespace(), "autograd")

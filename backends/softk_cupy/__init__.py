@@ -7,7 +7,7 @@ from typing import Any
 import array_api_compat.cupy as xp
 import cupy as cp
 
-from softk.backend import Array, Backend, Words
+from softk.backend import Array, Backend, Words, pick
 
 __all__ = ["CupyBackend", "backend"]
 
@@ -17,19 +17,19 @@ class CupyBackend(Backend):
 
     words = Words("{}.astype(cp.float32)", "cp.asarray({})", "cp.asarray({}) within `with {}.device:`")
 
-    def devices(self) -> list[Any]:
-        return [cp.cuda.Device(i) for i in range(cp.cuda.runtime.getDeviceCount())]
+    def memory(self, x: Any) -> Any:
+        return x
 
-    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+    def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple) or x.size == 0:
-            return super().order_statistics(x, ranks)
+            return super().select(x, ranks)
         n = x.shape[-1]
         if 2 * max(ranks) <= n:
             # CuPy selects from the lower end, and sorts everything to get far from it.
             places = [rank - 1 for rank in ranks]
-            return -self.pick(cp.partition(-x, sorted(set(places)), axis=-1), places)
+            return -pick(xp, cp.partition(-x, sorted(set(places)), axis=-1), places)
         places = [n - rank for rank in ranks]
-        return self.pick(cp.partition(x, sorted(set(places)), axis=-1), places)
+        return pick(xp, cp.partition(x, sorted(set(places)), axis=-1), places)
 
 
 backend = CupyBackend(xp, "cupy")

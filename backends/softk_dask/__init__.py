@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import array_api_compat.dask.array as xp
 import dask.array as da
-import numpy as np
 
-from softk.backend import Array, Backend, Inputs, Primitive, Words, backend_of
+from softk.backend import Array, Backend, Form, Inputs, Part, Primitive, Words, backend_of
 
 __all__ = ["DaskBackend", "backend"]
 
@@ -19,31 +18,11 @@ class DaskBackend(Backend):
 
     words = Words('{}.astype("float32")', "da.asarray({})", measure="{}.compute_chunk_sizes() finds it")
 
-    def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        def bound(*inputs: Array | None) -> tuple[Array, ...]:
-            found = _blockwise(primitive, lambda inner, given: inner.bind(primitive, **options)(*given[0]), inputs)
-            return tuple(found)
-
-        return bound
-
-    def push(self, primitive: Primitive, inputs: Inputs, outputs: tuple[Array, ...], tangents: Inputs) -> Any:
-        return _blockwise(primitive, lambda inner, given: inner.push(primitive, *given), inputs, outputs, tangents)
-
-    def pull(
-        self,
-        primitive: Primitive,
-        inputs: Inputs,
-        outputs: tuple[Array, ...],
-        cotangents: Inputs,
-        needed: tuple[bool, ...],
-    ) -> Any:
-        return _blockwise(
-            primitive,
-            lambda inner, given: inner.pull(primitive, given[0], given[1], given[2], needed),
-            inputs,
-            outputs,
-            cotangents,
-        )
+    def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
+        arrays, needed = (groups[:-1], groups[-1]) if part == "vjp" else (groups, None)
+        if arrays[0][0].shape[-1] == 0:  # nothing to cut into blocks
+            return Backend(xp).run(primitive, part, *groups, **options)
+        return _blockwise(primitive, part, arrays, needed, options)
 
     def densely(self, x: Array) -> str | None:
         block = backend_of(x._meta).densely(x._meta)
@@ -52,17 +31,12 @@ class DaskBackend(Backend):
     def device(self, x: Array) -> Any:
         return None  # Dask has none of its own
 
-    def share_device(self, x: Array, other: Array) -> bool:
-        return True
-
 
 def _blockwise(
-    primitive: Primitive, function: Callable[[Backend, list[Any]], Any], *groups: Inputs
+    primitive: Primitive, part: Part, groups: tuple[Inputs, ...], needed: tuple[bool, ...] | None, options: Any
 ) -> tuple[Array | None, ...]:
-    """Apply ``function(backend of the blocks, groups of blocks)``, whose result is a tuple of arrays or None."""
+    """A part of a primitive, by the backend of the blocks."""
     x: Array = groups[0][0]
-    if x.shape[-1] == 0:
-        return tuple(function(Backend(xp), list(groups)))  # nothing to cut into blocks
     arrays = [value for group in groups for value in group if value is not None]
     # All arrays have the axes of the slices, which can be cut, and behind them their own; or they are numbers.
     chunks = x.chunks[: x.ndim - primitive.axes]
@@ -70,59 +44,47 @@ def _blockwise(
     arrays = [
         value.rechunk((*chunks, *(-1,) * axes)) if axes else value for value, axes in zip(arrays, own, strict=True)
     ]
-    cores = [value.shape[value.ndim - axes :] for value, axes in zip(arrays, own, strict=True)]
+    cores = [Form(value.shape[value.ndim - axes :], value.dtype) for value, axes in zip(arrays, own, strict=True)]
 
-    def apply(*blocks: Array) -> tuple[Any, ...]:
-        inner = backend_of(blocks[0])
-        values = iter(blocks)
-        with inner.quiet():
-            return tuple(function(inner, [tuple(None if v is None else next(values) for v in g) for g in groups]))
-
-    found = _shapes(apply, [value._meta for value in arrays], cores, x.shape[-1])
-    present = [value for value in found if value is not None]
-    known = {size for core in cores for size in core}
+    def regroup(values: Iterable[Any]) -> list[tuple[Any, ...]]:
+        found = iter(values)
+        return [tuple(None if value is None else next(found) for value in group) for group in groups]
 
     def results(*blocks: Array) -> Any:
-        values = [value for value in apply(*blocks) if value is not None]
-        return tuple(values) if len(values) > 1 else values[0]
+        inner, given = backend_of(blocks[0]), regroup(blocks)
+        with inner.quiet(blocks[0]):
+            found = inner.run(primitive, part, *given, *(() if needed is None else (needed,)), **options)
+        present = [value for value in found if value is not None]
+        return tuple(present) if len(present) > 1 else present[0]
 
-    outputs = da.apply_gufunc(
+    forms = _forms(primitive, part, regroup(cores), needed, options)
+    present = [form for form in forms if form is not None]
+    known = {size for core in cores for size in core.shape}
+    found = da.apply_gufunc(
         results,
-        ",".join(map(_signature, cores)) + "->" + ",".join(_signature(core) for core, _ in present),
+        ",".join(_signature(core) for core in cores) + "->" + ",".join(_signature(form) for form in present),
         *arrays,
-        output_dtypes=[dtype for _, dtype in present],
-        output_sizes={f"d{size}": size for core, _ in present for size in core if size not in known},
+        output_dtypes=[form.dtype for form in present],
+        output_sizes={f"d{size}": size for form in present for size in form.shape if size not in known},
     )
-    outputs = iter(outputs if len(present) > 1 else (outputs,))
-    return tuple(None if value is None else next(outputs) for value in found)
+    outputs = iter(found if len(present) > 1 else (found,))
+    return tuple(None if form is None else next(outputs) for form in forms)
 
 
-def _signature(core: tuple[int, ...]) -> str:
+def _signature(core: Form) -> str:
     """An array's own axes, named by their sizes, as a generalised ufunc has them."""
-    return "(" + ",".join(f"d{size}" for size in core) + ")"
+    return "(" + ",".join(f"d{size}" for size in core.shape) + ")"
 
 
-def _shapes(
-    apply: Callable[..., tuple[Any, ...]], metas: list[Any], cores: list[tuple[int, ...]], n: int
-) -> list[tuple[tuple[int, ...], Any] | None]:
-    """The shape and dtype of every result on one slice, None for one that there is not.
-
-    Seen by trying. Where nothing but the number of scores can be an axis, two scores and three say which of the axes
-    follow it; elsewhere a slice of its real size is tried.
-    """
-
-    def attempt(size: int) -> list[Any]:
-        shapes = [tuple(size if length == n else length for length in core) for core in cores]
-        return list(apply(*(np.ones_like(meta, shape=shape) for meta, shape in zip(metas, shapes, strict=True))))
-
-    if n == 1 or any(core not in ((), (1,), (n,)) for core in cores):
-        return [None if value is None else (value.shape, value.dtype) for value in attempt(n)]
-    return [
-        None
-        if one is None
-        else (tuple(n if i != j else i for i, j in zip(one.shape, two.shape, strict=True)), one.dtype)
-        for one, two in zip(attempt(2), attempt(3), strict=True)
-    ]
+def _forms(
+    primitive: Primitive, part: Part, groups: list[tuple[Any, ...]], needed: tuple[bool, ...] | None, options: Any
+) -> tuple[Form | None, ...]:
+    """The shape and dtype of every result on one slice, None for one that there is not."""
+    if part == "forward":
+        return primitive.forms(xp, groups[0], **options)
+    if needed is None:
+        return tuple(groups[1][: primitive.moving])
+    return tuple(form if need else None for form, need in zip(groups[0], needed, strict=True))
 
 
 backend = DaskBackend(xp, "dask")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from softk.backend import Array, Backend, Primitive, Words
+from softk.backend import Array, Backend, Primitive, Words, pick
 
 __all__ = ["JaxBackend", "backend"]
 
@@ -28,24 +28,8 @@ class JaxBackend(Backend):
     def device(self, x: Array) -> Any:
         return None  # where JAX puts a new array is JAX's own affair, under a trace and outside of it
 
-    def devices(self) -> list[Any]:
-        return jax.devices()
-
-    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
-        return jax.vjp(f, x)[1](cotangent)[0]
-
-    @property
-    def index(self) -> Any:
-        return jnp.result_type(int)  # int32 where 64 bits are not enabled
-
-    def quiet(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def exact(self, x: Array) -> AbstractContextManager[Any]:
-        return _exact()
-
-    def share_device(self, x: Array, other: Array) -> bool:
-        return True  # JAX checks it, and knows about shardings
+    def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
+        return nullcontext() if x is None else _exact()
 
     def sigmoid(self, z: Array) -> Array:
         return jax.nn.sigmoid(z)
@@ -53,10 +37,8 @@ class JaxBackend(Backend):
     def constant(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 
-    def known(self, flag: Array) -> bool | None:
-        if isinstance(flag, jax.core.Tracer) or any(device.platform != "cpu" for device in flag.devices()):
-            return None
-        return bool(flag)
+    def memory(self, x: Any) -> Any:
+        return None if isinstance(x, jax.core.Tracer) else x
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
@@ -69,7 +51,7 @@ class JaxBackend(Backend):
 
         return jax.lax.while_loop(unfinished, body, (*step(state), jnp.asarray(1)))[0]
 
-    def by_rows(
+    def map_rows(
         self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
     ) -> tuple[Array, ...]:
         """A loop, of which the compiler sees one turn, and of which the backward pass computes each turn anew."""
@@ -97,13 +79,13 @@ class JaxBackend(Backend):
         rest = turn([value[..., whole:, :] for value in rowed])
         return tuple(jnp.concatenate(pair, axis=-2) for pair in zip(joined, rest, strict=True))
 
-    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+    def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if not isinstance(ranks, tuple):
-            return _by_bits(x, ranks) if ranks.shape[-1] <= _FEW else super().order_statistics(x, ranks)
+            return _by_bits(x, ranks) if ranks.shape[-1] <= _FEW else super().select(x, ranks)
         # XLA's top_k is O(n log k), and the quickest while k is a small part of n.
         if isinstance(n, int) and 8 * max(ranks) <= n:
-            return self.pick(_largest(x, max(ranks)), [rank - 1 for rank in ranks])
+            return pick(jnp, _largest(x, max(ranks)), [rank - 1 for rank in ranks])
         if len(ranks) == 2 and ranks[1] == ranks[0] + 1:
             # XLA compares numbers below the smallest normal one as if they were 0, which moves the second by as much.
             high = _by_bits(x, jnp.asarray(ranks[:1]))
@@ -112,7 +94,7 @@ class JaxBackend(Backend):
             return jnp.concatenate([high, jnp.where(tied, high, low)], axis=-1)
         if len(ranks) <= _FEW:
             return _by_bits(x, jnp.asarray(ranks))
-        return super().order_statistics(x, ranks)
+        return super().select(x, ranks)
 
 
 def _largest(x: Array, k: int) -> Array:
@@ -176,7 +158,7 @@ def _exact() -> AbstractContextManager[Any]:
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
     def forward(*inputs: Array | None) -> tuple[Array, ...]:
         with _exact():
-            return primitive.forward(backend, *inputs, **dict(options))
+            return backend.run(primitive, "forward", inputs, **dict(options))
 
     forward.__name__ = primitive.name.replace(" ", "_").replace("-", "_")
     operator = jax.custom_jvp(forward)
@@ -185,7 +167,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
         outputs = operator(*primals)
         given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         found = _tangents(primitive, primals, outputs, given)
-        constants = outputs[len(outputs) - primitive.constants :]
+        constants = outputs[primitive.moving :]
         return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
 
     operator.defjvp(rule, symbolic_zeros=True)
@@ -201,10 +183,11 @@ def _tangents(
     @jax.checkpoint
     def push(inputs: Any, outputs: Any, tangents: Any) -> tuple[Array, ...]:
         with _exact():
-            found = primitive.jvp(backend, inputs, (*(None,) * primitive.results, *outputs), tangents)
+            outputs = (*(None for _ in primitive.results), *outputs)
+            found = backend.run(primitive, "jvp", inputs, outputs, tangents)
         return tuple(jnp.asarray(value) for value in found)
 
-    found: tuple[Array, ...] = push(inputs, outputs[primitive.results :], tangents)
+    found: tuple[Array, ...] = push(inputs, outputs[len(primitive.results) :], tangents)
     return found
 
 

@@ -1,14 +1,13 @@
-"""NumPy for softk: selection by partition, a solver that stops when it is done, and a `where` that does not branch."""
+"""NumPy for softk: selection by partition, and a `where` that does not branch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.numpy as compat
 import numpy as np
 
-from softk.backend import Array, Backend, Words
+from softk.backend import Array, Backend, Words, pick
 
 __all__ = ["NumpyBackend", "backend"]
 
@@ -123,15 +122,8 @@ class NumpyBackend(Backend):
     def densely(self, x: Array) -> str | None:
         return None
 
-    def known(self, flag: Array) -> bool | None:
-        return bool(flag)
-
-    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
-        for _ in range(limit):
-            state, done = step(state)
-            if done.all():
-                break
-        return state
+    def memory(self, x: Any) -> Any:
+        return x
 
     @property
     def overwriting(self) -> Any:
@@ -153,12 +145,6 @@ class NumpyBackend(Backend):
         blocks = np.vecdot(_in_blocks(x), _in_blocks(y))
         return found + blocks.sum(axis=-1, keepdims=True)
 
-    def part(self, x: Array, side: Array) -> tuple[Array, Array]:
-        return self.dot(x, side), self.dot(x, 1.0 - side)
-
-    def gathers(self, x: Array) -> bool:
-        return True
-
     def gather_above(self, x: Array, level: Array) -> Array | None:
         flat = x.reshape(-1, x.shape[-1])
         found = np.flatnonzero(~(flat < level.reshape(-1, 1)))
@@ -173,7 +159,7 @@ class NumpyBackend(Backend):
         gathered[np.arange(width) < counts] = flat.reshape(-1).take(found)
         return gathered.reshape(*x.shape[:-1], width)
 
-    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+    def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if isinstance(ranks, tuple):
             if x.size == 0:
@@ -184,7 +170,7 @@ class NumpyBackend(Backend):
                 ordered = np.partition(x, places[0], axis=-1)
                 after = ordered[..., : places[0]].max(axis=-1, keepdims=True)
                 return np.concatenate([ordered[..., places[0] : places[0] + 1], after], axis=-1)
-            return self.pick(np.partition(x, np.unique(places), axis=-1), places)
+            return pick(self.xp, np.partition(x, np.unique(places), axis=-1), places)
         if x.size == 0:
             return np.empty((*x.shape[:-1], ranks.shape[-1]), x.dtype)
         index = n - ranks

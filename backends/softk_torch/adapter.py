@@ -22,8 +22,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-import softk_triton as _fused
-from softk.backend import PRIMITIVES, Array, Backend, Primitive, Words
+import softk_triton
+from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Words, pick
 
 __all__ = ["TorchBackend", "backend"]
 
@@ -32,6 +32,7 @@ class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
     autodiff = "torch.autograd, torch.func"
+    kernels = softk_triton.KERNELS
     words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
@@ -45,31 +46,28 @@ class TorchBackend(Backend):
             return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
         return None if x.layout is torch.strided else "{}.to_dense()"
 
-    def devices(self) -> list[Any]:
-        return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
+        """Autocast lowers every product of matrices, of which distances and derivatives are the small differences."""
+        if x is None:
+            return nullcontext()
+        kind = x.device.type
+        lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, enabled=False) if lowered else nullcontext()
 
-    def gradient(self, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(f(x), x, cotangent)[0]
+    def memory(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x if _is_plain(x) and not _is_watched(x) else None
+        return None if torch.compiler.is_compiling() and not has_static_value(x) else x
 
-    def quiet(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def exact(self, x: Array) -> AbstractContextManager[Any]:
-        return _as_given((x,))
+    def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
+        # A solver is one operation of a graph, in which it stops when it is done. An exported program runs where softk
+        # may not be, and gets the operations.
+        if primitive.vjp is None and _is_for_a_graph(groups[0]) and not torch.compiler.is_exporting():
+            return tuple(_solve_in_graph(primitive.name, repr(options), list(groups[0])))
+        return super().run(primitive, part, *groups, **options)
 
     def constant(self, x: Array) -> Array:
         return x.detach()
-
-    def settle(
-        self, function: Callable[..., tuple[Array, ...]], options: dict[str, Any], *arrays: Array
-    ) -> tuple[Array, ...]:
-        if torch.compiler.is_exporting():  # a program runs where softk may not be
-            return function(self, *arrays, **options)
-        if torch.compiler.is_compiling() or any(type(value) is not torch.Tensor for value in arrays):
-            name = f"{function.__module__}:{function.__qualname__}"
-            return tuple(_settled(name, repr(options), list(arrays)))
-        return _settle(function, options, arrays)
 
     @property
     def differentiates_operations(self) -> bool:
@@ -92,10 +90,9 @@ class TorchBackend(Backend):
     def sigmoid(self, z: Array) -> Array:
         return torch.sigmoid(z)
 
-    def gathers(self, x: Array) -> bool:
-        return _is_plain(x) and x.numel() > 0
-
     def gather_above(self, x: Array, level: Array) -> Array | None:
+        if x.device.type != "cpu" or x.numel() == 0:
+            return None
         flat = x.reshape(-1, x.shape[-1])
         chosen = (flat < level.reshape(-1, 1)).logical_not_()
         counts = torch.count_nonzero(chosen, dim=-1)[:, None]
@@ -108,20 +105,7 @@ class TorchBackend(Backend):
         gathered.masked_scatter_(torch.arange(width, device=x.device) < counts, found)
         return gathered.reshape(*x.shape[:-1], width)
 
-    def symbolic(self, number: Any) -> bool:
-        return torch.compiler.is_compiling() and not has_static_value(number)
-
-    def known(self, flag: Array) -> bool | None:
-        return _look(flag)
-
-    def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
-        for _ in range(limit):
-            state, done = step(state)
-            if _is_plain(done) and _look(done.all()):
-                break
-        return state
-
-    def order_statistics(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
+    def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple):
             ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])
             return torch.gather(torch.sort(x, dim=-1).values, -1, x.shape[-1] - ranks)
@@ -130,50 +114,53 @@ class TorchBackend(Backend):
         if most <= n - least + 1:
             found = torch.topk(x, most, dim=-1, sorted=False).values
             found = torch.topk(found, most - least + 1, dim=-1, largest=False).values
-            return self.pick(found, [most - rank for rank in ranks])
+            return pick(xp, found, [most - rank for rank in ranks])
         found = torch.topk(x, n - least + 1, dim=-1, largest=False, sorted=False).values
         found = torch.topk(found, most - least + 1, dim=-1).values
-        return self.pick(found, [rank - least for rank in ranks])
+        return pick(xp, found, [rank - least for rank in ranks])
 
 
 def _is_plain(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor and x.device.type == "cpu" and not _fused._is_traced()
+    """Whether its memory holds its values, and no compiler, tracer or transform records what becomes of them."""
+    if torch.compiler.is_compiling():  # which does not follow what comes next
+        return False
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and torch._C._get_tracing_state() is None
+        and not x.is_neg()
+    )
 
 
-def _look(flag: torch.Tensor) -> bool | None:
-    """The value of a boolean, where it is there: a plain tensor in the memory of the CPU, outside any trace."""
-    if not _is_plain(flag):
-        return None
-    try:
-        return bool(flag)
-    except RuntimeError:  # a tracer that has no type of its own refuses to tell
-        return None
+def _is_watched(x: torch.Tensor) -> bool:
+    """Whether automatic differentiation records what becomes of a tensor, in either mode."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return forward and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _settle(
-    function: Callable[..., tuple[Array, ...]], options: dict[str, Any], arrays: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """An iteration, by the kernel that there is for it or by its operations."""
-    found = _fused.settle(function, options, arrays)
-    return function(backend, *arrays, **options) if found is None else found
+def _is_for_a_graph(inputs: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether a compiler records a call, or a tracer whose tensors are of its own types."""
+    types = (torch.Tensor, type(None))
+    return torch.compiler.is_compiling() or any(type(value) not in types for value in inputs)
 
 
-@torch.library.custom_op("softk::settle", mutates_args=())
-def _settled(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-    """An iteration as one operation of a graph, in which it stops when it is done."""
-    return _run(name, literal_eval(options), arrays)
-
-
-@_settled.register_fake
-def _(name: str, options: str, arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-    return _run(name, {**literal_eval(options), "limit": 0}, arrays)
-
-
-def _run(name: str, options: dict[str, Any], arrays: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The function of that name. A graph must know how its results lie in memory, and that none is a view."""
-    module, function = name.split(":")
-    found = _settle(getattr(sys.modules[module], function), options, tuple(arrays))
+@torch.library.custom_op(
+    "softk::solve", mutates_args=(), schema="(str name, str options, Tensor?[] inputs) -> Tensor[]"
+)
+def _solve_in_graph(name: str, options: str, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """A primitive without a derivative. A graph must know how its results lie in memory, and that none is a view."""
+    found = backend.run(PRIMITIVES[name], "forward", tuple(inputs), **literal_eval(options))
     return [value.clone(memory_format=torch.contiguous_format) for value in found]
+
+
+@_solve_in_graph.register_fake
+def _(name: str, options: str, inputs: list[Any]) -> list[torch.Tensor]:
+    forms = PRIMITIVES[name].forms(xp, tuple(inputs), **literal_eval(options))
+    return [torch.empty(form.shape, dtype=form.dtype, device=inputs[0].device) for form in forms]
 
 
 def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -205,18 +192,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
-        with _as_given(inputs):
-            found = _fused.forward(name, inputs)
-            return PRIMITIVES[name].forward(backend, *inputs, **dict(options)) if found is None else found
+        with backend.quiet(inputs[0]):
+            return backend.run(PRIMITIVES[name], "forward", inputs, **dict(options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         name, _, *tensors = inputs
         ctx.primitive = PRIMITIVES[name]
-        ctx.differentiable = len(output) - ctx.primitive.constants
-        ctx.mark_non_differentiable(*output[ctx.differentiable :])
+        ctx.mark_non_differentiable(*output[ctx.primitive.moving :])
         ctx.set_materialize_grads(False)
-        kept = output[ctx.primitive.results :]
+        kept = output[len(ctx.primitive.results) :]
         ctx.save_for_backward(*tensors, *kept)
         ctx.save_for_forward(*tensors, *kept)
         ctx.count = len(tensors)
@@ -225,19 +210,18 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         inputs, outputs = _saved(ctx)
-        given = (inputs, outputs, cotangents[: ctx.differentiable], needed)
-        with _as_given(inputs):
-            found = _fused.pull(ctx.primitive.name, *given) or ctx.primitive.vjp(backend, *given)
-        return (None, None, *(value if need else None for value, need in zip(found, needed, strict=True)))
+        given = (inputs, outputs, cotangents[: ctx.primitive.moving], needed)
+        with backend.quiet(inputs[0]):
+            return None, None, *backend.run(ctx.primitive, "vjp", *given)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # Autograd takes the jvp with forward mode switched off, and a derivative of it would be zero without a word.
         # The saved values are those of this level: its own tangents are the arguments.
         inputs, outputs = (tuple(_primal(value) for value in values) for values in _saved(ctx))
-        with forward_ad._set_fwd_grad_enabled(True), _as_given(inputs):
-            found = ctx.primitive.jvp(backend, inputs, outputs, tangents)
-        return (*found, *(None,) * ctx.primitive.constants)
+        with forward_ad._set_fwd_grad_enabled(True), backend.quiet(inputs[0]):
+            found = backend.run(ctx.primitive, "jvp", inputs, outputs, tangents)
+        return (*found, *(None for _ in ctx.primitive.constants))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], name: str, options: Any, *inputs: torch.Tensor | None) -> Any:
@@ -249,17 +233,10 @@ class _Function(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _as_given(inputs: tuple[torch.Tensor | None, ...]) -> AbstractContextManager[Any]:
-    """Autocast lowers every product of matrices, of which distances and derivatives here are the small differences."""
-    kind = next(value.device.type for value in inputs if value is not None)
-    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if lowered else nullcontext()
-
-
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The inputs and the outputs of the forward pass; the rules do not read the results."""
     saved = ctx.saved_tensors
-    return saved[: ctx.count], (*(None,) * ctx.primitive.results, *saved[ctx.count :])
+    return saved[: ctx.count], (*(None for _ in ctx.primitive.results), *saved[ctx.count :])
 
 
 def _primal(value: torch.Tensor | None) -> torch.Tensor | None:
@@ -276,7 +253,7 @@ def _lead(value: torch.Tensor, dim: int | None, axes: int, size: int) -> torch.T
 
 def _full(shape: tuple[int, ...], value: float, /, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A symbol of a trace is added: the compiler knows that as an operation of tensors, and keeps the symbol open."""
-    if backend.symbolic(value):
+    if backend.memory(value) is None:
         return torch.zeros(shape, dtype=dtype, device=device) + value
     return torch.full(shape, value, dtype=dtype, device=device)
 

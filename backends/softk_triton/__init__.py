@@ -1,102 +1,101 @@
-"""Where fused kernels take the place of the operations: on a CUDA device with Triton, for scores below float64.
+"""Fused kernels for PyTorch's tensors on CUDA devices, in Triton: the mask, its solver and its rule, below float64.
 
-Each function returns None where there is no kernel for what it is given, and the operations do it: for float64, under a
-transform or a trace, where autograd differentiates the operations themselves, or where there is no Triton.
+This file says what the kernels are and when they serve. `launch` calls them, `tiles` has those of rows that registers
+hold, `segments` those of longer ones. Triton is imported when the first tensor arrives that it will serve.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-#: The devices whose tensors the kernels are for, and the capability that Triton asks of them.
-DEVICES = {"cuda"}
+from softk._reference.threshold.masks import hard_mask, mask
+from softk._reference.threshold.solve import solver
+from softk.backend import Backend, Kernel, chosen_kernels
+
+__all__ = ["KERNELS"]
+
+#: The compute capability that Triton asks of a device.
 CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: What kernels count to.
 MOST_SCORES, MOST_ROWS = 1 << 30, 1 << 29
 #: The largest count that float32, in which they hold the mass, tells from the next.
 MOST_SCORES_OF_A_MASS = 1 << 24
 
-Tensors = tuple[torch.Tensor, ...]
-Inputs = tuple[torch.Tensor | None, ...]
+Inputs = tuple[Any, ...]
 
 
 @cache
-def _available(device: torch.device) -> bool:
-    """Whether kernels can run there."""
-    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
-        return False
+def _absent(device: torch.device) -> str | None:
+    """Why no kernel runs on the device; None where kernels do."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "kernels are for NVIDIA's devices"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-        return False
-    from . import launch  # imports Triton, which not everybody has
-
-    return launch.runs_on(device)
-
-
-def _is_plain(value: torch.Tensor) -> bool:
-    """Whether its memory holds its values, and nobody is there to be told of what becomes of them."""
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and not torch._C._functorch.is_legacy_batchedtensor(value)
-        and not value.is_neg()
-    )
-
-
-def _is_traced() -> bool:
-    """Whether a compiler or a tracer records the operations."""
-    if torch.compiler.is_compiling():  # which does not follow what comes next
-        return True
-    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    return proxy is not None or torch._C._get_tracing_state() is not None
-
-
-def _problem(inputs: Inputs, *others: torch.Tensor | None) -> Any:
-    """The inputs of a primitive, the scores first, as the kernels see them; None if they do not serve."""
-    x = inputs[0]
-    if (
-        x is None
-        or x.device.type not in DEVICES
-        or x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
-        or _is_traced()
-        or not all(_is_plain(value) for value in (*inputs, *others) if value is not None)
-        or not 0 < x.shape[-1] <= MOST_SCORES
-        or not 0 < x.numel() // x.shape[-1] <= MOST_ROWS
-        or not _available(x.device)
-    ):
-        return None
+        return f"{device} must have compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or more"
     from . import launch
 
-    return launch.problem(inputs)
+    return launch.fault_on(device)
 
 
-def settle(
-    function: Callable[..., Tensors], options: dict[str, Any], arrays: tuple[torch.Tensor, ...]
-) -> Tensors | None:
-    """What an iteration settles to, if it is that of the threshold."""
-    threshold = (function.__module__, function.__name__) == ("softk._reference.threshold.solve", "approach")
-    counted = not options.get("ranks") or max(options["ranks"]) <= MOST_SCORES_OF_A_MASS
-    given = dict(zip(options["names"], arrays, strict=True)) if threshold and counted else {}
-    problem = _problem(tuple(given.get(name) for name in ("x", "k", "tau", "weights", "where")))
-    return None if problem is None else problem.settled()
+def _is_interpreted(device: torch.device) -> bool:
+    """Whether the interpreter serves tensors in memory: it is slow, and used where it is asked for by name."""
+    if device.type != "cpu" or chosen_kernels() != "triton" or importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
-def forward(name: str, inputs: Inputs) -> Tensors | None:
-    """The outputs of a primitive, if it is the mask."""
-    problem = _problem(inputs) if name == "topk_mask" else None
-    return None if problem is None else problem.mask()
+def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
+    """Why the kernels do not serve a problem, None where they do."""
+    x = inputs[0]
+    if not isinstance(x, torch.Tensor) or not (x.device.type == "cuda" or _is_interpreted(x.device)):
+        return f"the scores must be on a CUDA device, got {getattr(x, 'device', None)}"
+    if x.dtype not in DTYPES:
+        return f"the scores must have at most 32 bits, got {x.dtype}"
+    if not 0 < x.shape[-1] <= MOST_SCORES or not 0 < x.numel() // x.shape[-1] <= MOST_ROWS:
+        return f"there must be from 1 to {MOST_SCORES} scores and from 1 to {MOST_ROWS} slices, got {tuple(x.shape)}"
+    arrays = (value for group in (inputs, *groups) for value in group if isinstance(value, torch.Tensor))
+    if any(backend.memory(value) is None for value in arrays):
+        return "a compiler, a transform or automatic differentiation records the operations"
+    return _absent(x.device)
 
 
-def pull(name: str, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...]) -> Inputs | None:
-    """The cotangents of a primitive's inputs, if it has the rule of the mask and nobody differentiates it again."""
-    again = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if name not in ("topk_mask", "topk_hard_mask") or cotangents[0] is None or again:
-        return None
-    given = (*outputs[1:], *cotangents)  # the offset, the reference, u and c
-    problem = _problem(inputs, *given)
-    return None if problem is None else (*problem.cotangents(given, needed[:4]), None)
+def _refuses_count(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> str | None:
+    """The kernels hold the mass in float32."""
+    if ranks is not None and max(ranks) > MOST_SCORES_OF_A_MASS:
+        return f"k must be at most {MOST_SCORES_OF_A_MASS}, got {max(ranks)}"
+    return _refuses(backend, inputs)
+
+
+def _refuses_rule(backend: Backend, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: Any) -> str | None:
+    if cotangents[0] is None:
+        return "there is no cotangent of the mask"
+    return _refuses(backend, inputs, outputs[1:], cotangents)
+
+
+def _compute(part: str, backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> tuple[Any, ...]:
+    from . import launch
+
+    problem = launch.problem(inputs)
+    if part == "solve":
+        return problem.settled()
+    if part == "mask":
+        return problem.mask()
+    outputs, cotangents, needed = groups
+    # Of the offset, the reference and both cotangents; `where` has none.
+    return (*problem.cotangents((*outputs[1:], *cotangents), needed[:4]), None)
+
+
+KERNELS = (
+    Kernel("triton", solver, "forward", _refuses_count, partial(_compute, "solve")),
+    Kernel("triton", mask, "forward", _refuses, partial(_compute, "mask")),
+    Kernel("triton", mask, "vjp", _refuses_rule, partial(_compute, "rule")),
+    Kernel("triton", hard_mask, "vjp", _refuses_rule, partial(_compute, "rule")),
+)

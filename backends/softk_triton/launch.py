@@ -202,8 +202,8 @@ class Segments(Problem):
             self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether kernels run there: Triton needs a C compiler, among other things."""
+def fault_on(device: torch.device) -> str | None:
+    """Why kernels do not start there: Triton needs a C compiler, among other things. None where they do."""
     try:
         with _on(device):
             tiles.probe[(1,)](torch.empty(1, device=device))
@@ -213,8 +213,8 @@ def runs_on(device: torch.device) -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-        return False
-    return True
+        return f"kernels do not start on {device}: {reason!r}"
+    return None
 
 
 def problem(inputs: tuple[Any, ...]) -> Problem:

@@ -108,7 +108,7 @@ class Slices:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
-            number = scale * (value if self.backend.symbolic(value) else float(value))
+            number = scale * (value if self.backend.memory(value) is None else float(value))
             return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
         aligned = (1,) * (self.ndim - len(shape)) + shape
@@ -316,7 +316,7 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
                 f"{name} must be an array of the same library as {first}: got {kind_of(value)} beside {kind_of(x)}; "
                 f"convert one, for example {backend.words.own.format(name)}"
             )
-        if not backend.share_device(x, value):
+        if backend.device(x) != backend.device(value):
             raise TypeError(
                 f"{name} must be on the device of {first}: got {backend.device(value)} beside {backend.device(x)}; "
                 f"move one, for example {backend.words.move.format(name, first)}"
@@ -326,7 +326,7 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
 
 def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
     """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
-    if not is_number(k) or backend.symbolic(k):
+    if not is_number(k) or backend.memory(k) is None:
         return None
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1

@@ -58,7 +58,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     """
     call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
-    with backend.quiet():
+    with backend.quiet(x):
         outputs = call.bound()(*call.inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
@@ -69,15 +69,15 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     def pullback(cotangent: Any) -> dict[str, Array]:
         _require_structure(cotangent, [names[i] for i in moving] if names else [])
         given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
-        canonical: list[Array | None] = [None] * (len(outputs) - primitive.constants)
-        with backend.quiet():
+        canonical: list[Array | None] = [None] * (primitive.moving)
+        with backend.quiet(x):
             for i, value in zip(moving, given, strict=True):
                 pull = call.restores[i].pull
                 if pull is not None and (value is not None or len(moving) == 1):
                     label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
                     _require_like(label, value, parts[i], backend)
                     canonical[i] = pull(value)
-            found = backend.pull(primitive, call.inputs, outputs, tuple(canonical), needed)
+            found = backend.run(primitive, "vjp", call.inputs, outputs, tuple(canonical), needed)
             return {
                 name: argument.pull(values)
                 for (name, argument), values in zip(call.arguments.items(), found, strict=True)
@@ -141,13 +141,13 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
         if name not in known:
             raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
         _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
-    with backend.quiet():
+    with backend.quiet(x):
         outputs = call.bound()(*call.inputs)
         canonical = tuple(
             argument.push(tangents[name]) if argument.push is not None and name in tangents else None
             for name, argument in call.arguments.items()
         )
-        rates = call.restore(backend.push(primitive, call.inputs, outputs, canonical))
+        rates = call.restore(backend.run(primitive, "jvp", call.inputs, outputs, canonical))
         moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
         out = call.build(*call.restore(outputs))
         return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)

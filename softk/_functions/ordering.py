@@ -44,7 +44,7 @@ def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, st
             "where": slices.kept(where),
         }
     ranks = None
-    if not slices.backend.symbolic(rows) and 2 * rows <= slices.n and rows <= 64:  # else sorting is no dearer
+    if slices.backend.memory(rows) is not None and 2 * rows <= slices.n and rows <= 64:  # else sorting is no dearer
         edges = [unit * (row + 1) for row in range(rows)]
         ranks = (*(math.ceil(edge) for edge in edges), *(math.floor(edge) + 1 for edge in edges))
     return {"backend": slices.backend, "arguments": arguments, "options": {"rows": rows, "ranks": ranks}}

@@ -9,7 +9,7 @@ from typing import Generic, Literal, NamedTuple
 
 from softk._reference.plan.newton import STEPS
 from softk._reference.plan.transport import transport_plan
-from softk.backend import AnyArray, Array, ArrayT
+from softk.backend import AnyArray, Array, ArrayT, index_dtype, peek
 
 from .arguments import Slices, require_scores
 from .call import Argument, Call, operator_from
@@ -161,7 +161,7 @@ def transport(
 
     def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
         converged = error <= tolerance
-        if slices.backend.known(xp.any(error > tolerance)):
+        if peek(slices.backend, xp.any(error > tolerance)):
             warnings.warn(
                 f"softk.transport has not converged: the largest marginal error is {float(xp.max(error)):.3g}, the "
                 f"tolerance {tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon",
@@ -175,7 +175,7 @@ def transport(
         Argument(None),  # the offsets and the references are nobody's business
         Argument(None),
         slices.diagnostic(slices.dtype),
-        slices.diagnostic(slices.backend.index),
+        slices.diagnostic(index_dtype(slices.xp)),
         Argument(None, None, lambda values: xp.astype(values, slices.dtype)),
     )
     return Call(slices.backend, transport_plan, options, arguments, restores, build)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from softk._reference.threshold.formulas import exponential, limits, nonzero
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks, transpose
 
@@ -54,20 +54,8 @@ class Shares:
         return xp.exp(xp.minimum(self.log_mask - self.peak, ceiling)) / self.total
 
 
-def _likelihood_forward(
-    backend: Backend,
-    queries: Array,
-    keys: Array,
-    targets: Array,
-    values: Array,
-    floor: Array,
-    k: Array,
-    tau: Array,
-    where: Array | None,
-    exclude: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _likelihood_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    queries, keys, targets, values, floor, k, tau, where, exclude = inputs
     cache = Keys(backend, keys)
 
     def block(queries: Any, targets: Any, *given: Any) -> Arrays:
@@ -75,7 +63,7 @@ def _likelihood_forward(
         solved = here.solve(ranks)
         return Shares(here, targets, values, floor, *solved).likelihood, *solved
 
-    return backend.by_rows(block, block_rows(queries, keys), queries, targets, k, tau, where, exclude)
+    return backend.map_rows(block, block_rows(queries, keys), queries, targets, k, tau, where, exclude)
 
 
 def _likelihood_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -111,7 +99,7 @@ def _likelihood_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents:
         return tangent, ds
 
     arrays = (queries, targets, *outputs[-2:], dqueries, dtargets, dk, dtau, *others)
-    return backend.by_rows(block, block_rows(queries, keys), *arrays)
+    return backend.map_rows(block, block_rows(queries, keys), *arrays)
 
 
 def _likelihood_vjp(
@@ -143,6 +131,20 @@ def _likelihood_vjp(
     return by_queries, by_keys, by_targets, by_values, None, kbar, taubar, None, None
 
 
+def _likelihood_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    queries = inputs[0]
+    one = Form((*queries.shape[:-1], 1), queries.dtype)
+    return Form((*queries.shape[:-1], 1), queries.dtype), one, one
+
+
 likelihood = Primitive(
-    "neighbor_likelihood", _likelihood_forward, _likelihood_jvp, _likelihood_vjp, constants=1, axes=2
+    "neighbor_likelihood",
+    _likelihood_forward,
+    _likelihood_forms,
+    _likelihood_jvp,
+    _likelihood_vjp,
+    results=("log_likelihood",),
+    state=("offset",),
+    constants=("reference",),
+    axes=2,
 )

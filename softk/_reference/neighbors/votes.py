@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks, transpose
 
 Arrays = tuple[Array, ...]
 
 
-def _votes_forward(
-    backend: Backend,
-    queries: Array,
-    keys: Array,
-    values: Array,
-    k: Array,
-    tau: Array,
-    where: Array | None,
-    exclude: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _votes_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    queries, keys, values, k, tau, where, exclude = inputs
     cache = Keys(backend, keys)
 
     def block(queries: Any, k: Any, *given: Any) -> Arrays:
@@ -31,7 +21,7 @@ def _votes_forward(
         solved = here.solve(ranks)
         return here.mask(*solved) @ values / k, *solved
 
-    return backend.by_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
+    return backend.map_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
 
 
 def _votes_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -56,7 +46,7 @@ def _votes_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inpu
         return tangent / k, ds
 
     arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
-    return backend.by_rows(block, block_rows(queries, keys), *arrays)
+    return backend.map_rows(block, block_rows(queries, keys), *arrays)
 
 
 def _votes_vjp(
@@ -83,4 +73,20 @@ def _votes_vjp(
     return by_queries, by_keys, by_values, kbar, taubar, None, None
 
 
-votes = Primitive("neighbor_votes", _votes_forward, _votes_jvp, _votes_vjp, constants=1, axes=2)
+def _votes_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    queries = inputs[0]
+    one = Form((*queries.shape[:-1], 1), queries.dtype)
+    return Form((*queries.shape[:-1], inputs[2].shape[-1]), queries.dtype), one, one
+
+
+votes = Primitive(
+    "neighbor_votes",
+    _votes_forward,
+    _votes_forms,
+    _votes_jvp,
+    _votes_vjp,
+    results=("votes",),
+    state=("offset",),
+    constants=("reference",),
+    axes=2,
+)

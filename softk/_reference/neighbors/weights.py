@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks
 
 Arrays = tuple[Array, ...]
 
 
-def _weights_forward(
-    backend: Backend,
-    queries: Array,
-    keys: Array,
-    k: Array,
-    tau: Array,
-    where: Array | None,
-    exclude: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _weights_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    queries, keys, k, tau, where, exclude = inputs
     cache = Keys(backend, keys)
 
     def block(*given: Any) -> Arrays:
@@ -30,7 +21,7 @@ def _weights_forward(
         solved = here.solve(ranks)
         return here.mask(*solved), *solved
 
-    return backend.by_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
+    return backend.map_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
 
 
 def _weights_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -45,7 +36,7 @@ def _weights_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: In
         return here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)[:2]
 
     arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
-    return backend.by_rows(block, block_rows(queries, keys), *arrays)
+    return backend.map_rows(block, block_rows(queries, keys), *arrays)
 
 
 def _weights_vjp(
@@ -68,4 +59,20 @@ def _weights_vjp(
     return by_queries, by_keys, kbar, taubar, None, None
 
 
-weights = Primitive("neighbor_weights", _weights_forward, _weights_jvp, _weights_vjp, constants=1, axes=2)
+def _weights_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    queries, keys, *_ = inputs
+    one = Form((*queries.shape[:-1], 1), queries.dtype)
+    return Form((*queries.shape[:-1], keys.shape[-2]), queries.dtype), one, one
+
+
+weights = Primitive(
+    "neighbor_weights",
+    _weights_forward,
+    _weights_forms,
+    _weights_jvp,
+    _weights_vjp,
+    results=("weights",),
+    state=("offset",),
+    constants=("reference",),
+    axes=2,
+)

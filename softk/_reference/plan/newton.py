@@ -19,7 +19,7 @@ from softk._reference.threshold.formulas import CORRECTIONS, MARGIN, limits, non
 from softk._reference.threshold.newton import search
 from softk._reference.threshold.problem import hold
 from softk._reference.threshold.solve import window
-from softk.backend import Array, Backend
+from softk.backend import Array, Backend, Form, Primitive, peek
 
 from .system import Boundaries, System, Task, excess, log_odds, plan, running, sides
 
@@ -36,9 +36,9 @@ def newton(
     floor(C) + 1, where they are known without looking into an array; `limit` is the number of steps at most.
     """
     xp = backend.xp
-    constants = (backend.constant(value) for value in task)
-    options = {"weighted": weighted, "ranks": ranks, "limit": limit}
-    reference, offset, count, valid = backend.settle(_approach, options, *constants)
+    constants = tuple(backend.constant(value) for value in task)
+    found = backend.run(solver, "forward", constants, weighted=weighted, ranks=ranks, limit=limit)
+    reference, offset, count, valid = found
     if backend.differentiates_operations:
         z = log_odds(backend, task, reference)
         for _ in range(CORRECTIONS):
@@ -47,15 +47,15 @@ def newton(
 
 
 def _approach(
-    backend: Backend, *arrays: Array, weighted: bool, ranks: tuple[int, ...] | None, limit: int
+    backend: Backend, inputs: tuple[Any, ...], *, weighted: bool, ranks: tuple[int, ...] | None, limit: int
 ) -> tuple[Array, ...]:
-    """The reference; the offset; the number of steps; and whether there is a plan."""
-    xp, task = backend.xp, Task(*arrays)
+    """What Newton's method settles to, without a derivative."""
+    xp, task = backend.xp, Task(*inputs)
     near = None if weighted or ranks is None else window(backend, task.x, xp.max(task.tau, axis=-2), ranks)
     if near is not None:
         within = task._replace(x=near, weights=xp.expand_dims(hold(xp, near, None), axis=-2))
         found, sure = _approach_within(backend, within, weighted, ranks, limit, task.x.shape[-1])
-        if backend.known(xp.all(sure)):
+        if peek(backend, xp.all(sure)):
             return found
     return _approach_within(backend, task, weighted, ranks, limit, task.x.shape[-1])[0]
 
@@ -63,7 +63,7 @@ def _approach(
 def _approach_within(
     backend: Backend, task: Task, weighted: bool, ranks: tuple[int, ...] | None, limit: int, n: int
 ) -> tuple[tuple[Array, ...], Array]:
-    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    """What Newton's method settles to, from all n scores or those of a window; and whether a window was wide enough."""
     xp = backend.xp
     bound = limits(xp, task.x.dtype)
     mass = task.mass[..., 0]
@@ -108,6 +108,17 @@ def _approach_within(
     shared = xp.sum(task.weights * (above * below), axis=-1, keepdims=True)
     sure = ends.nothing | ends.everything | (offset >= gap.low) | (xp.exp(gap.low - offset - MARGIN) <= shared)
     return (reference, offset, count, valid), sure | ~valid
+
+
+def _forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]:
+    x, _, mass, *_ = inputs
+    *batch, boundaries, _ = mass.shape
+    number = Form((*batch, boundaries, 1), x.dtype)
+    return number, number, Form((*batch, 1, 1), x.dtype), Form((*batch, boundaries, 1), xp.bool)
+
+
+#: The iteration, as one operation of a graph.
+solver = Primitive("solve_plan", _approach, _forms, constants=("reference", "offset", "steps", "valid"))
 
 
 def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from softk._reference.threshold.formulas import limits
-from softk.backend import Array, Backend
+from softk.backend import Array, Backend, Form, Primitive
 
 from .system import Boundaries, Task, log_odds, plan
 
@@ -31,16 +31,16 @@ def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolera
     xp = backend.xp
     masses, anchors = (xp.expand_dims(backend.constant(value), axis=-1) for value in (masses, anchors))
     reference = 0.5 * (anchors[..., :-1, :] + anchors[..., 1:, :])  # where g = 0
-    constants = (backend.constant(value) for value in task)
+    constants = tuple(backend.constant(value) for value in task)
     options = {"tolerance": tolerance, "limit": limit}
-    offset, count = backend.settle(_iterate, options, *constants, masses, reference)
+    offset, count = backend.run(solver, "forward", (*constants, masses, reference), **options)
     valid = (task.tau > 0.0) & (task.tau <= limits(xp, offset.dtype).largest)
     return Boundaries(reference, xp.where(valid, offset, math.nan), count)
 
 
-def _iterate(backend: Backend, *arrays: Array, tolerance: float, limit: int) -> tuple[Array, ...]:
+def _iterate(backend: Backend, inputs: tuple[Any, ...], *, tolerance: float, limit: int) -> tuple[Array, ...]:
     """The offset, and the number of iterations."""
-    *given, masses, reference = arrays
+    *given, masses, reference = inputs
     xp, task = backend.xp, Task(*given)
     z = log_odds(backend, task, reference)
     taken, least = masses > 0.0, float(xp.finfo(z.dtype).smallest_normal)
@@ -57,3 +57,13 @@ def _iterate(backend: Backend, *arrays: Array, tolerance: float, limit: int) -> 
     none = xp.zeros_like(z[..., :1, :1])
     offset, count, _ = backend.repeat(step, (xp.zeros_like(z[..., :1]), none, none > 0.0), limit)
     return offset, count
+
+
+def _forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]:
+    reference, dtype = inputs[-1], inputs[0].dtype
+    *batch, boundaries, _ = reference.shape
+    return Form((*batch, boundaries, 1), dtype), Form((*batch, 1, 1), dtype)
+
+
+#: The iteration, as one operation of a graph.
+solver = Primitive("solve_plan_by_sinkhorn", _iterate, _forms, constants=("offset", "iterations"))

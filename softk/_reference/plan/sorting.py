@@ -14,7 +14,7 @@ from typing import Any
 
 from softk._reference.threshold.formulas import between, limits
 from softk._reference.threshold.problem import hold, selectable
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
 from .rule import PlanLinearisation
@@ -105,7 +105,7 @@ class _Means:
         return vbar * self.apart, xp.sum(xp.where(self.finite, vbar * share, 0.0), axis=-2)
 
 
-def _sorted_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+def _sorted_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
     share = (plan(xp, log_odds(backend, task, reference) - offset) * task.weights)[..., :-1, :]
@@ -138,7 +138,26 @@ def _sorted_vjp(
     return xbar if direct is None else xbar + direct, _one(xp, taubar, inputs[1]), None, None
 
 
-sorted_plan = Primitive("sorted_plan", _sorted_forward, _sorted_jvp, _sorted_vjp, constants=1, results=2)
+def _per_row(inputs: tuple[Any, ...], rows: int) -> Form:
+    x = inputs[0]
+    return Form((*x.shape[:-1], rows, 1), x.dtype)
+
+
+def _sorted_forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    x, row = inputs[0], _per_row(inputs, rows)
+    return Form(row.shape[:-1], x.dtype), Form((*row.shape[:-1], x.shape[-1]), x.dtype), row, row
+
+
+sorted_plan = Primitive(
+    "sorted_plan",
+    _sorted_forward,
+    _sorted_forms,
+    _sorted_jvp,
+    _sorted_vjp,
+    results=("values", "assignment"),
+    state=("offset",),
+    constants=("reference",),
+)
 
 
 # --- the soft rank: the mean position of the rows that a score goes to, 0 for the highest
@@ -152,7 +171,7 @@ def _positions(backend: Backend, x: Array, rows: int) -> Array:
     return xp.broadcast_to(xp.reshape(place, (rows, 1)), (*x.shape[:-1], rows, 1))
 
 
-def _rank_forward(backend: Backend, *inputs: Any, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+def _rank_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
     xp = backend.xp
     task, reference, offset = _climb(backend, inputs, rows, ranks)
     share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
@@ -186,4 +205,18 @@ def _rank_vjp(
     return xbar, _one(xp, taubar, inputs[1]), None, None
 
 
-soft_rank = Primitive("soft_rank", _rank_forward, _rank_jvp, _rank_vjp, constants=1)
+def _rank_forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    x, row = inputs[0], _per_row(inputs, rows)
+    return Form(x.shape, x.dtype), row, row
+
+
+soft_rank = Primitive(
+    "soft_rank",
+    _rank_forward,
+    _rank_forms,
+    _rank_jvp,
+    _rank_vjp,
+    results=("rank",),
+    state=("offset",),
+    constants=("reference",),
+)

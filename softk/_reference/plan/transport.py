@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from softk._reference.threshold.formulas import limits, nonzero
 from softk._reference.threshold.problem import hold, selectable
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
 from .rule import PlanLinearisation
@@ -81,7 +81,9 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     return _Transport(order, task, anchors, masses, scale, whole, total, distance, ~both)
 
 
-def _transport_forward(backend: Backend, *inputs: Any, method: str, tolerance: float, limit: int) -> Arrays:
+def _transport_forward(
+    backend: Backend, inputs: tuple[Any, ...], *, method: str, tolerance: float, limit: int
+) -> Arrays:
     xp = backend.xp
     _, _, _, tau, weights, _ = inputs
     problem = _transport(xp, inputs)
@@ -169,4 +171,21 @@ def _transport_vjp(
     return xbar, problem.order.restored(anchorbar), problem.order.restored(marginalbar), taubar, abar, None
 
 
-transport_plan = Primitive("transport_plan", _transport_forward, _transport_jvp, _transport_vjp, constants=4)
+def _transport_forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]:
+    x, anchors, *_ = inputs
+    *batch, n = x.shape
+    m = anchors.shape[-1]
+    row, one = Form((*batch, m - 1, 1), x.dtype), Form((*batch, 1), x.dtype)
+    return Form((*batch, m, n), x.dtype), row, row, one, one, Form((*batch, m), x.dtype)
+
+
+transport_plan = Primitive(
+    "transport_plan",
+    _transport_forward,
+    _transport_forms,
+    _transport_jvp,
+    _transport_vjp,
+    results=("plan",),
+    state=("offset",),
+    constants=("reference", "marginal_error", "iterations", "potentials"),
+)

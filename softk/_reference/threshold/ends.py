@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from softk.backend import Array, Backend
+from softk.backend import Array, Backend, index_dtype
 
 from .formulas import ROUNDINGS, between, limits, narrow
 from .problem import logits, selectable
@@ -69,13 +69,14 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) 
     xp, n = backend.xp, x.shape[-1]
     if ranks is None:
         k = xp.where((k >= 0.0) & (k <= n), k, 0.0)  # a bad k is answered with NaN in the end
-        first, second = xp.astype(xp.ceil(k), backend.index), xp.astype(xp.floor(k), backend.index) + 1
+        index = index_dtype(xp)
+        first, second = xp.astype(xp.ceil(k), index), xp.astype(xp.floor(k), index) + 1
         both = xp.maximum(xp.concat([first, second], axis=-1), 1)
         both = xp.where(both > n, n, both)  # n may be symbolic under a trace, which minimum does not take
-        found = backend.order_statistics(x, both)
+        found = backend.select(x, both)
         return found[..., : k.shape[-1]], xp.where(second > n, -math.inf, found[..., k.shape[-1] :])
     # Chosen, for the minimum of a number and a symbolic n would be a symbol too.
-    found = backend.order_statistics(x, tuple(n if rank > n else max(rank, 1) for rank in ranks))
+    found = backend.select(x, tuple(n if rank > n else max(rank, 1) for rank in ranks))
     boundaries = len(ranks) // 2
     high, low = found[..., :boundaries], found[..., boundaries:]
     if max(ranks) > n:  # of the last boundary alone

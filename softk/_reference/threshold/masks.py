@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
 from .formulas import limits
 from .problem import logits, selectable
@@ -40,8 +40,9 @@ def _widening(forward: Any, jvp: Any, vjp: Any) -> tuple[Any, Any, Any]:
     def convert(backend: Backend, values: Array | None, like: Any) -> Array | None:
         return values if values is None or values.dtype == like.dtype else backend.xp.astype(values, like.dtype)
 
-    def widened_forward(backend: Backend, x: Array, k: Array, *others: Array | None, **options: Any) -> Arrays:
-        found, *rest = forward(backend, convert(backend, x, k), k, *others, **options)
+    def widened_forward(backend: Backend, inputs: tuple[Any, ...], **options: Any) -> Arrays:
+        x, k, *others = inputs
+        found, *rest = forward(backend, (convert(backend, x, k), k, *others), **options)
         return convert(backend, found, x), *rest
 
     def widened_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -59,19 +60,37 @@ def _widening(forward: Any, jvp: Any, vjp: Any) -> tuple[Any, Any, Any]:
     return widened_forward, widened_jvp, widened_vjp
 
 
+def _per_slice(inputs: tuple[Any, ...]) -> Form:
+    x, k, *_ = inputs
+    return Form((*x.shape[:-1], 1), k.dtype)
+
+
+def _like_scores_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    x = inputs[0]
+    return Form(x.shape, x.dtype), _per_slice(inputs), _per_slice(inputs)
+
+
+def _like_scores(name: str, result: str, forward: Any, jvp: Any, vjp: Any) -> Primitive:
+    """A primitive whose result has the shape and the dtype of the scores."""
+    forward, jvp, vjp = _widening(forward, jvp, vjp)
+    return Primitive(
+        name,
+        forward,
+        _like_scores_forms,
+        jvp,
+        vjp,
+        results=(result,),
+        state=("offset",),
+        constants=("reference",),
+        narrow=True,
+    )
+
+
 # --- the mask: sigmoid((x - t) / tau)
 
 
-def _mask_forward(
-    backend: Backend,
-    x: Array,
-    k: Array,
-    tau: Array,
-    weights: Array | None,
-    where: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _mask_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    x, k, tau, weights, where = inputs
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
     z = logits(backend, selectable(backend.xp, x, where), reference, tau, offset)
     return backend.sigmoid(z), offset, reference
@@ -89,22 +108,14 @@ def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inp
     return (*_linearise(backend, inputs, outputs, balanced=any(needed[1:4])).pull(u, c, None, needed), None)
 
 
-mask = Primitive("topk_mask", *_widening(_mask_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
+mask = _like_scores("topk_mask", "mask", _mask_forward, _mask_jvp, _mask_vjp)
 
 
 # --- the logarithm of the mask: it neither underflows nor rounds to 0 before the mask does
 
 
-def _log_forward(
-    backend: Backend,
-    x: Array,
-    k: Array,
-    tau: Array,
-    weights: Array | None,
-    where: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _log_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    x, k, tau, weights, where = inputs
     xp = backend.xp
     x = selectable(xp, x, where)
     reference, offset, extreme = solve(backend, x, k, tau, weights, None, ranks)
@@ -133,27 +144,20 @@ def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inpu
     return (*_log_linearise(backend, inputs, outputs).pull(u, c, None, needed), None)
 
 
-log_mask = Primitive("topk_log_mask", *_widening(_log_forward, _log_jvp, _log_vjp), constants=1, narrow=True)
+log_mask = _like_scores("topk_log_mask", "log_mask", _log_forward, _log_jvp, _log_vjp)
 
 
 # --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
 
 
-def _hard_forward(
-    backend: Backend,
-    x: Array,
-    k: Array,
-    tau: Array,
-    weights: Array | None,
-    where: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    x, k, tau, weights, where = inputs
     xp = backend.xp
     x = selectable(xp, x, where)
     reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
+    index = index_dtype(xp)
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
-    wanted = xp.astype(xp.where(whole, k, 0.0), backend.index)
+    wanted = xp.astype(xp.where(whole, k, 0.0), index)
     if ranks is not None:
         wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
@@ -162,7 +166,7 @@ def _hard_forward(
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
     above, tied = x > level, x == level
     # Of the scores equal to it, as many as are still wanted, the lowest indices first.
-    place = xp.cumulative_sum(xp.astype(tied, backend.index), axis=-1)
+    place = xp.cumulative_sum(xp.astype(tied, index), axis=-1)
     place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
@@ -171,14 +175,14 @@ def _hard_forward(
     return chosen + (soft - backend.constant(soft)), offset, reference
 
 
-hard_mask = Primitive("topk_hard_mask", *_widening(_hard_forward, _mask_jvp, _mask_vjp), constants=1, narrow=True)
+hard_mask = _like_scores("topk_hard_mask", "mask", _hard_forward, _mask_jvp, _mask_vjp)
 
 
 # --- the mask of no scores at all: nothing to solve, and nothing depends on anything
 
 
-def _empty_forward(backend: Backend, x: Array, *_: Array | None) -> Arrays:
-    return (backend.xp.zeros_like(x),)
+def _empty_forward(backend: Backend, inputs: Inputs) -> Arrays:
+    return (backend.xp.zeros_like(inputs[0]),)
 
 
 def _empty_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -189,24 +193,26 @@ def _empty_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: In
     return (*(None if value is None else backend.xp.zeros_like(value) for value in inputs[:4]), None)
 
 
-empty_mask = Primitive("empty_mask", _empty_forward, _empty_jvp, _empty_vjp, narrow=True)
+def _empty_forms(xp: Any, inputs: tuple[Any, ...]) -> tuple[Form, ...]:
+    return (Form(inputs[0].shape, inputs[0].dtype),)
+
+
+empty_mask = Primitive(
+    "empty_mask", _empty_forward, _empty_forms, _empty_jvp, _empty_vjp, results=("mask",), narrow=True
+)
 
 
 # --- the threshold: t = r + tau s
 
 
-def threshold_forward(
-    backend: Backend,
-    x: Array,
-    k: Array,
-    tau: Array,
-    weights: Array | None,
-    where: Array | None,
-    *,
-    ranks: tuple[int, ...] | None,
-) -> Arrays:
+def threshold_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
+    x, k, tau, weights, where = inputs
     reference, offset, extreme = solve(backend, x, k, tau, weights, where, ranks)
     return reference + tau * offset + extreme, offset, reference
+
+
+def _threshold_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    return (_per_slice(inputs),) * 3
 
 
 def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
@@ -220,4 +226,13 @@ def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents
     return (*_linearise(backend, inputs, outputs).pull(None, c, b, needed), None)
 
 
-threshold = Primitive("topk_threshold", threshold_forward, _threshold_jvp, _threshold_vjp, constants=1)
+threshold = Primitive(
+    "topk_threshold",
+    threshold_forward,
+    _threshold_forms,
+    _threshold_jvp,
+    _threshold_vjp,
+    results=("threshold",),
+    state=("offset",),
+    constants=("reference",),
+)

@@ -51,7 +51,7 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
     curved = backend.dot(weighted, tail)
     del tail
     count = xp.sum(side, axis=-1, keepdims=True) if weights is None else backend.dot(weights, side)
-    upper, lower = backend.part(weighted, side)
+    upper, lower = backend.dot(weighted, side), backend.dot(weighted, 1.0 - side)
     return Tails(count, lower, upper, lower + upper - curved)
 
 
@@ -78,7 +78,7 @@ def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
 
 
 def search(
-    backend: Backend, odds: Array, half: Array, k: Array, weights: Array | None, fixed: Array, limit: int = STEPS
+    backend: Backend, odds: Array, half: Array, k: Array, weights: Array | None, fixed: Array
 ) -> tuple[Array, Tails]:
     """The offset from the middle of the gap, and the tails at it but for a last correction.
 
@@ -92,8 +92,6 @@ def search(
         Mass (..., 1) and item weights (..., n), None for all 1.
     fixed : array
         The slices that are left as they are.
-    limit : int
-        Steps at most.
     """
     xp = backend.xp
     bound = limits(xp, odds.dtype)
@@ -118,7 +116,7 @@ def search(
 
     start = xp.zeros_like(half)
     state = (start, start - math.inf, start + math.inf, fixed | xp.isnan(half))
-    offset, *_ = backend.repeat(step, state, limit)
+    offset, *_ = backend.repeat(step, state, STEPS)
     tails, size = measure(offset)
     return xp.where(fixed, offset, offset + size), tails
 

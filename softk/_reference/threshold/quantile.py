@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk.backend import Array, Backend, Inputs, Primitive
+from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .formulas import between
 from .masks import threshold_forward
@@ -48,13 +48,12 @@ class _Place:
         self.fraction = xp.where((q >= 0.0) & (q <= 1.0) & sampled, xp.maximum(position - index, 0.0), math.nan)
 
 
-def _quantile_forward(
-    backend: Backend, x: Array, q: Array, tau: Array, weights: Array | None, where: Array | None
-) -> Arrays:
+def _quantile_forward(backend: Backend, inputs: tuple[Any, ...]) -> Arrays:
+    x, q, tau, weights, where = inputs
     xp = backend.xp
     place = _Place(xp, x, q, weights, where)
-    one, first, first_reference = threshold_forward(backend, x, place.first, tau, weights, where, ranks=None)
-    two, second, second_reference = threshold_forward(backend, x, place.second, tau, weights, where, ranks=None)
+    one, first, first_reference = threshold_forward(backend, (x, place.first, tau, weights, where), ranks=None)
+    two, second, second_reference = threshold_forward(backend, (x, place.second, tau, weights, where), ranks=None)
     value = (1.0 - place.fraction) * one + place.fraction * two
     value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # no 0 * inf
     return value, first, second, first_reference, second_reference
@@ -110,4 +109,18 @@ def _sum(one: Array | None, two: Array | None) -> Array | None:
     return None if one is None or two is None else one + two
 
 
-quantile = Primitive("soft_quantile", _quantile_forward, _quantile_jvp, _quantile_vjp, constants=2)
+def _quantile_forms(xp: Any, inputs: tuple[Any, ...]) -> tuple[Form, ...]:
+    x, q, *_ = inputs
+    return (Form((*x.shape[:-1], 1), q.dtype),) * 5
+
+
+quantile = Primitive(
+    "soft_quantile",
+    _quantile_forward,
+    _quantile_forms,
+    _quantile_jvp,
+    _quantile_vjp,
+    results=("quantile",),
+    state=("first_offset", "second_offset"),
+    constants=("first_reference", "second_reference"),
+)

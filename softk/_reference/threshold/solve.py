@@ -1,18 +1,18 @@
 """The threshold in its two parts: the gap, then Newton's steps.
 
 **A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
-array, `window` says which these are, and `approach` checks from the result that what was left out had no say.
+array, `window` says which these are, and the solver checks from the result that what was left out had no say.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from softk.backend import Array, Backend, broadcast_like
+from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
 from .ends import Gap, closer, find_ends, frame, middle
-from .formulas import CORRECTIONS, MARGIN, STEPS, limits
+from .formulas import CORRECTIONS, MARGIN, limits
 from .newton import correction, search
 from .problem import hold, logits, selectable
 
@@ -59,13 +59,10 @@ def solve(
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
-    given = {"x": x, "k": k, "tau": tau, "weights": weights, "where": where}
-    names = tuple(name for name, value in given.items() if value is not None)
-    constants = (backend.constant(given[name]) for name in names)
     if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
         ranks = None  # symbols of a trace
-    options = {"names": names, "ranks": ranks, "limit": STEPS}
-    found = backend.settle(approach, options, *constants)
+    constants = tuple(None if value is None else backend.constant(value) for value in (x, k, tau, weights, where))
+    found = backend.run(solver, "forward", constants, ranks=ranks)
     reference, offset, high, low, nothing, everything, settled, infinite = found
 
     if backend.differentiates_operations:
@@ -85,24 +82,18 @@ def solve(
     return Solution(reference, xp.where(valid & settled, offset, math.nan), extreme)
 
 
-def approach(
-    backend: Backend, *arrays: Array, names: tuple[str, ...], ranks: tuple[int, ...] | None, limit: int
-) -> tuple[Array, ...]:
-    """Reference, offset, both sides of the gap; whether nothing is selected, everything, there is an answer, and
-    whether the last that is selected is +inf.
-    """
-    given = dict(zip(names, arrays, strict=True))
-    x, k, tau = given["x"], given["k"], given["tau"]
-    weights, where = given.get("weights"), given.get("where")
+def _approach(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Array, ...]:
+    """What the solver settles to, without a derivative."""
+    x, k, tau, weights, where = inputs
     xp = backend.xp
     if weights is None:
         x, where = selectable(xp, x, where), None
     near = None if ranks is None else window(backend, x, tau, ranks)
     if near is not None:
-        found, sure = _approach_within(backend, near, k, tau, None, None, ranks, limit, x.shape[-1])
-        if backend.known(xp.all(sure)):
+        found, sure = _approach_within(backend, near, k, tau, None, None, ranks, x.shape[-1])
+        if peek(backend, xp.all(sure)):
             return found
-    return _approach_within(backend, x, k, tau, weights, where, ranks, limit, x.shape[-1])[0]
+    return _approach_within(backend, x, k, tau, weights, where, ranks, x.shape[-1])[0]
 
 
 def _approach_within(
@@ -113,10 +104,9 @@ def _approach_within(
     weights: Array | None,
     where: Array | None,
     ranks: tuple[int, ...] | None,
-    limit: int,
     n: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """What `approach` returns, from all n scores or those of a window; and whether a window was wide enough."""
+    """What the solver settles to, from all n scores or those of a window; and whether a window was wide enough."""
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
@@ -125,7 +115,7 @@ def _approach_within(
         weights = hold(xp, selectable(xp, x, where), weights)
     fixed = ends.nothing | ends.everything
     odds, half = closer(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
-    offset, tails = search(backend, odds, half, k, weights, fixed, limit)
+    offset, tails = search(backend, odds, half, k, weights, fixed)
     settled = ends.valid & ~xp.isnan(tails.lower)
     # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
     sure = fixed | ~settled | (xp.exp(-half - offset - MARGIN) <= tails.lower + tails.upper)
@@ -140,6 +130,22 @@ def _approach_within(
     ), sure
 
 
+def _forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    x, k, *_ = inputs
+    number, flag = Form((*x.shape[:-1], 1), k.dtype), Form((*x.shape[:-1], 1), xp.bool)
+    return (number,) * 4 + (flag,) * 4
+
+
+#: The iteration, as one operation of a graph. Its outputs: the threshold in its two parts; both sides of the gap;
+#: whether nothing is selected, everything, there is an answer, and whether the last score that is selected is +inf.
+solver = Primitive(
+    "solve_threshold",
+    _approach,
+    _forms,
+    constants=("reference", "offset", "high", "low", "nothing", "everything", "settled", "infinite"),
+)
+
+
 def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
     """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
 
@@ -148,14 +154,14 @@ def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Ar
     in a tail.
     """
     xp, n, rank = backend.xp, x.shape[-1], max(ranks)
-    if not isinstance(n, int) or not backend.gathers(x):
+    if not isinstance(n, int) or backend.memory(x) is None:
         return None
     size = n // (8 * rank)
     if size < 4:
         return None
     blocks = n // size
     maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
-    level = backend.order_statistics(maxima, (rank,))
+    level = backend.select(maxima, (rank,))
     bound = limits(xp, x.dtype)
     level = xp.minimum(level, bound.largest) - (math.log(n / bound.eps) + MARGIN) * tau  # of finite scores beside +inf
     return backend.gather_above(x, level)
