@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from . import __version__, topk, vjp
-from .backend import ADAPTERS, Array, Backend
+from .backend import ADAPTERS, Array, Backend, chosen_kernels
 from .testing import devices, native_gradient
 
 N, K, EPSILON = 1000, 10, 0.05
@@ -36,15 +36,21 @@ def main() -> int:
         print("    python -m pip install numpy\n")
         print(f"The others are {', '.join(name for name in ADAPTERS if name not in ('numpy', 'jaxlib'))}.")
         return 1
-    table = [HEADER, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    _print_table([HEADER, *rows])
+    print(f"\nSelf-check: topk of {N} scores, k = {K}, epsilon = {EPSILON}. The mass error is |sum mask - k| / k; the")
+    print("gradient error is relative to the largest entry of NumPy's float64 gradient.")
+    if served := [row for name in _names() for row in _kernel_rows(name)]:
+        print(f"\nKernels, which take the place of operations. SOFTK_KERNELS is {chosen_kernels()!r}.\n")
+        _print_table([("kernel", "library", "device", "computes", "serves float32"), *served])
+    return int(any(row[-1].startswith("failed") for row in rows))
+
+
+def _print_table(table: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for i, row in enumerate(table):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if i == 0:
             print("  ".join("-" * width for width in widths))
-    print(f"\nSelf-check: topk of {N} scores, k = {K}, epsilon = {EPSILON}. The mass error is |sum mask - k| / k; the")
-    print("gradient error is relative to the largest entry of NumPy's float64 gradient.")
-    return int(any(row[-1].startswith("failed") for row in rows))
 
 
 def _names() -> Iterator[str]:
@@ -96,6 +102,25 @@ def _rows(name: str, reference: list[float] | None) -> Iterator[tuple[str, ...]]
             "-" if math.isnan(gradient) else f"{gradient:.1e}",
             "passed" if passed else "failed",
         )
+
+
+def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
+    """Of each kernel that a library has, on each device, whether it serves, or why not."""
+    try:
+        backend = _backend(name)
+        found = devices(backend) if backend.kernels else []
+    except Exception:  # a row of the other table says so
+        return
+    for device in found:
+        xp, placement = backend.xp, {} if device is None else {"device": device}
+        x = xp.asarray(SCORES, dtype=xp.float32, **placement)
+        k, tau = (xp.full((), value, dtype=xp.float32, **placement) for value in (float(K), EPSILON / 2.0))
+        for kernel in backend.kernels:
+            if kernel.part == "forward":
+                reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)
+                label = "cpu" if device is None else str(device)
+                answer = "yes" if reason is None else f"no: {reason}"
+                yield kernel.name, name, label, kernel.primitive.name, answer
 
 
 def _fault(error: Exception) -> str:
