@@ -3,7 +3,7 @@
 from . import attention, beam, neighbors
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
-from ._functions.ordering import TopK, rank, sort, sorted_topk
+from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
 from ._functions.transport import ConvergenceWarning, Plan, transport
 from .backend import kernels
 
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvergenceWarning",
     "Plan",
-    "TopK",
+    "SortedTopK",
     "attention",
     "beam",
     "jvp",

@@ -18,18 +18,19 @@ from ._functions.shapes import cast, fits
 from ._functions.signatures import explained
 from .backend import AnyArray, Array, ArrayT, Backend, backend_of, index_dtype
 
-__all__ = ["attention_weights", "topk_attention"]
+__all__ = ["attend", "weights"]
 
 
 @explained
-def topk_attention(
+def attend(
     query: ArrayT,
     key: AnyArray,
     value: AnyArray,
     k: float | AnyArray,
     *,
     epsilon: float | AnyArray = 0.1,
-    mask: AnyArray | None = None,
+    where: AnyArray | None = None,
+    bias: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -54,11 +55,12 @@ def topk_attention(
         counts as that number; for 0 the result is 0. An array broadcasts against (..., L, 1).
     epsilon : number or array, optional
         Strength of the entropy, in the units of the scaled scores. An array broadcasts against (..., L, 1).
-    mask : array, optional
-        Broadcasts to (..., L, S). Of bool: True takes part. Of floats: added to the scaled scores, so that ``-inf``
-        takes no part.
+    where : array of bool, optional
+        What a query may attend to, broadcasting to (..., L, S).
+    bias : array, optional
+        Added to the scaled scores, broadcasting to (..., L, S). A key at ``-inf`` takes no part.
     is_causal : bool, optional
-        Query i attends to the keys 0 to i alone. Without `mask`.
+        Query i attends to the keys 0 to i alone, and of these to what `where` and `bias` leave.
     scale : float, optional
         What the dot products are multiplied by; ``1 / sqrt(E)`` by default.
     enable_gqa : bool, optional
@@ -79,8 +81,8 @@ def topk_attention(
         If an argument is not an array (or number) of the right kind, or is of another library, device or dtype than
         `query`.
     ValueError
-        If a shape does not fit or a number is out of its range; if `mask` comes with `is_causal`. A bad value in an
-        array of `k` or `epsilon` makes its row NaN.
+        If a shape does not fit or a number is out of its range. A bad value in an array of `k` or `epsilon` makes its
+        row NaN.
 
     Notes
     -----
@@ -97,14 +99,14 @@ def topk_attention(
     Examples
     --------
     >>> import numpy as np
-    >>> from softk.attention import topk_attention
+    >>> from softk.attention import attend
     >>> query, key = np.asarray([[1.0, 0.0]]), np.asarray([[3.0, 0.0], [2.0, 1.0], [-1.0, 0.0]])
-    >>> topk_attention(query, key, np.eye(3), 1, epsilon=0.2).round(3).tolist()
+    >>> attend(query, key, np.eye(3), 1, epsilon=0.2).round(3).tolist()
     [[0.986, 0.014, 0.0]]
-    >>> topk_attention(query, key, np.eye(3), 3).round(3).tolist()
+    >>> attend(query, key, np.eye(3), 3).round(3).tolist()
     [[0.644, 0.318, 0.038]]
     """
-    weights = _weights(query, key, k, epsilon, mask, is_causal, scale, enable_gqa)
+    share = _weights(query, key, k, epsilon, where, bias, is_causal, scale, enable_gqa)
     require_array("value", value)
     backend = common_backend("query", query, {"key": key, "value": value})
     xp = backend.xp
@@ -113,31 +115,32 @@ def topk_attention(
         raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
     dtype = value.dtype
     value = _grouped(xp, "value", value, query) if enable_gqa else value
-    _require_broadcast("value", value, weights)
-    weights = weights if dropout is None else dropout(weights)
+    _require_broadcast("value", value, share)
+    share = share if dropout is None else dropout(share)
     with backend.quiet(query):
-        result: ArrayT = cast(xp, xp.matmul(weights, cast(xp, value, weights.dtype)), dtype)
+        result: ArrayT = cast(xp, xp.matmul(share, cast(xp, value, share.dtype)), dtype)
     return result
 
 
 @explained
-def attention_weights(
+def weights(
     query: ArrayT,
     key: AnyArray,
     k: float | AnyArray,
     *,
     epsilon: float | AnyArray = 0.1,
-    mask: AnyArray | None = None,
+    where: AnyArray | None = None,
+    bias: AnyArray | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ArrayT:
-    """The weights of `topk_attention`, for those who do more with them than multiply them with the values.
+    """The weights of `attend`, for those who do more with them than multiply them with the values.
 
     Parameters
     ----------
-    query, key, k, epsilon, mask, is_causal, scale, enable_gqa
-        As for `topk_attention`.
+    query, key, k, epsilon, where, bias, is_causal, scale, enable_gqa
+        As for `attend`.
 
     Returns
     -------
@@ -147,31 +150,39 @@ def attention_weights(
     Raises
     ------
     TypeError, ValueError
-        As `topk_attention`.
+        As `attend`.
 
     Notes
     -----
-    As for `topk_attention`: there is no `softk.vjp`.
+    As for `attend`: there is no `softk.vjp`.
 
     References
     ----------
-    Those of `topk_attention`.
+    Those of `attend`.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from softk.attention import attention_weights
+    >>> from softk.attention import weights
     >>> x = np.asarray([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> attention_weights(x, x, 2, epsilon=0.2, is_causal=True).round(3).tolist()
+    >>> weights(x, x, 2, epsilon=0.2, is_causal=True).round(3).tolist()
     [[1.0, 0.0, 0.0], [0.33, 0.67, 0.0], [0.495, 0.01, 0.495]]
     """
-    weights = _weights(query, key, k, epsilon, mask, is_causal, scale, enable_gqa)
-    result: ArrayT = cast(backend_of(weights).xp, weights, query.dtype)
+    share = _weights(query, key, k, epsilon, where, bias, is_causal, scale, enable_gqa)
+    result: ArrayT = cast(backend_of(share).xp, share, query.dtype)
     return result
 
 
 def _weights(
-    query: Array, key: Array, k: Any, epsilon: Any, mask: Array | None, is_causal: bool, scale: Any, enable_gqa: bool
+    query: Array,
+    key: Array,
+    k: Any,
+    epsilon: Any,
+    where: Array | None,
+    bias: Array | None,
+    is_causal: bool,
+    scale: Any,
+    enable_gqa: bool,
 ) -> Array:
     """The weights in the dtype that they are computed in, float32 at least."""
     check_flag("is_causal", is_causal)
@@ -191,8 +202,6 @@ def _weights(
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     elif not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    if is_causal and mask is not None:
-        raise ValueError("is_causal=True must come without mask, got mask; leave out one of the two")
     key = _grouped(xp, "key", key, query) if enable_gqa else key
     _require_broadcast("key", key, query)
 
@@ -201,16 +210,25 @@ def _weights(
         wide = working_dtype(xp, query.dtype)
         scores = xp.matmul(cast(xp, query, wide), xp.matrix_transpose(cast(xp, key, wide))) * scale
     rows, n = scores.shape[-2:]
-    where = None
-    if mask is not None:
-        require_array("mask", mask)
-        backend = common_backend("query", query, {"key": key, "mask": mask})
-        with backend.quiet():
-            where, scores = _masked(xp, mask, scores)
-    elif is_causal:
-        device = backend.device(query)
-        places = [xp.arange(size, dtype=index_dtype(xp), device=device) for size in (rows, n)]
-        where = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
+    for name, value, kind, wanted in (("where", where, "bool", "bool"), ("bias", bias, "real floating", "floats")):
+        if value is not None:
+            require_array(name, value)
+            backend = common_backend("query", query, {"key": key, name: value})
+            if not xp.isdtype(value.dtype, kind):
+                other = "bias" if name == "where" else "where"
+                raise TypeError(f"{name} must be an array of {wanted}, got dtype {value.dtype}; see {other}=")
+            if not fits(tuple(value.shape), tuple(scores.shape)):
+                raise ValueError(
+                    f"{name} must broadcast to {tuple(scores.shape)}, the shape of the weights, "
+                    f"got {tuple(value.shape)}"
+                )
+    with backend.quiet():
+        if bias is not None:
+            scores = scores + xp.broadcast_to(cast(xp, bias, scores.dtype), tuple(scores.shape))
+        if is_causal:
+            places = [xp.arange(size, dtype=index_dtype(xp), device=backend.device(query)) for size in (rows, n)]
+            before = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
+            where = before if where is None else where & before
     if n == 0:
         return scores
     if is_number(k):
@@ -237,18 +255,6 @@ def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: 
     share = xp.exp(logits - xp.where(empty, 0.0, peak))
     total = xp.sum(share, axis=-1, keepdims=True)
     return share / xp.where(empty, 1.0, total)
-
-
-def _masked(xp: Any, mask: Array, scores: Array) -> tuple[Array | None, Array]:
-    """What a mask leaves to choose from, and the scores with what it adds."""
-    full = tuple(scores.shape)
-    if not fits(tuple(mask.shape), full):
-        raise ValueError(f"mask must broadcast to {full}, the shape of the weights, got {tuple(mask.shape)}")
-    if xp.isdtype(mask.dtype, "bool"):
-        return mask, scores
-    if not xp.isdtype(mask.dtype, "real floating"):
-        raise TypeError(f"mask must be of bool or real floating-point, got dtype {mask.dtype}")
-    return None, scores + xp.broadcast_to(cast(xp, mask, scores.dtype), full)
 
 
 def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:

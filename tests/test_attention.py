@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import softk
-from softk.attention import attention_weights, topk_attention
+from softk import attention
 
 from . import closed_form
 from .closed_form import WIDE, assert_close, differences
@@ -58,14 +58,14 @@ ADDED = np.where(ALLOWED, np.linspace(-0.5, 0.7, L * S).reshape(L, S), -INF)
 CAUSAL = np.tri(L, S, dtype=bool)
 MASKS: dict[str, tuple[dict[str, Any], Any]] = {
     "none": ({}, None),
-    "bool": ({"mask": ALLOWED}, ALLOWED),
-    "float": ({"mask": ADDED}, ADDED),
+    "bool": ({"where": ALLOWED}, ALLOWED),
+    "float": ({"bias": ADDED}, ADDED),
     "causal": ({"is_causal": True}, CAUSAL),
 }
 
 
 def attend(query: Any, key: Any, value: Any, k: Any, epsilon: Any, **options: Any) -> Any:
-    return topk_attention(query, key, value, k, epsilon=epsilon, **options)
+    return attention.attend(query, key, value, k, epsilon=epsilon, **options)
 
 
 # --- values, on every library
@@ -90,21 +90,30 @@ def test_leading_axes_broadcast(library: str, rng: Any) -> None:
     query, key, value = rng.standard_normal((3, 1, L, E)), rng.standard_normal((2, S, E)), rng.standard_normal((S, V))
     mask = rng.uniform(size=(3, 1, 1, S)) < 0.8
     k = rng.uniform(1.0, 3.0, (2, 1, 1))
-    found = lib.evaluate(topk_attention, query, key, value, k, epsilon=0.4, mask=mask, scale=0.7)
+    found = lib.evaluate(attention.attend, query, key, value, k, epsilon=0.4, where=mask, scale=0.7)
     assert found.shape == (3, 2, L, V)
     assert_close(found, reference(query, key, value, k, 0.4, mask, scale=0.7).astype(float), 1e-13)
+
+
+def test_where_bias_and_causality_together(rng: Any) -> None:
+    """A query attends to what all three leave."""
+    given = problem(rng)
+    places = [given[name] for name in ("query", "key", "value", "k", "epsilon")]
+    found = attention.attend(*places[:4], epsilon=places[4], where=ALLOWED, bias=ADDED, is_causal=True)
+    added = np.where(ALLOWED & CAUSAL, ADDED, -INF)
+    assert_close(found, reference(**given, mask=added).astype(float), 1e-13)
 
 
 def test_weights_are_the_softmax_times_the_mask(rng: Any) -> None:
     query, key = rng.standard_normal((L, E)), rng.standard_normal((S, E))
     scores = query @ key.T / math.sqrt(E)
     wanted = np.exp(scores) * softk.topk(scores, 2.5, epsilon=0.2)
-    assert_close(attention_weights(query, key, 2.5, epsilon=0.2), wanted / wanted.sum(-1, keepdims=True), 1e-13)
+    assert_close(attention.weights(query, key, 2.5, epsilon=0.2), wanted / wanted.sum(-1, keepdims=True), 1e-13)
 
 
 def test_grouped_queries(rng: Any) -> None:
     query, key, value = (rng.standard_normal(shape) for shape in ((2, 6, L, E), (2, 3, S, E), (2, 3, S, V)))
-    found = topk_attention(query, key, value, 2, epsilon=0.3, enable_gqa=True)
+    found = attention.attend(query, key, value, 2, epsilon=0.3, enable_gqa=True)
     wanted = reference(query, np.repeat(key, 2, axis=1), np.repeat(value, 2, axis=1), 2.0, 0.3)
     assert_close(found, wanted.astype(float), 1e-13)
 
@@ -117,7 +126,7 @@ def test_small_k_is_the_limit(lib: Library) -> None:
     query, key = rng.standard_normal((L, E)).astype("float32"), rng.standard_normal((S, E)).astype("float32")
     logits = (query @ key.T / math.sqrt(E)).astype(float) * (1.0 + 2.0 / 0.5)
     wanted = np.exp(logits - logits.max(-1, keepdims=True))
-    found = lib.evaluate(attention_weights, query, key, np.asarray(1e-37, "float32"), epsilon=0.5)
+    found = lib.evaluate(attention.weights, query, key, np.asarray(1e-37, "float32"), epsilon=0.5)
     assert found.dtype == "float32"
     np.testing.assert_allclose(found, wanted / wanted.sum(-1, keepdims=True), rtol=2e-5)
 
@@ -126,13 +135,13 @@ def test_k_at_both_ends(rng: Any) -> None:
     """0 takes nothing; more than there is, as a number or in an array, takes all; a bad k is its own row's."""
     query, key, value = rng.standard_normal((L, E)), rng.standard_normal((S, E)), rng.standard_normal((S, V))
     full = reference(query, key, value, S, 0.1).astype(float)
-    assert_close(topk_attention(query, key, value, 99), full, 1e-14)
-    found = topk_attention(query, key, value, np.asarray([[0.0], [INF], [-1.0], [7.5]]))
+    assert_close(attention.attend(query, key, value, 99), full, 1e-14)
+    found = attention.attend(query, key, value, np.asarray([[0.0], [INF], [-1.0], [7.5]]))
     assert np.all(found[0] == 0.0)
     assert np.all(np.isnan(found[2]))
     assert_close(found[[1, 3]], full[[1, 3]], 1e-14)
-    assert np.all(topk_attention(query, key, value, 0) == 0.0)
-    assert np.all(topk_attention(query, key[:0], value[:0], 2) == np.zeros((L, V)))
+    assert np.all(attention.attend(query, key, value, 0) == 0.0)
+    assert np.all(attention.attend(query, key[:0], value[:0], 2) == np.zeros((L, V)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -161,19 +170,19 @@ def test_half_precision_of_many_features(k: int, rng: Any) -> None:
     """Scores of the size of 50, which half precision would round by more than epsilon."""
     torch = pytest.importorskip("torch")
     query, key, value = (torch.tensor(2.0 * rng.standard_normal((n, 128))).bfloat16() for n in (64, 1024, 1024))
-    wanted = topk_attention(query.double(), key.double(), value.double(), k)
-    found = topk_attention(query, key, value, k).double()
+    wanted = attention.attend(query.double(), key.double(), value.double(), k)
+    found = attention.attend(query, key, value, k).double()
     # The result is between the values of the keys, and a rounding of half precision away from the right one.
     assert torch.all((found - wanted).abs() <= 0.505 * torch.finfo(torch.bfloat16).eps * wanted.abs() + 1e-4)
-    weights = attention_weights(query, key, k).double()
-    assert_close(weights, attention_weights(query.double(), key.double(), k), 0.505 * torch.finfo(torch.bfloat16).eps)
+    weights = attention.weights(query, key, k).double()
+    assert_close(weights, attention.weights(query.double(), key.double(), k), 0.505 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_numpy_half_precision(rng: Any) -> None:
     given = [(2.0 * rng.standard_normal((n, 64))).astype("float16") for n in (8, 32, 32)]
-    found = topk_attention(*given, 5)
+    found = attention.attend(*given, 5)
     assert found.dtype == np.float16
-    wanted = topk_attention(*(values.astype(float) for values in given), 5)
+    wanted = attention.attend(*(values.astype(float) for values in given), 5)
     assert_close(found.astype(float), wanted, 0.6 * float(np.finfo("float16").eps))
 
 
@@ -199,12 +208,12 @@ def test_dtypes_of_at_most_32_bits_stand_beside_each_other(
         for name, dtype in zip(places, dtypes, strict=True)
     ]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        out = topk_attention(*tensors, 2.3, epsilon=0.3)
-        weights = attention_weights(*tensors[:2], 2.3, epsilon=0.3)
+        out = attention.attend(*tensors, 2.3, epsilon=0.3)
+        weights = attention.weights(*tensors[:2], 2.3, epsilon=0.3)
     assert out.dtype == getattr(torch, wanted)
     assert weights.dtype == tensors[0].dtype
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    right = topk_attention(*wide, 2.3, epsilon=0.3)
+    right = attention.attend(*wide, 2.3, epsilon=0.3)
     eps = torch.finfo(out.dtype).eps
     assert_close(out.detach().double(), right.detach(), max(0.6 * eps, 1e-6))
     u = torch.tensor(rng.standard_normal(tuple(out.shape))).to(out.dtype)
@@ -219,12 +228,12 @@ def test_compiled_under_autocast(rng: Any) -> None:
     given = problem(rng)
     query, key, value = (torch.tensor(given[name]).float() for name in ("query", "key", "value"))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *given: topk_attention(*given, 2.3), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *given: attention.attend(*given, 2.3), fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = compiled(query, key, value.bfloat16())
     torch._dynamo.reset()
     assert found.dtype == torch.bfloat16
-    wanted = topk_attention(query.double(), key.double(), value.bfloat16().double(), 2.3)
+    wanted = attention.attend(query.double(), key.double(), value.bfloat16().double(), 2.3)
     assert_close(found.double(), wanted, 0.6 * torch.finfo(torch.bfloat16).eps)
 
 
@@ -258,13 +267,13 @@ def test_all_keys_are_full_attention(name: str, dtype: str, rng: Any) -> None:
     options, _ = MASKS[name]
     options = {key: torch.tensor(v) if isinstance(v, np.ndarray) else v for key, v in options.items()}
     if name == "float":
-        options["mask"] = options["mask"].to(kind)
+        options["bias"] = options["bias"].to(kind)
     given = problem(rng, (2, 3))
     ours, theirs = (
         [torch.tensor(given[key]).to(kind).requires_grad_() for key in ("query", "key", "value")] for _ in range(2)
     )
-    found = topk_attention(*ours, S, epsilon=0.2, **options)
-    named = {"attn_mask" if key == "mask" else key: v for key, v in options.items()}
+    found = attention.attend(*ours, S, epsilon=0.2, **options)
+    named = {"attn_mask" if key in ("where", "bias") else key: v for key, v in options.items()}
     wanted = torch.nn.functional.scaled_dot_product_attention(*theirs, **named)
     eps = torch.finfo(kind).eps
     assert_close(found.detach(), wanted.detach(), 8 * eps)
@@ -277,7 +286,7 @@ def test_a_causal_row_with_at_most_k_keys_is_full_attention(rng: Any) -> None:
     torch = pytest.importorskip("torch")
     query, key, value = (torch.tensor(rng.standard_normal((6, size)), requires_grad=True) for size in (E, E, V))
     k = torch.tensor(3.5, dtype=torch.float64, requires_grad=True)
-    found = topk_attention(query, key, value, k, epsilon=0.2, is_causal=True)
+    found = attention.attend(query, key, value, k, epsilon=0.2, is_causal=True)
     wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     assert_close(found[:3].detach(), wanted[:3].detach(), 1e-15)
     assert (found[3:] - wanted[3:]).abs().amin() > 1e-4
@@ -336,7 +345,7 @@ def test_gradients_of_autograd(rng: Any) -> None:
     u = rng.standard_normal((2, L, V))
 
     def loss(arguments: Any) -> Any:
-        return autograd.numpy.sum(u * attend(**arguments, mask=ALLOWED))
+        return autograd.numpy.sum(u * attend(**arguments, where=ALLOWED))
 
     check("bool", autograd.grad(loss)(given), given, u)
 
@@ -347,7 +356,7 @@ def test_gradient_in_an_added_mask(rng: Any) -> None:
     given = problem(rng)
     mask = torch.tensor(ADDED, requires_grad=True)
     u = rng.standard_normal((2, L, V))
-    attend(*map(torch.tensor, given.values()), mask=mask).backward(torch.tensor(u))
+    attend(*map(torch.tensor, given.values()), bias=mask).backward(torch.tensor(u))
 
     def loss(values: np.ndarray) -> Any:
         return np.sum(u * reference(**given, mask=np.where(ALLOWED, values, -INF)))
@@ -363,7 +372,7 @@ def test_gradient_where_one_weight_is_nearly_one(rng: Any) -> None:
     found = {}
     for kind in (torch.float32, torch.float64):
         leaf = key.float().to(kind).requires_grad_()
-        weights = attention_weights(query.float().to(kind), leaf, 20.5, scale=1.0)
+        weights = attention.weights(query.float().to(kind), leaf, 20.5, scale=1.0)
         (found[kind],) = torch.autograd.grad(weights, leaf, u.float().to(kind))
     wanted = found[torch.float64]
     error = (found[torch.float32] - wanted).abs().amax((1, 2)) / wanted.abs().amax((1, 2))
@@ -432,7 +441,7 @@ def test_module(rng: Any) -> None:
     mask = torch.tensor(ALLOWED[[0, 1, 2, 3, 0]])
     out = layer(query, key, value, mask)
     k, epsilon = (parameter.detach() for parameter in parameters)
-    assert torch.equal(out, topk_attention(query, key, value, k, epsilon=epsilon, mask=mask, scale=0.7))
+    assert torch.equal(out, attention.attend(query, key, value, k, epsilon=epsilon, where=mask, scale=0.7))
     u = rng.standard_normal((2, S, V))
     for parameter, gradient in zip(parameters, torch.autograd.grad(out, parameters, torch.tensor(u)), strict=True):
         place = "k" if parameter is layer.k else "epsilon"
@@ -467,7 +476,7 @@ def test_dropout(rng: Any) -> None:
     value = torch.eye(S).double().expand(200, S, S)
     torch.manual_seed(3)
     out = layer(query, key, value)  # the weights themselves
-    weights = attention_weights(query, key, 2)
+    weights = attention.weights(query, key, 2)
     gone = out == 0.0
     assert abs(gone.double().mean() - 0.25) < 0.01
     assert_close(out[~gone], weights[~gone] / 0.75, 1e-14)
@@ -499,9 +508,10 @@ def test_dropout(rng: Any) -> None:
         ({"k": -1}, ValueError, "k must be from 0 to 5"),
         ({"k": "2"}, TypeError, "k must be a number or an array"),
         ({"epsilon": 0.0}, ValueError, "epsilon must be a positive finite number"),
-        ({"mask": np.ones((L, S), int)}, TypeError, "mask must be of bool or real floating-point, got dtype int64"),
-        ({"mask": np.ones((3, L, S), bool)}, ValueError, r"mask must broadcast to \(2, 4, 5\), the shape of the"),
-        ({"mask": ALLOWED, "is_causal": True}, ValueError, "is_causal=True must come without mask"),
+        ({"where": np.ones((L, S))}, TypeError, "where must be an array of bool, got dtype float64; see bias="),
+        ({"bias": np.ones((L, S), int)}, TypeError, "bias must be an array of floats, got dtype int64; see where="),
+        ({"where": np.ones((3, L, S), bool)}, ValueError, r"where must broadcast to \(2, 4, 5\), the shape of the"),
+        ({"bias": np.ones((3, L, S))}, ValueError, r"bias must broadcast to \(2, 4, 5\), the shape of the"),
         ({"scale": math.nan}, ValueError, "scale must be a finite number, got nan"),
         ({"enable_gqa": True}, ValueError, "key must have heads, of which query has a multiple"),
     ],
@@ -510,13 +520,13 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
     given = {"query": np.ones((2, L, E)), "key": np.ones((S, E)), "value": np.ones((S, V)), "k": 2.0, **change}
     places = [given.pop(name) for name in ("query", "key", "value", "k")]
     with pytest.raises(error, match=message):
-        topk_attention(*places, **given)
+        attention.attend(*places, **given)
 
 
-@pytest.mark.parametrize("name", ["key", "value", "mask"])
+@pytest.mark.parametrize("name", ["key", "value", "where"])
 def test_two_libraries(name: str) -> None:
     torch = pytest.importorskip("torch")
-    given = {"query": np.ones((L, E)), "key": np.ones((S, E)), "value": np.ones((S, V)), "mask": ALLOWED}
+    given = {"query": np.ones((L, E)), "key": np.ones((S, E)), "value": np.ones((S, V)), "where": ALLOWED}
     given[name] = torch.asarray(given[name])
     with pytest.raises(TypeError, match=f"{name} must be an array of the same library as query: got torch.Tensor"):
-        topk_attention(given["query"], given["key"], given["value"], 2, mask=given["mask"])
+        attention.attend(given["query"], given["key"], given["value"], 2, where=given["where"])

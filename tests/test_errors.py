@@ -150,7 +150,7 @@ def test_array_that_is_not_dense(library: str, make: Callable[[Any], Any], kind:
     refused("x", softk.sorted_topk, other, 1)
     refused("anchors", softk.transport, x, other, x)
     refused("keys", softk.neighbors.weights, x, other, 1)
-    refused("query", softk.attention.topk_attention, other, x, x, 1)
+    refused("query", softk.attention.attend, other, x, x, 1)
     refused("scores", softk.beam.step, other)
     refused("cotangent", softk.vjp(softk.topk, x, 1)[1], other)
     refused("tangents['x']", softk.jvp, softk.topk, x, 1, tangents={"x": other})
@@ -520,8 +520,8 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "weights": (softk.neighbors.weights, (X,), {"keys": X, "k": 1}),
     "class_probabilities": (softk.neighbors.class_probabilities, (X,), {"keys": X, "labels": X, "k": 1}),
     "loss": (softk.neighbors.loss, (X,), {"keys": X, "query_labels": X, "key_labels": X, "k": 1}),
-    "topk_attention": (softk.attention.topk_attention, (X,), {"key": X, "value": X, "k": 1}),
-    "attention_weights": (softk.attention.attention_weights, (X,), {"key": X, "k": 1}),
+    "attend": (softk.attention.attend, (X,), {"key": X, "value": X, "k": 1}),
+    "attention.weights": (softk.attention.weights, (X,), {"key": X, "k": 1}),
     "step": (softk.beam.step, (X,), {"beams": 2}),
     "search": (softk.beam.search, (lambda inputs, states: (X, states), X), {"states": X}),
 }
@@ -560,9 +560,9 @@ def test_arguments_by_name_and_by_position(name: str) -> None:
         ("topk", "weight", "here it is weights="),
         ("topk", "mask", "here it is where="),
         ("weights", "mask", "here it is where="),
-        ("topk_attention", "attn_mask", "here it is mask="),
-        ("topk_attention", "where", "here it is mask="),
-        ("topk_attention", "dropout_p", "here it is dropout="),
+        ("attend", "attn_mask", "here it is where=, of bool, or bias=, of floats"),
+        ("attend", "mask", "here it is where=, of bool, or bias=, of floats"),
+        ("attend", "dropout_p", "here it is dropout="),
         ("weights", "n_neighbors", "here it is k="),
         ("step", "k", "here it is beams="),
         ("quantile", "quantiles", "here it is q="),
@@ -599,7 +599,7 @@ def test_signature_is_clean(name: str) -> None:
     assert not {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL} & {
         one.kind for one in seen.parameters.values()
     }
-    returned = {"sorted_topk": "TopK[ArrayT]", "transport": "Plan[ArrayT]", "step": "Step[ArrayT]"}
+    returned = {"sorted_topk": "SortedTopK[ArrayT]", "transport": "Plan[ArrayT]", "step": "Step[ArrayT]"}
     assert seen.return_annotation == {**returned, "search": "Beams[ArrayT]"}.get(name, "ArrayT")
     assert CALLS[name][0].__annotations__["return"] == seen.return_annotation
 
@@ -619,7 +619,7 @@ def f(x: NDArray[float32], k: NDArray[int64], t: torch.Tensor) -> None:
     reveal_type(values)
     reveal_type(softk.transport(t, t, t).plan)
     reveal_type(softk.neighbors.loss(t, t, t, t, 1))
-    reveal_type(softk.attention.topk_attention(t, t, t, k=2))
+    reveal_type(softk.attention.attend(t, t, t, k=2))
     reveal_type(softk.beam.step(t).tokens)
     softk.topk([1.0], 2)
     softk.topk(t, 2, dim=1)
@@ -638,7 +638,7 @@ def test_types(tmp_path: Path) -> None:
     printed, problems, _ = api.run([*config, str(tmp_path / "typed.py")])
     assert not problems
     array, tensor = r"numpy\.ndarray\[.*float.*", r"torch\._tensor\.Tensor"
-    pair = rf"tuple\[{tensor}, {tensor}, fallback=softk\._ordering\.TopK\[{tensor}\]\]"
+    pair = rf"tuple\[{tensor}, {tensor}, fallback=softk\._functions\.ordering\.SortedTopK\[{tensor}\]\]"
     wanted = [array, tensor, tensor, pair, array, tensor, tensor, tensor, tensor]
     found = re.findall(r'Revealed type is "(.*)"', printed)
     assert len(found) == len(wanted), printed
@@ -726,10 +726,10 @@ def test_no_index_helps() -> None:
         ("keepdims", lambda value: softk.quantile(X, 0.5, keepdims=value)),
         ("descending", lambda value: softk.sort(X, descending=value)),
         ("descending", lambda value: softk.rank(X, descending=value)),
-        ("is_causal", lambda value: softk.attention.topk_attention(X, X, X, 1, is_causal=value)),
-        ("enable_gqa", lambda value: softk.attention.attention_weights(X, X, 1, enable_gqa=value)),
+        ("is_causal", lambda value: softk.attention.attend(X, X, X, 1, is_causal=value)),
+        ("enable_gqa", lambda value: softk.attention.weights(X, X, 1, enable_gqa=value)),
     ],
-    ids=["topk", "step", "search", "threshold", "quantile", "sort", "rank", "topk_attention", "attention_weights"],
+    ids=["topk", "step", "search", "threshold", "quantile", "sort", "rank", "attend", "attention.weights"],
 )
 def test_switch_is_a_bool(name: str, call: Callable[[Any], Any], value: Any) -> None:
     complains(TypeError, name, re.escape(f"got {value!r}"), "must be True or False", call, value)

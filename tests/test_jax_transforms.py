@@ -788,7 +788,7 @@ def test_products_of_matrices_are_exact(function: str) -> None:
         if function == "neighbors":
             return jnp.sum(softk.neighbors.weights(x, x, 2, epsilon=0.3) ** 2)
         if function == "attention":
-            return jnp.sum(softk.attention.topk_attention(x, x, x, 2, epsilon=0.3) ** 2)
+            return jnp.sum(softk.attention.attend(x, x, x, 2, epsilon=0.3) ** 2)
         if function == "beam":
             found = softk.beam.step(x, 2, table=jnp.ones((64, 3), x.dtype), states=x, epsilon=0.3)
             return jnp.sum(found.inputs**2) + jnp.sum(found.states**2)

@@ -499,7 +499,7 @@ class Select(torch.nn.Module):
             case "neighbors":
                 return softk.neighbors.weights(x, 1.1 * x[:6], 2, epsilon=0.5)
             case "attention":
-                return softk.attention.topk_attention(x, x[:6], 0.5 * x[:6], 2, epsilon=0.5)
+                return softk.attention.attend(x, x[:6], 0.5 * x[:6], 2, epsilon=0.5)
             case "quantile":
                 return softk.quantile(x, 0.3)
             case "sort" | "rank":

@@ -80,7 +80,7 @@ elif case == "functions":
     check(lambda x: softk.transport(x, anchors, marginals).plan, Shard(0), x)
     points = torch.randn(4, 6, 3)
     check(lambda q: softk.neighbors.weights(q, 1.1 * q.detach(), 2), Shard(0), points)
-    check(lambda q: softk.attention.topk_attention(q, q, q, 2), Shard(0), points)
+    check(lambda q: softk.attention.attend(q, q, q, 2), Shard(0), points)
     layer = TopK(torch.nn.Parameter(torch.tensor(2.5)))
     for placement in (Shard(0), Replicate()):
         layer.zero_grad()

@@ -126,6 +126,7 @@ def _is_plain(x: torch.Tensor) -> bool:
         return False
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch._C._functorch.is_legacy_batchedtensor(x)
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None

@@ -102,7 +102,7 @@ class TopK(torch.nn.Module):
 
 
 class TopKAttention(torch.nn.Module):
-    """`softk.attention.topk_attention` as a module, whose k and epsilon may be learned, with dropout.
+    """`softk.attention.attend` as a module, whose k and epsilon may be learned, with dropout.
 
     It takes the place of `torch.nn.functional.scaled_dot_product_attention` and has no projections of its own.
 
@@ -125,7 +125,7 @@ class TopKAttention(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        For a number that is out of its range, as `softk.attention.topk_attention`.
+        For a number that is out of its range, as `softk.attention.attend`.
 
     Shape
     -----
@@ -168,7 +168,7 @@ class TopKAttention(torch.nn.Module):
         _require(k, epsilon)
         if scale is not None:
             one = _scores(1)[:, None]
-            softk.attention.topk_attention(one, one, one, 1, scale=scale)
+            softk.attention.attend(one, one, one, 1, scale=scale)
         _hold(self, k=k, epsilon=epsilon)
         self.dropout = dropout
         self.scale = scale
@@ -183,18 +183,23 @@ class TopKAttention(torch.nn.Module):
         *,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """The values, mixed for each query; `attn_mask` and `is_causal` as for torch's own attention."""
-        found: torch.Tensor = softk.attention.topk_attention(
+        """The values, mixed for each query.
+
+        `attn_mask` is what a query may attend to, of bool, or what is added to the scaled scores, of floats;
+        `is_causal` leaves the places up to its own.
+        """
+        masked = {} if attn_mask is None else {"where" if attn_mask.dtype == torch.bool else "bias": attn_mask}
+        found: torch.Tensor = softk.attention.attend(
             query,
             key,
             value,
             self.k.clamp(min=0) if isinstance(self.k, torch.Tensor) else self.k,
             epsilon=self.epsilon,
-            mask=attn_mask,
             is_causal=is_causal,
             scale=self.scale,
             enable_gqa=self.enable_gqa,
             dropout=None if self.dropout == 0.0 else self._drop,
+            **masked,
         )
         return found
 

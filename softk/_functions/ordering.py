@@ -17,7 +17,7 @@ from .signatures import plain_tuple
 
 
 @plain_tuple
-class TopK(NamedTuple, Generic[ArrayT]):
+class SortedTopK(NamedTuple, Generic[ArrayT]):
     """The soft twin of a library's top-k.
 
     Attributes
@@ -60,7 +60,7 @@ def sorted_topk(
     mode: Mode = "largest",
     epsilon: float | AnyArray = 0.1,
     where: AnyArray | None = None,
-) -> Call[TopK[ArrayT]]:
+) -> Call[SortedTopK[ArrayT]]:
     """Soft top-k in order: the k largest values, and which scores each of them is made of.
 
     The scores are transported to the anchors k, ..., 1, which take one unit each, and 0, which takes the rest. Row j of
@@ -84,7 +84,7 @@ def sorted_topk(
 
     Returns
     -------
-    TopK
+    SortedTopK
         `values`, ``assignment @ x``, and `assignment`, whose rows sum to 1 and whose columns to at most 1, both of the
         dtype and device of `x`. Rows for which no items are left are zero, and their values ``-inf`` (``+inf`` for the
         smallest).
@@ -120,7 +120,7 @@ def sorted_topk(
     values, assignment = slices.one_a_row(), slices.row_by_item()
     if rows == 0:
         values, assignment = _without_rows(slices, values, 1), _without_rows(slices, assignment, 2)
-    return Call(primitive=sorted_plan, restores=(values, assignment), build=TopK, **call)
+    return Call(primitive=sorted_plan, restores=(values, assignment), build=SortedTopK, **call)
 
 
 @operator_from

@@ -24,8 +24,8 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "keepdim": (("keepdims", "keepdims="),),
     **dict.fromkeys(("weight", "sample_weight"), (("weights", "weights="),)),
     **dict.fromkeys(
-        ("mask", "attn_mask", "where"),
-        (("mask", "mask="), ("where", "where=, True for what may be chosen")),
+        ("mask", "attn_mask"),
+        (("bias", "where=, of bool, or bias=, of floats"), ("where", "where=, True for what may be chosen")),
     ),
     "dropout_p": (("dropout", "dropout=, a function of the weights"),),
     **dict.fromkeys(("K", "n", "num", "top_k", "num_neighbors", "n_neighbors"), (("k", "k="),)),
