@@ -581,7 +581,7 @@ def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None
     if hasattr(f, "call"):
         calls += [lambda: softk.vjp(f, *args, **given), lambda: softk.jvp(f, *args, tangents={}, **given)]
     for call in calls:
-        complains(TypeError, foreign, rf"^{name}\(\) has no argument '{foreign}'", re.escape(meant), call)
+        complains(TypeError, foreign, rf"^{f.__name__}\(\) has no argument '{foreign}'", re.escape(meant), call)
 
 
 def test_too_many_places() -> None:
