@@ -386,6 +386,8 @@ class Linearisation:
                 taubar = taubar - level * c / self.tau
             if b is not None:
                 taubar = taubar - (level - self.offset) * b
+        if of_a and abar is None:
+            abar = -self.mask() * hbar
         return xbar, hbar, taubar, abar
 
     def mass_cotangents(
@@ -395,7 +397,7 @@ class Linearisation:
         xp = self.xp
         near, by_v = (xp.zeros_like(self.offset), None) if u is None else self.collected(self.kept(u))
         if by_v is None and c is None and b is None:
-            return near, -self.mask() * near if of_a else None
+            return near, None  # -m times it: formed when there is room for it
         by_v = xp.zeros_like(near) if by_v is None else by_v
         by_v = by_v if c is None else by_v - c
         hbar = near + self.inverse() * by_v

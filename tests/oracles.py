@@ -112,6 +112,11 @@ class Reference:
             t = t + value / slope
         return t
 
+    @property
+    def p(self) -> np.ndarray:
+        """The derivative of the threshold in the scores."""
+        return self.a * self.v / self.V
+
     def _items(self, values: Any) -> np.ndarray:
         full = np.zeros(self.kept.shape)
         full[self.kept] = np.asarray(values, dtype=float)
@@ -155,7 +160,7 @@ class Reference:
         u = self.number((np.zeros(self.kept.shape) if u is None else u)[self.kept])
         direct = (self.rest if log else self.v) * u / self.tau
         through = self.sign * self.number(b)[()] - direct.sum()  # the cotangent of t
-        p = self.a * self.v / self.V
+        p = self.p
         return {
             "x": self._items(self.sign * (direct + through * p)),
             "k": float(-through * self.tau / self.V),
