@@ -187,7 +187,7 @@ class Slices:
 
         return Argument(push(self.given), self.given, push, pull)
 
-    def per_slice(self, name: str, value: Any, scale: float = 1.0) -> Argument:
+    def per_slice(self, name: str, value: Any, scale: float = 1.0, dtype: Any = None) -> Argument:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
@@ -205,7 +205,7 @@ class Slices:
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
 
         def push(values: Array) -> Array:
-            values = self._cast(values, self.working)
+            values = self._cast(values, dtype or self.working)
             if len(shape) < self.ndim:
                 values = xp.reshape(values, aligned)
             values = self._last(values)
@@ -225,6 +225,15 @@ class Slices:
         if weights is not None or is_number(k):
             return argument
         return self._counted(argument, self.n)
+
+    def count(self, k: Any) -> dict[str, Argument]:
+        """An array of counts as it is, where the working dtype does not tell each from the next."""
+        xp, n = self.xp, self.n
+        if is_number(k) or not isinstance(n, int) or n <= 2.0 / float(xp.finfo(self.working).eps):
+            return {}
+        if not xp.isdtype(k.dtype, "integral"):
+            return {}
+        return {"count": self.per_slice("k", k, dtype=self.backend.index)}
 
     def _counted(self, argument: Argument, n: int) -> Argument:
         value: Any = argument.value

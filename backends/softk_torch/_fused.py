@@ -98,5 +98,5 @@ def pull(name: str, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed:
     if name not in ("topk_mask", "topk_hard_mask") or cotangents[0] is None or again:
         return None
     given = (*outputs[1:], *cotangents)  # the offset, the reference, u and c
-    problem = _problem(inputs, *given)
-    return None if problem is None else (*problem.cotangents(given, needed[:4]), None)
+    problem = _problem(inputs[:5], *given)
+    return None if problem is None else (*problem.cotangents(given, needed[:4]), *(None,) * (len(inputs) - 4))
