@@ -15,7 +15,19 @@ and, for cotangents u of m, c of s and b of t, with g = c + tau b,
 
 v underflows far from the threshold, but v / V and p do not: with the distance d = min |z| of the items that have
 weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
-quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
+quantity that is truly unbounded; it is held at the square root of half the largest float, so that 0 times it is 0.
+What is in proportion to it is formed first, and held then: tau / V, and below the threshold m / V = v' / V' / (1 - m).
+
+**The second derivative of the mask in k** is v times 1 / V, which is no larger than 1 where 1 / V is held: far from the
+threshold v' has the derivative v' above it and -v' below it. What the held offset lacks of that is added, as a
+derivative of zero: k less its own value. That is right for second derivatives; those beyond are held as 1 / V is.
+
+**Units.** The threshold's derivative in the scores has none: neither tau nor 1 / tau is multiplied in and out again. A
+tangent is divided by tau when its mean is subtracted, for before that it may be no number.
+
+**The temperature.** The sum of xbar is 0 but for g, and w is measured from its mean. So z may be measured from any
+score: (x - x_ref) / tau, where x_ref has the most of p. Far from the threshold, and where the scores that have p nearly
+tie, the differences of z itself are lost in its rounding.
 
 z is held to eps |z| only, and so is a p that is read off it. In a gap that is not enough: not for the derivatives in k,
 the weights and the temperature, nor for those of the threshold and of the log mask, which are all in proportion to p.
@@ -25,10 +37,10 @@ A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above 
 
     B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
 
-delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
-distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
-not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
-farthest that a derivative sees.
+delta is exact without weights. With them it is known to a rounding of their sum. What is more than that is a mass beside
+one side, which is near, and of which the offset says the distance; the other side may be at any distance. The width of
+the gap, 2 N, does not depend on the offset, and matters only if delta is next to nothing. So p is exact to rounding
+until |z| is the square root of the largest number, which is the farthest that a derivative sees.
 
 **Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
 reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item
@@ -187,6 +199,27 @@ class Linearisation:
         tail = over.divide(tail, 1.0 + tail)
         return over.multiply(1.0 - tail, tail)
 
+    def beyond(self) -> Array | None:
+        """Zero, of which the derivative is exp(-nearest) times what the offset's own is held back of.
+
+        None where nobody differentiates the operations.
+        """
+        if self.over is not self.xp or type(self.backend).constant is Backend.constant:
+            return None
+        xp, constant = self.xp, self.backend.constant
+        farthest = limits(xp, self.x.dtype).farthest
+        dh = self.k - constant(self.k)
+        if self.weights is not None:
+            upper = constant(self.z()) > 0.0  # below it m / V is not held
+            dh = dh - self.total(xp.where(upper, constant(self.mask()) * (self.weights - constant(self.weights)), 0.0))
+        rate, nearest = constant(self.rate()), constant(self.nearest)
+        held = nearest + xp.log(rate) > math.log(farthest)
+        return -dh * xp.where(held, rate - xp.exp(-nearest) * farthest, 0.0)
+
+    def side(self) -> Array:
+        """1 above the threshold and -1 below it: far from it v' times that is the derivative of v' in the offset."""
+        return self.xp.where(self.z() > 0.0, 1.0, -self.xp.ones_like(self.x))
+
     def rate(self) -> Array:
         """1 / V'."""
         return self.xp.minimum(1.0 / self.normal, limits(self.xp, self.x.dtype).farthest)
@@ -222,6 +255,28 @@ class Linearisation:
         """1 for the item that has more than three quarters of p, else 0; and whether there is such an item."""
         most = self.backend.indicator(self.weigh(self.scaled), 0.75 * self.normal)
         return most, self.total(most) > 0.0
+
+    def pulled(self, u: Array, g: Array) -> Array:
+        """`spread`, with the derivative that the offset is held back of."""
+        found, beyond = self.spread(u, g), self.beyond()
+        if beyond is None:
+            return found
+        xp, dot, constant = self.xp, self.backend.dot, self.backend.constant
+        u, scaled = self.kept(u), constant(self.scaled)
+        share = xp.ones_like(scaled) if self.weights is None else xp.where(scaled > 0.0, constant(self.weights), 0.0)
+        share = share / nonzero(xp, xp.max(share, axis=-1, keepdims=True))
+        u = u - share * (dot(scaled, u) / nonzero(xp, dot(scaled, share)))
+        turned = scaled * constant(self.side()) * u
+        return found + beyond * (turned - constant(self.shares(xp.ones_like(beyond))) * self.total(turned))
+
+    def pushed(self, w: Array, most: Array, held: Array) -> Array:
+        """`response`, likewise."""
+        found, beyond = self.response(w, most, held), self.beyond()
+        if beyond is None:
+            return found
+        constant = self.backend.constant
+        w, p = constant(self.side()) * w, constant(self.shares(self.xp.ones_like(beyond)))
+        return found + beyond * constant(self.scaled) * (w - self.backend.dot(p, w))
 
     def spread(self, u: Array, g: Array) -> Array:
         """v u + p (g - <v, u>), where J^T a = 0.
@@ -314,7 +369,7 @@ class Linearisation:
         shifted = dot(share, y) / self.normal
         del share
         mean = shifted + at_most
-        moved = self.response(y - shifted, most, held) / self.tau
+        moved = self.pushed(y - shifted, most, held) / self.tau
         ds, dt = mean, mean
         if dtau is not None:
             ds, dt = ds - level * dtau, dt - (level - self.offset) * dtau
@@ -368,7 +423,7 @@ class Linearisation:
         if of_x or of_tau:
             origin = self.origin() if of_tau else None
             if u is not None:
-                xbar = self.spread(u, xp.zeros_like(self.offset) if c is None else c)
+                xbar = self.pulled(u, xp.zeros_like(self.offset) if c is None else c)
             elif c is not None:
                 xbar = self.shares(c)
             xbar = None if xbar is None else self.over.divide(xbar, self.tau)
@@ -427,6 +482,9 @@ class LogLinearisation(Linearisation):
 
     def response(self, w: Array, most: Array, held: Array) -> Array:
         return self.gain() * w
+
+    def beyond(self) -> None:
+        """This derivative has no factor v, and is held back where that of the offset is."""
 
     def raised(self, dh: Array, found: Array) -> Array:
         """(1 - m) / V dh, of which v' / V' is the part that has no bound only below the threshold."""

@@ -684,7 +684,13 @@ def test_derivative_in_a_large_temperature(eager: Library, epsilon: float, rng: 
     for function in ("topk", "log_topk"):
         f = getattr(softk, function)
         found = evaluate(
-            eager, lambda x, k, u, epsilon, f=f: softk.vjp(f, x, k, epsilon=epsilon)[1](u), x, k, u, size, names=["epsilon"]
+            eager,
+            lambda x, k, u, epsilon, f=f: softk.vjp(f, x, k, epsilon=epsilon)[1](u),
+            x,
+            k,
+            u,
+            size,
+            names=["epsilon"],
         )
         reference = Reference(x, k[()], size[()])
         wanted = reference.vjp(u, log=function == "log_topk")
@@ -713,11 +719,19 @@ def test_thresholds_in_any_temperature(eager: Library, epsilon: float, rng: np.r
         for f, place in ((softk.threshold, 1.3), (softk.quantile, 0.4)):
             where = np.asarray(place, "f4")
             by_x = evaluate(
-                eager, lambda x, k, b, e, f=f: {"": softk.vjp(f, x, k, epsilon=e)[1](b)["x"]}, x, where, b, size, names=[]
+                eager,
+                lambda x, k, b, e, f=f: {"": softk.vjp(f, x, k, epsilon=e)[1](b)["x"]},
+                x,
+                where,
+                b,
+                size,
+                names=[],
             )[""]
             rate = evaluate(
-                eager, lambda x, k, dx, e, f=f: {"": softk.jvp(f, x, k, epsilon=e, tangents={"x": dx})[1]},
-                *(x, where, moved, size), names=[],
+                eager,
+                lambda x, k, dx, e, f=f: {"": softk.jvp(f, x, k, epsilon=e, tangents={"x": dx})[1]},
+                *(x, where, moved, size),
+                names=[],
             )[""]
             mean = np.full(4, 0.25)
             if epsilon < 1.0:  # of the one score, or two, that the mass ends at
@@ -750,9 +764,7 @@ def test_weights_beside_an_infinite_score(eager: Library) -> None:
     u = np.asarray([0.4, 1.3, -0.6])
     for function in ("topk", "log_topk", "threshold"):
         cotangent = np.asarray(0.7) if function == "threshold" else u
-        wanted = (
-            reference.vjp(b=0.7) if function == "threshold" else reference.vjp(u[1:], log=function == "log_topk")
-        )
+        wanted = reference.vjp(b=0.7) if function == "threshold" else reference.vjp(u[1:], log=function == "log_topk")
         found = evaluate(
             eager,
             lambda x, k, u, weights, f=getattr(softk, function): softk.vjp(f, x, k, epsilon=0.5, weights=weights)[1](u),
