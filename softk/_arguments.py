@@ -226,7 +226,7 @@ class Slices:
             return argument
         return self._counted(argument, self.n)
 
-    def count(self, k: Any) -> dict[str, Argument]:
+    def whole_mass(self, k: Any) -> dict[str, Argument]:
         """An array of counts as it is, where the working dtype does not tell each from the next."""
         xp, n = self.xp, self.n
         if is_number(k) or not isinstance(n, int) or n <= 2.0 / float(xp.finfo(self.working).eps):

@@ -37,10 +37,10 @@ A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above 
 
     B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
 
-delta is exact without weights. With them it is known to a rounding of their sum. What is more than that is a mass beside
-one side, which is near, and of which the offset says the distance; the other side may be at any distance. The width of
-the gap, 2 N, does not depend on the offset, and matters only if delta is next to nothing. So p is exact to rounding
-until |z| is the square root of the largest number, which is the farthest that a derivative sees.
+delta is exact without weights. With them it is known to a rounding of their sum. What is more than that is a mass
+beside one side, which is near, and of which the offset says the distance; the other side may be at any distance. The
+width of the gap, 2 N, does not depend on the offset, and matters only if delta is next to nothing. So p is exact to
+rounding until |z| is the square root of the largest number, which is the farthest that a derivative sees.
 
 **Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
 reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item

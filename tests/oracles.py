@@ -185,6 +185,31 @@ def curvature(x: np.ndarray, k: float, epsilon: float, u: np.ndarray) -> np.ndar
     return np.asarray(np.stack(columns), float)
 
 
+def mixed(
+    x: np.ndarray, k: float, epsilon: float, u: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """How the derivatives of <u, mask> in x (n, ...) and epsilon change with k and with the weights; likewise."""
+    step = EXACT.array(1e-30)[()]
+    masses = EXACT.array(np.ones(x.shape) if weights is None else weights)
+
+    def difference(dk: Any, da: Any) -> tuple[np.ndarray, np.ndarray]:
+        near = []
+        for sign in (step, -step):
+            at = Reference(x, EXACT.array(k)[()] + sign * dk, epsilon, masses + sign * da)
+            direct = at.v * EXACT.array(u) / at.tau
+            by_x = direct - direct.sum() * at.p
+            near.append(np.append(by_x, -(at.z * by_x).sum() / 2))
+        found = np.asarray((near[0] - near[1]) / (2 * step), float)
+        return found[:-1], found[-1:]
+
+    units = np.eye(len(x), dtype=int)
+    wanted = {"k": difference(1, 0 * units[0])}
+    if weights is not None:
+        columns = [difference(0, unit) for unit in units]
+        wanted["weights"] = np.stack([c[0] for c in columns], -1), np.concatenate([c[1] for c in columns])
+    return wanted
+
+
 class Quantile:
     """One slice's quantile: between the thresholds at k = n - j - 1/2, j the floor and the ceiling of (n - 1) q.
 

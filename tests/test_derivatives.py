@@ -17,7 +17,7 @@ import softk
 import softk._rule
 
 from .libraries import BY_NAME, Library
-from .oracles import DIGITS, EXACT, FEW, PROBLEMS, Problem, Quantile, Reference, problem, problem_for
+from .oracles import DIGITS, EXACT, FEW, PROBLEMS, Problem, Quantile, Reference, mixed, problem, problem_for
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 
@@ -763,11 +763,11 @@ def test_weights_beside_an_infinite_score(eager: Library) -> None:
     reference = Reference(x[1:], 0.5, 0.5, weights[1:])
     u = np.asarray([0.4, 1.3, -0.6])
     for function in ("topk", "log_topk", "threshold"):
-        cotangent = np.asarray(0.7) if function == "threshold" else u
+        f, cotangent = getattr(softk, function), np.asarray(0.7) if function == "threshold" else u
         wanted = reference.vjp(b=0.7) if function == "threshold" else reference.vjp(u[1:], log=function == "log_topk")
         found = evaluate(
             eager,
-            lambda x, k, u, weights, f=getattr(softk, function): softk.vjp(f, x, k, epsilon=0.5, weights=weights)[1](u),
+            lambda x, k, u, weights, f=f: softk.vjp(f, x, k, epsilon=0.5, weights=weights)[1](u),
             *(x, k, cotangent, weights),
             names=["weights"],
         )
@@ -792,3 +792,40 @@ def test_second_derivative_beside_an_infinite_score() -> None:
         rates.append(at.v[0] * (1 - at.a[0] * at.v[0] / at.V) / at.tau)
     wanted = float((rates[0] - rates[1]) / (2 * step))
     assert abs(float(by_k[0]) - wanted) <= 1e-11 * abs(wanted)
+
+
+# --- second derivatives in gaps
+
+#: Scores, mass, temperature and weights: of gaps in which 1 / V is more than is held, by one side or by both.
+WIDE: dict[str, tuple[list[float], float, float, list[float] | None]] = {
+    "narrow": ([2.07, 2.0, 0.02, 0.07], 2.0, 0.25, None),
+    "held": ([12.07, 12.0, 0.02, 0.07], 2.0, 0.25, None),
+    "wide": ([20.07, 20.0, 0.02, 0.07], 2.0, 0.25, None),
+    "wider": ([200.07, 200.0, 0.02, 0.07], 2.0, 0.25, None),
+    "weighted": ([20.07, 20.0, 0.02, 0.07], 1.75, 0.25, [1.0, 0.75, 2.0, 0.5]),
+    "next to nothing": ([2.07, 2.0, 0.02, 0.07], 1e-22, 0.25, [1.0, 0.75, 2.0, 0.5]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", WIDE)
+def test_second_derivatives_of_the_mask_in_a_gap(name: str, dtype: str) -> None:
+    """Of the scores' derivative and the temperature's in k, in the weights; and the other way about."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, k, epsilon, weights = (None if v is None else np.asarray(v, dtype) for v in WIDE[name])
+    u = np.asarray([0.3, -1.0, 0.7, 0.2], dtype)
+    given = [torch.tensor(v).requires_grad_() for v in (x, k, epsilon, weights) if v is not None]
+
+    def loss(x: Any, k: Any, epsilon: Any, weights: Any = None) -> Any:
+        return (softk.topk(x, k, epsilon=epsilon, weights=weights) * torch.tensor(u)).sum()
+
+    found = torch.autograd.functional.hessian(loss, tuple(given))
+    wanted = mixed(x, k[()], epsilon[()], u, weights)
+    places = {"k": 1, "weights": 3}
+    for key, (by_x, by_epsilon) in wanted.items():
+        other = places[key]
+        for one, two, want in ((0, other, by_x), (other, 0, by_x.T), (2, other, by_epsilon), (other, 2, by_epsilon)):
+            values = found[one][two].numpy().reshape(want.shape)
+            # z is known to a rounding of its own, and is a factor of the temperature's.
+            scale = np.max(np.abs(want)) if 2 not in (one, two) else np.max(np.abs(by_x)) * float(np.ptp(x) / epsilon)
+            assert np.max(np.abs(values - want)) <= TOLERANCE[dtype] * scale, (one, two, values, want)

@@ -939,7 +939,7 @@ def pull_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar> for that of the temperature."""
+    """Of a segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar>."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
