@@ -20,7 +20,7 @@ What is in proportion to it is formed first, and held then: tau / V, and below t
 
 **The second derivative of the mask in k** is v times 1 / V, which is no larger than 1 where 1 / V is held: far from the
 threshold v' has the derivative v' above it and -v' below it. What the held offset lacks of that is added, as a
-derivative of zero: k less its own value. That is right for second derivatives; those beyond are held as 1 / V is.
+derivative of zero: k less its own value. That is right for second derivatives, and not for third ones.
 
 **Units.** The threshold's derivative in the scores has none: neither tau nor 1 / tau is multiplied in and out again. A
 tangent is divided by tau when its mean is subtracted, for before that it may be no number.
