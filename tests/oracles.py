@@ -112,6 +112,11 @@ class Reference:
             t = t + value / slope
         return t
 
+    @property
+    def p(self) -> np.ndarray:
+        """The derivative of the threshold in the scores."""
+        return self.a * self.v / self.V
+
     def _items(self, values: Any) -> np.ndarray:
         full = np.zeros(self.kept.shape)
         full[self.kept] = np.asarray(values, dtype=float)
@@ -155,7 +160,7 @@ class Reference:
         u = self.number((np.zeros(self.kept.shape) if u is None else u)[self.kept])
         direct = (self.rest if log else self.v) * u / self.tau
         through = self.sign * self.number(b)[()] - direct.sum()  # the cotangent of t
-        p = self.a * self.v / self.V
+        p = self.p
         return {
             "x": self._items(self.sign * (direct + through * p)),
             "k": float(-through * self.tau / self.V),
@@ -178,6 +183,31 @@ def curvature(x: np.ndarray, k: float, epsilon: float, u: np.ndarray) -> np.ndar
             near.append(direct - direct.sum() * at.v / at.V)
         columns.append((near[0] - near[1]) / (2 * step))
     return np.asarray(np.stack(columns), float)
+
+
+def mixed(
+    x: np.ndarray, k: float, epsilon: float, u: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """How the derivatives of <u, mask> in x (n, ...) and epsilon change with k and with the weights; likewise."""
+    step = EXACT.array(1e-30)[()]
+    masses = EXACT.array(np.ones(x.shape) if weights is None else weights)
+
+    def difference(dk: Any, da: Any) -> tuple[np.ndarray, np.ndarray]:
+        near = []
+        for sign in (step, -step):
+            at = Reference(x, EXACT.array(k)[()] + sign * dk, epsilon, masses + sign * da)
+            direct = at.v * EXACT.array(u) / at.tau
+            by_x = direct - direct.sum() * at.p
+            near.append(np.append(by_x, -(at.z * by_x).sum() / 2))
+        found = np.asarray((near[0] - near[1]) / (2 * step), float)
+        return found[:-1], found[-1:]
+
+    units = np.eye(len(x), dtype=int)
+    wanted = {"k": difference(1, 0 * units[0])}
+    if weights is not None:
+        columns = [difference(0, unit) for unit in units]
+        wanted["weights"] = np.stack([c[0] for c in columns], -1), np.concatenate([c[1] for c in columns])
+    return wanted
 
 
 class Quantile:

@@ -23,7 +23,7 @@ from softk.backend import backend_of
 from softk.testing import native_gradient
 
 from . import closed_form
-from .libraries import Library
+from .libraries import BY_NAME, Library
 
 INF, NAN = math.inf, math.nan
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
@@ -756,6 +756,20 @@ def test_hard_mask_of_a_count_that_the_dtype_does_not_hold(rng: np.random.Genera
     found = softk.topk(x, 2**24 + 1, hard=True)
     assert int(np.count_nonzero(found)) == 2**24 + 1
     assert np.all(found[x == 1.0] == 1.0)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_hard_masks_of_an_array_of_counts_that_the_dtype_does_not_hold(name: str) -> None:
+    """Each has as many ones as it says, and the largest scores."""
+    lib = BY_NAME[name]
+    lib.require()
+    n = 2**24 + 8
+    x = np.zeros(n, np.float32)
+    x[-7:] = 1.0
+    found = lib.numpy(softk.topk(lib.array(x), lib.array(np.asarray([2**24 + 3])), hard=True))
+    assert np.all(found[:-12] == 1.0)
+    assert np.all(found[-12:-7] == 0.0)
+    assert np.all(found[-7:] == 1.0)
 
 
 # --- a k within a rounding of an end

@@ -17,7 +17,7 @@ import softk
 import softk._reference.threshold.rule
 
 from .libraries import BY_NAME, Library
-from .oracles import DIGITS, FEW, PROBLEMS, Problem, Quantile, Reference, problem, problem_for
+from .oracles import DIGITS, EXACT, FEW, PROBLEMS, Problem, Quantile, Reference, mixed, problem, problem_for
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 
@@ -606,3 +606,229 @@ def test_derivative_in_k_where_the_gap_is_wider_than_a_number_resolves() -> None
     u = np.cos(np.arange(13.0)).astype(np.float32)
     found = softk.vjp(softk.topk, x, np.asarray(np.float32(2.0)), epsilon=np.asarray(np.float32(0.00848)))[1](u)
     np.testing.assert_allclose(found["k"], 0.5 * u[:11].mean() + 0.5 * u[11:].mean(), rtol=2e-6)
+
+
+# --- numbers of any size
+
+
+#: Scores, mass, temperature and weights, by what is special about them.
+EXTREME: dict[str, tuple[list[float], float, float, list[float] | None]] = {
+    "far above": ([3.0, 2.0, 0.0], 1.7, 1e-5, [1.5, 0.75, 1.0]),
+    "farther": ([3.0, 2.0, 0.0], 1.7, 1e-10, [1.5, 0.75, 1.0]),
+    "far below": ([3.0, 2.0, 0.0], 2.0, 1e-6, [1.5, 0.75, 1.0]),
+    "near the end": ([3.0, 2.0, 0.0], 2.9, 1e-9, [1.5, 0.75, 1.0]),
+    "tied": ([0.47, 0.47, 0.1], 1.4092808, 2.1e-9, [0.5214, 0.9133, 0.2105]),
+    "nearly hard": ([3.0, 2.0, 0.0], 1.6, 1e-16, None),
+    "next to nothing": ([1.0, 0.5, 0.0], 1e-22, 0.5, [1.5, 0.75, 1.0]),
+    "next to nothing, hard": ([1.0, 0.5, 0.0], 1e-22, 1e-10, None),
+    "just a number": ([-1.946, 0.1603, 0.1788], 8.5e-20, 0.339, None),
+    "wide gap": ([1.2197825, 1.0874178, 1.1952306, 1.0020956, 1.0647597, 0.01], 5.0, 0.0207, None),
+    "nearly tied": ([-12.0564, 8.0608, -12.0561, 8.0517, 0.6142, 8.0418], 3.7, 1.5, [1.0, 2.0, 1.5, 0.7, 1.0, 1.2]),
+}
+
+
+def _assert_close_in_range(label: Any, found: Any, wanted: Any, dtype: str, size: float = 0.0) -> None:
+    """Where float32 has a number for what is wanted; relative to its largest, or to that of the terms of a sum."""
+    wanted, info = np.asarray(wanted, float), np.finfo(dtype)
+    if np.max(np.abs(wanted)) < 0.5 * (0.5 * float(info.max)) ** 0.5:  # larger ones are held
+        assert found.dtype == dtype
+        scale = max(np.max(np.abs(wanted)), size, float(info.smallest_normal) / TOLERANCE[dtype], 1e-90)
+        assert np.max(np.abs(found - wanted)) <= TOLERANCE[dtype] * scale, (label, dtype, found, wanted)
+
+
+def _terms(reference: Reference, by_x: Any, function: str) -> float:
+    """The size of the terms of the cotangent of epsilon, whose sum may be far smaller."""
+    origin = reference.x[np.argmax(reference.a * reference.v)]
+    terms = np.abs(np.asarray(by_x * (reference.x - origin) / reference.tau, float)).max()
+    middle = float(abs(origin - reference.t) / reference.tau) * abs(float(np.sum(by_x)))
+    return float(max(terms, middle if function == "threshold" else 0.0))
+
+
+@DTYPES
+@FUNCTIONS
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_numbers(eager: Library, name: str, function: str, dtype: str, rng: np.random.Generator) -> None:
+    """What is far away, small or large takes nothing away from what is not."""
+    if "jax" in eager.name and name not in ("far above", "next to nothing", "nearly tied"):
+        pytest.skip("compiling takes too long; run on three problems, and by the other libraries")
+    x, k, epsilon, weights = (None if v is None else np.asarray(v, dtype) for v in EXTREME[name])
+    reference = Reference(x, k[()], epsilon[()], weights)
+    arguments = {"x": x, "k": k, "epsilon": epsilon} | ({} if weights is None else {"weights": weights})
+    options = {key: arguments[key] for key in arguments if key not in ("x", "k")}
+    u = rng.normal(size=() if function == "threshold" else x.shape).astype(dtype)
+    f = getattr(softk, function)
+
+    def pull(x: Any, k: Any, u: Any, **given: Any) -> Any:
+        return softk.vjp(f, x, k, **given)[1](u)
+
+    found = evaluate(eager, pull, x, k, u, *options.values(), names=list(options))
+    wanted = reference.vjp(b=u) if function == "threshold" else reference.vjp(u, log=function == "log_topk")
+    for key, values in found.items():
+        size = _terms(reference, wanted["x"], function) if key == "epsilon" else 0.0
+        _assert_close_in_range(key, values, wanted[key], dtype, size)
+    for key, values in arguments.items():
+        tangent = rng.normal(size=values.shape).astype(dtype)
+
+        def push(x: Any, k: Any, tangent: Any, key: str = key, **given: Any) -> Any:
+            return {"": softk.jvp(f, x, k, **given, tangents={key: tangent})[1]}
+
+        found = evaluate(eager, push, x, k, tangent, *options.values(), names=list(options))[""]
+        row = {f"d{key}": tangent if tangent.ndim else tangent[()]}
+        rate = reference.log_jvp(**row) if function == "log_topk" else reference.jvp(**row)[function == "threshold"]
+        size = _terms(reference, reference.p * 0.5 * tangent, function) if key == "epsilon" else 0.0
+        _assert_close_in_range(f"along {key}", found, rate, dtype, size if function == "threshold" else 0.0)
+
+
+@pytest.mark.parametrize("epsilon", [10.0, 1e3, 1e6, 1e15])
+def test_derivative_in_a_large_temperature(eager: Library, epsilon: float, rng: np.random.Generator) -> None:
+    """All scores are next to each other, and all of them far from the threshold."""
+    x, k, size = np.asarray([3.0, 1.0, 0.0, 2.0], "f4"), np.asarray(1.3, "f4"), np.asarray(epsilon, "f4")
+    u = rng.normal(size=4).astype("f4")
+    for function in ("topk", "log_topk"):
+        f = getattr(softk, function)
+        found = evaluate(
+            eager,
+            lambda x, k, u, epsilon, f=f: softk.vjp(f, x, k, epsilon=epsilon)[1](u),
+            x,
+            k,
+            u,
+            size,
+            names=["epsilon"],
+        )
+        reference = Reference(x, k[()], size[()])
+        wanted = reference.vjp(u, log=function == "log_topk")
+        terms = np.max(np.abs(np.asarray(wanted["x"] * (reference.x - 1.5) / reference.tau, float)))
+        assert abs(found["epsilon"] - wanted["epsilon"]) <= 1e-6 * terms
+        rate = evaluate(
+            eager,
+            lambda x, k, moved, epsilon, f=f: {"": softk.jvp(f, x, k, epsilon=epsilon, tangents={"epsilon": moved})[1]},
+            *(x, k, np.asarray(0.7, "f4"), size),
+            names=["epsilon"],
+        )[""]
+        moved = {"depsilon": np.float32(0.7)}
+        want = reference.log_jvp(**moved) if function == "log_topk" else reference.jvp(**moved)[0]
+        assert np.max(np.abs(rate - want)) <= 2e-6 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("epsilon", [1e38, 4e-38])
+def test_thresholds_in_any_temperature(eager: Library, epsilon: float, rng: np.random.Generator) -> None:
+    """The derivative in the scores has no units, and is a mean whatever the temperature is."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, size = np.asarray([3.0, 1.0, 0.0, 2.0], "f4"), np.asarray(epsilon, "f4")
+    moved = np.asarray([1.0, 0.01, -0.5, 2.0], "f4")
+    b = np.asarray(10.0 if epsilon > 1.0 else 0.043, "f4")
+    torch.set_flush_denormal(True)  # as JAX has it always
+    try:
+        for f, place in ((softk.threshold, 1.3), (softk.quantile, 0.4)):
+            where = np.asarray(place, "f4")
+            by_x = evaluate(
+                eager,
+                lambda x, k, b, e, f=f: {"": softk.vjp(f, x, k, epsilon=e)[1](b)["x"]},
+                x,
+                where,
+                b,
+                size,
+                names=[],
+            )[""]
+            rate = evaluate(
+                eager,
+                lambda x, k, dx, e, f=f: {"": softk.jvp(f, x, k, epsilon=e, tangents={"x": dx})[1]},
+                *(x, where, moved, size),
+                names=[],
+            )[""]
+            mean = np.full(4, 0.25)
+            if epsilon < 1.0:  # of the one score, or two, that the mass ends at
+                mean = np.asarray([0.0, 0.0, 0.0, 1.0]) if f is softk.threshold else np.asarray([0.0, 0.8, 0.0, 0.2])
+            np.testing.assert_allclose(by_x, b * mean, rtol=1e-5, atol=1e-6 * b)
+            np.testing.assert_allclose(rate, moved @ mean, rtol=1e-5)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("epsilon", "size"), [(1e-36, 100.0), (1e-30, 1e9)])
+def test_tangents_that_are_large_beside_the_temperature(eager: Library, epsilon: float, size: float) -> None:
+    x, k, moved = (np.asarray(v, "f4") for v in ([3.0, 1.0, 0.0, 2.0], 1.3, [1.0, 2.0, -3.0, 4.0]))
+    for f, wanted in ((softk.topk, np.zeros(4)), (softk.log_topk, None), (softk.threshold, np.asarray(4.0 * size))):
+        rate = evaluate(
+            eager,
+            lambda x, k, dx, e, f=f: {"": softk.jvp(f, x, k, epsilon=e, tangents={"x": dx})[1]},
+            *(x, k, np.asarray(size * moved, "f4"), np.asarray(epsilon, "f4")),
+            names=[],
+        )[""]
+        assert not np.any(np.isnan(rate))
+        if wanted is not None:
+            np.testing.assert_allclose(rate, wanted, rtol=1e-6)
+
+
+def test_weights_beside_an_infinite_score(eager: Library) -> None:
+    """It has its mass, and no part in the derivative."""
+    x, k, weights = np.asarray([np.inf, 0.3, -0.7]), np.asarray([1.5]), np.asarray([1.0, 2.0, 1.5])
+    reference = Reference(x[1:], 0.5, 0.5, weights[1:])
+    u = np.asarray([0.4, 1.3, -0.6])
+    for function in ("topk", "log_topk", "threshold"):
+        f, cotangent = getattr(softk, function), np.asarray(0.7) if function == "threshold" else u
+        wanted = reference.vjp(b=0.7) if function == "threshold" else reference.vjp(u[1:], log=function == "log_topk")
+        found = evaluate(
+            eager,
+            lambda x, k, u, weights, f=f: softk.vjp(f, x, k, epsilon=0.5, weights=weights)[1](u),
+            *(x, k, cotangent, weights),
+            names=["weights"],
+        )
+        assert_close("k", found["k"][0], np.asarray(wanted["k"]), "float64")
+        assert_close("x", found["x"], np.asarray([0.0, *wanted["x"]]), "float64")
+        # Its mask is 1, and is what k is less.
+        assert_close("weights", found["weights"], np.asarray([-wanted["k"], *wanted["weights"]]), "float64")
+
+
+def test_second_derivative_beside_an_infinite_score() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, k = torch.tensor([torch.inf, 0.3, -0.7], dtype=torch.float64), torch.tensor([1.5], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64)
+    x, k = x.requires_grad_(), k.requires_grad_()
+    mask = softk.topk(x, k, epsilon=0.5, weights=weights)
+    by_x = torch.autograd.grad(mask[1], x, create_graph=True)[0]
+    by_k = torch.autograd.grad(by_x[1], k)[0]
+    step = EXACT.array(1e-30)[()]
+    rates = []
+    for sign in (1, -1):
+        at = Reference(np.asarray([0.3, -0.7]), EXACT.array(0.5)[()] + sign * step, 0.5, np.asarray([2.0, 1.5]))
+        rates.append(at.v[0] * (1 - at.a[0] * at.v[0] / at.V) / at.tau)
+    wanted = float((rates[0] - rates[1]) / (2 * step))
+    assert abs(float(by_k[0]) - wanted) <= 1e-11 * abs(wanted)
+
+
+# --- second derivatives in gaps
+
+#: Scores, mass, temperature and weights: of gaps in which 1 / V is more than is held, by one side or by both.
+WIDE: dict[str, tuple[list[float], float, float, list[float] | None]] = {
+    "narrow": ([2.07, 2.0, 0.02, 0.07], 2.0, 0.25, None),
+    "held": ([12.07, 12.0, 0.02, 0.07], 2.0, 0.25, None),
+    "wide": ([20.07, 20.0, 0.02, 0.07], 2.0, 0.25, None),
+    "wider": ([200.07, 200.0, 0.02, 0.07], 2.0, 0.25, None),
+    "weighted": ([20.07, 20.0, 0.02, 0.07], 1.75, 0.25, [1.0, 0.75, 2.0, 0.5]),
+    "next to nothing": ([2.07, 2.0, 0.02, 0.07], 1e-22, 0.25, [1.0, 0.75, 2.0, 0.5]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", WIDE)
+def test_second_derivatives_of_the_mask_in_a_gap(name: str, dtype: str) -> None:
+    """Of the scores' derivative and the temperature's in k, in the weights; and the other way about."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, k, epsilon, weights = (None if v is None else np.asarray(v, dtype) for v in WIDE[name])
+    u = np.asarray([0.3, -1.0, 0.7, 0.2], dtype)
+    given = [torch.tensor(v).requires_grad_() for v in (x, k, epsilon, weights) if v is not None]
+
+    def loss(x: Any, k: Any, epsilon: Any, weights: Any = None) -> Any:
+        return (softk.topk(x, k, epsilon=epsilon, weights=weights) * torch.tensor(u)).sum()
+
+    found = torch.autograd.functional.hessian(loss, tuple(given))
+    wanted = mixed(x, k[()], epsilon[()], u, weights)
+    places = {"k": 1, "weights": 3}
+    for key, (by_x, by_epsilon) in wanted.items():
+        other = places[key]
+        for one, two, want in ((0, other, by_x), (other, 0, by_x.T), (2, other, by_epsilon), (other, 2, by_epsilon)):
+            values = found[one][two].numpy().reshape(want.shape)
+            # z is known to a rounding of its own, and is a factor of the temperature's.
+            scale = np.max(np.abs(want)) if 2 not in (one, two) else np.max(np.abs(by_x)) * float(np.ptp(x) / epsilon)
+            assert np.max(np.abs(values - want)) <= TOLERANCE[dtype] * scale, (one, two, values, want)

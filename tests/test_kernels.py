@@ -329,6 +329,35 @@ def test_derivatives_in_k_in_a_gap_of_any_width(device: str, rows: str, weighted
         assert_near(found["weights"], expected["weights"], 2e-5)
 
 
+def test_derivatives_with_weights_beside_a_side_that_is_far(device: str, rows: str, rng: Any) -> None:
+    """The offset says how far the near side is, and the other one may be at any distance."""
+    epsilon = np.array([[1e-2], [1e-5], [1e-8], [0.5]])
+    x = np.where(np.arange(40) < 15, 3.0, 0.0) + epsilon * np.round(rng.normal(size=(4, 40)), 2)
+    x[:, 15] = 2.0
+    x[3, :3] = np.inf
+    weights = np.round(8.0 * rng.uniform(0.5, 2.5, (4, 40))) / 8.0
+    k = weights[:, :15].sum(-1, keepdims=True) + 0.3 * weights[:, 15:16]
+    values = {"x": x, "k": k, "epsilon": epsilon, "weights": weights}
+    given = {name: torch.tensor(value).float().to(device) for name, value in values.items()}
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found, expected = differentiated(topk, **given), differentiated(topk, **wide)
+    assert_near(found["k"], expected["k"], 2e-5)
+    assert_near(found["weights"], expected["weights"], 2e-5)
+
+
+def test_derivatives_in_a_large_temperature(device: str, rows: str, rng: Any) -> None:
+    """All scores are next to each other, and all of them far from the threshold."""
+    given = {
+        "x": torch.tensor(rng.normal(size=(3, 40))).float().to(device),
+        "k": torch.full((3, 1), 3.3, device=device),
+        "epsilon": torch.tensor([[1e2], [1e4], [1e8]], device=device),
+    }
+    wide = {name: value.double().cpu() for name, value in given.items()}
+    found, expected = differentiated(topk, **given), differentiated(topk, **wide)
+    for i in range(3):
+        assert_near(found["epsilon"][i], expected["epsilon"][i], 2e-5)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_derivatives_where_one_score_dominates(device: str, rows: str, weighted: bool, rng: Any) -> None:
     """p is 1 for one score, but for 1e-8 to 1e-30: what the others have is all there is of the derivative."""

@@ -779,3 +779,13 @@ def test_memory_of_a_sorted_top_k(dtype: str, rng: np.random.Generator) -> None:
     assert held[1]["x"].shape == x.shape
     arrays = (peak - before) / (n * k * x.itemsize)
     assert arrays <= PEAK, f"{arrays:.2f} arrays of n k at the peak"
+
+
+@pytest.mark.parametrize(("epsilon", "size"), [(1e-36, 100.0), (1e-30, 1e9)])
+def test_tangents_that_are_large_beside_the_temperature(eager: Library, epsilon: float, size: float) -> None:
+    """Each score is beside no boundary, so that nothing moves."""
+    x, anchors, marginals = (np.asarray(v, "f4") for v in ([3.0, 1.0, 0.0, 2.0], [0.0, 0.5, 1.0], [0.3, 0.3, 0.4]))
+    dx, small = np.asarray([size, 2.0 * size, -3.0 * size, 4.0 * size], "f4"), np.asarray(epsilon, "f4")
+    x, anchors, marginals, dx, small = (eager.array(v) for v in (x, anchors, marginals, dx, small))
+    _, rate = softk.jvp(softk.transport, x, anchors, marginals, epsilon=small, tangents={"x": dx})
+    np.testing.assert_array_equal(eager.numpy(rate), np.zeros((4, 3), "f4"))

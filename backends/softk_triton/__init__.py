@@ -83,14 +83,15 @@ def _refuses_rule(backend: Backend, inputs: Inputs, outputs: Inputs, cotangents:
 def _compute(part: str, backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> tuple[Any, ...]:
     from . import launch
 
-    problem = launch.problem(inputs)
+    problem = launch.problem(inputs[:5])
     if part == "solve":
         return problem.settled()
     if part == "mask":
         return problem.mask()
     outputs, cotangents, needed = groups
-    # Of the offset, the reference and both cotangents; `where` has none.
-    return (*problem.cotangents((*outputs[1:], *cotangents), needed[:4]), None)
+    # Of the offset, the reference and both cotangents; `where` and a count have none.
+    found = problem.cotangents((*outputs[1:], *cotangents), needed[:4])
+    return (*found, *(None for _ in inputs[4:]))
 
 
 KERNELS = (

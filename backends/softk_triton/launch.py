@@ -194,12 +194,12 @@ class Segments(Problem):
         distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
         self.run(kernels.nearest_rows, offset, reference, distances)
         self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
-        joined, gains, moments = self.values(10), self.parts(), self.parts()
+        joined, gains, moments = self.values(11), self.parts(), self.parts()
         self.run(kernels.join_rows, offset, reference, c, distances, sums, masses, of_k, joined, grid=self.each)
         self.run(kernels.gain_rows, offset, reference, u, joined, gains)
         self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
         if of_tau is not None:
-            self.run(kernels.temperature_rows, offset, c, moments, of_tau, grid=self.each)
+            self.run(kernels.temperature_rows, offset, reference, c, joined, moments, of_tau, grid=self.each)
 
 
 def fault_on(device: torch.device) -> str | None:

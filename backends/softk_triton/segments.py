@@ -35,6 +35,7 @@ from .tiles import (
     gain_of,
     going_on,
     key_of,
+    level_of,
     load_cotangent,
     load_kept,
     load_numbers,
@@ -53,6 +54,7 @@ from .tiles import (
     score_of,
     sides_of,
     sigmoid,
+    spaced,
     store_settled,
     sum_of,
     sweep,
@@ -819,6 +821,8 @@ def join_rows(
     nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
     normal = nonzero(less * below + more * above)
+    origin = tl.where(more * above > less * below, high, low)  # where there is none on a side, there is no p
+    origin = tl.minimum(tl.maximum(tl.where(tl.abs(origin) == INFINITY, reference, origin), -LARGEST), LARGEST)
     below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
     pulled = less * below + more * above
     below, above = both_of(sums, 6, row, rows, segments, SEGMENTS)
@@ -839,6 +843,7 @@ def join_rows(
     keep(joined, 7, row, rows, more, 0)
     keep(joined, 8, row, rows, high, 0)
     keep(joined, 9, row, rows, low, 0)
+    keep(joined, 10, row, rows, origin, 0)
     if of_k is not None:
         keep(of_k, 0, row, rows, tl.where(offset == offset, hbar, float("nan")), 0)
 
@@ -934,11 +939,12 @@ def pull_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the cotangents of the scores and of the weights, and <z, xbar> for that of the temperature."""
+    """Of a segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar>."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
+    origin = field_of(joined, 10, row, rows)
     g = -sum_of(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
         g += field_of(c_given, 0, row, rows)
@@ -963,7 +969,7 @@ def pull_rows(
         if of_weights is not None:
             abar = -sigmoid(z) * across(hbar)
             tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)
-        moment += sum_of(z * xbar)
+        moment += sum_of(spaced(x, origin, tau) * xbar)
     hand_on(moments, 0, row, rows, segment, segments, moment)
 
 
@@ -975,7 +981,9 @@ def temperature_rows(
     weights_given,
     where,
     offset_given,
+    reference_given,
     c_given,
+    joined,
     moments,
     of_tau,
     n,
@@ -994,5 +1002,6 @@ def temperature_rows(
     tau, offset = load_per_row(tau_given, row, rows, tau_step, 1.0), field_of(offset_given, 0, row, rows)
     taubar = -sum_of(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
-        taubar -= field_of(c_given, 0, row, rows) * offset / tau
+        origin, reference = field_of(joined, 10, row, rows), field_of(reference_given, 0, row, rows)
+        taubar -= field_of(c_given, 0, row, rows) * level_of(origin, reference, tau) / tau
     keep(of_tau, 0, row, rows, tl.where(offset == offset, taubar, float("nan")), 0)

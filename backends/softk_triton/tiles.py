@@ -722,12 +722,13 @@ def balance_of(mass, low, high, k, above, below, weights):
     middle = 0.5 * (above + below)
     unit = 0.5 * tl.exp(tl.minimum(middle, LOG_FARTHEST))
     share = asinh(delta * unit / (tl.sqrt(high) * tl.sqrt(low))) + 0.5 * tl.log(high / low)
-    share = tl.where(exact, share, 0.5 * (above - below))
+    # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
+    # So it is with weights, if k is off by more than a rounding. The other side may be at any distance.
+    beside = ~exact | ((delta != 0.0) & (middle > LOG_FARTHEST))
+    share = tl.where(beside, 0.5 * (above - below), share)
     less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
     # A score at the farthest distance has no part in the derivative, though it be the nearest.
     less, more = tl.where(below < 0.5 * FARTHEST, less, 0.0), tl.where(above < 0.5 * FARTHEST, more, 0.0)
-    # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
-    beside = exact & (delta != 0.0) & (middle > LOG_FARTHEST)
     return tl.where(beside, tl.minimum(above, below), middle - tl.abs(share)), less, more
 
 
@@ -758,6 +759,19 @@ def gain_of(z, scaled, height, weights):
     else:
         gain = sigmoid(tl.abs(z)) * sigmoid(-tl.abs(z))
     return gain
+
+
+@triton.jit
+def spaced(x, origin, tau):
+    """(x - x_ref) / tau, as far as a derivative still sees: x_ref is a score that has much of p."""
+    z = logits(x, across(origin), across(tau))
+    return tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
+
+
+@triton.jit
+def level_of(origin, reference, tau):
+    """The same of the reference."""
+    return tl.minimum(tl.maximum(logits(origin, reference, tau), -FARTHEST), FARTHEST)
 
 
 @triton.jit
@@ -859,7 +873,9 @@ def pull_tile(
     if of_k is not None:
         tl.store(of_k + row, tl.where(bad, float("nan"), hbar), mask=present)
     if of_tau is not None:
-        taubar = -sum_of(z * xbar) - c * offset / tau
+        origin = min_of(tl.where(inside & (weighted >= across(max_of(weighted))), x, INFINITY))
+        origin = tl.minimum(tl.maximum(origin, -LARGEST), LARGEST)
+        taubar = -sum_of(spaced(x, origin, tau) * xbar) - c * level_of(origin, reference, tau) / tau
         tl.store(of_tau + row, tl.where(bad, float("nan"), taubar), mask=present)
     if of_weights is not None:
         abar = -sigmoid(z) * across(hbar)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from softk._reference.threshold.formulas import counted
-from softk.backend import Array, Backend, backend_of, broadcast_like, unknown
+from softk.backend import Array, Backend, backend_of, broadcast_like, index_dtype, unknown
 
 from .call import Argument
 from .checks import (
@@ -104,7 +104,7 @@ class Slices:
 
         return Argument(push(self.given), self.given, push, pull)
 
-    def per_slice(self, name: str, value: Any, scale: float = 1.0) -> Argument:
+    def per_slice(self, name: str, value: Any, scale: float = 1.0, dtype: Any = None) -> Argument:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
@@ -122,7 +122,7 @@ class Slices:
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
 
         def push(values: Array) -> Array:
-            values = self._cast(values, self.working)
+            values = self._cast(values, dtype or self.working)
             if len(shape) < self.ndim:
                 values = xp.reshape(values, aligned)
             values = self._last(values)
@@ -142,6 +142,15 @@ class Slices:
         if weights is not None or is_number(k):
             return argument
         return self._counted(argument, self.n)
+
+    def whole_mass(self, k: Any) -> dict[str, Argument]:
+        """An array of counts as it is, where the working dtype does not tell each from the next."""
+        xp, n = self.xp, self.n
+        if is_number(k) or not isinstance(n, int) or n <= 2.0 / float(xp.finfo(self.working).eps):
+            return {}
+        if not xp.isdtype(k.dtype, "integral"):
+            return {}
+        return {"count": self.per_slice("k", k, dtype=index_dtype(xp))}
 
     def _counted(self, argument: Argument, n: int) -> Argument:
         value: Any = argument.value

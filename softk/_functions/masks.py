@@ -131,6 +131,8 @@ def topk(
     counted = call["arguments"]["k"].given
     if hard and is_number(counted) and counted != math.floor(counted):
         raise ValueError(f"k must be whole with hard=True, got {k!r}")
+    if hard and slices.n and weights is None:
+        call["arguments"] |= slices.whole_mass(counted)
     return Call(**call, restores=(slices.like_scores(narrow=True),))
 
 

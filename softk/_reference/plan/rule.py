@@ -89,19 +89,23 @@ class PlanLinearisation:
         """Tangents (dP, ds), from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c (..., m, 1)."""
         xp, tau = self.xp, self.task.tau
         w = xp.zeros_like(self.apart)
+        # In a small temperature w may be no number before its mean is subtracted: it is measured in a unit.
+        least = xp.min(tau, axis=-2, keepdims=True)
+        unit = xp.where(least < 2.0**-40, xp.sqrt(least), 1.0)
         if dx is not None:
-            w = w + xp.where(self.moving(), dx, 0.0) / tau
+            w = w + xp.where(self.moving(), dx, 0.0) * (unit / tau)
         if dtau is not None:
-            w = w - self.apart * (dtau / tau)
+            w = w - self.apart * (dtau * (unit / tau))
         origin = self.at_peak(w)
         w = xp.where(self.alone, 0.0, w - origin)
         change = self.weighed(w)
         if da is not None:
-            change = change + self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
+            by_weights = self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
+            change = change + unit * by_weights
         if dmasses is not None:
-            change = change - self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
+            change = change - unit * self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
         ds = self.system.solve(change)
-        return self.spread(w - ds), ds + origin
+        return self.spread(w - ds) / unit, (ds + origin) / unit
 
     def pull(self, u: Array | None, c: Array | None) -> tuple[Array, Array, Array, Array]:
         """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""

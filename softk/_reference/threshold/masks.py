@@ -13,7 +13,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
-from .formulas import limits
+from .formulas import between, limits
 from .problem import logits, selectable
 from .rule import Linearisation, LogLinearisation
 from .solve import solve
@@ -98,14 +98,15 @@ def _mask_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     balanced = any(tangent is not None for tangent in tangents[1:4])
-    rule = _linearise(backend, inputs, outputs, balanced=balanced)
-    mask, offset, _ = rule.push(*tangents[:-1])
+    rule = _linearise(backend, inputs[:5], outputs, balanced=balanced)
+    mask, offset, _ = rule.push(*tangents[:4])
     return mask, offset
 
 
 def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_linearise(backend, inputs, outputs, balanced=any(needed[1:4])).pull(u, c, None, needed), None)
+    found = _linearise(backend, inputs[:5], outputs, balanced=any(needed[1:4])).pull(u, c, None, needed)
+    return (*found, *(None,) * (len(inputs) - len(found)))
 
 
 mask = _like_scores("topk_mask", "mask", _mask_forward, _mask_jvp, _mask_vjp)
@@ -151,7 +152,8 @@ log_mask = _like_scores("topk_log_mask", "log_mask", _log_forward, _log_jvp, _lo
 
 
 def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
-    x, k, tau, weights, where = inputs
+    x, k, tau, weights, where, *rest = inputs
+    count = rest[0] if rest else None  # an integer of which k has a rounding
     xp = backend.xp
     x = selectable(xp, x, where)
     reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
@@ -160,10 +162,13 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     wanted = xp.astype(xp.where(whole, k, 0.0), index)
     if ranks is not None:
         wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
+    if count is not None:
+        wanted = xp.where(whole, count, 0)
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
     # score has a finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
-    level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, reference)
+    level = reference if count is None else backend.select(x, between(xp, wanted, 1, x.shape[-1]))
+    level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, level)
     above, tied = x > level, x == level
     # Of the scores equal to it, as many as are still wanted, the lowest indices first.
     place = xp.cumulative_sum(xp.astype(tied, index), axis=-1)

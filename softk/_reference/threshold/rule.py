@@ -15,7 +15,19 @@ and, for cotangents u of m, c of s and b of t, with g = c + tau b,
 
 v underflows far from the threshold, but v / V and p do not: with the distance d = min |z| of the items that have
 weight, v = exp(-d) v' and V = exp(-d) V', and both are quotients of primed quantities. 1 / V = exp(d) / V' is the one
-quantity that is truly unbounded; it is held at the square root of the largest float, so that 0 times it is 0.
+quantity that is truly unbounded; it is held at the square root of half the largest float, so that 0 times it is 0.
+What is in proportion to it is formed first, and held then: tau / V, and below the threshold m / V = v' / V' / (1 - m).
+
+**The second derivative of the mask in k** is v times 1 / V, which is no larger than 1 where 1 / V is held: far from the
+threshold v' has the derivative v' above it and -v' below it. What the held offset lacks of that is added, as a
+derivative of zero: k less its own value. That is right for second derivatives, and not for third ones.
+
+**Units.** The threshold's derivative in the scores has none: neither tau nor 1 / tau is multiplied in and out again. A
+tangent is divided by tau when its mean is subtracted, for before that it may be no number.
+
+**The temperature.** The sum of xbar is 0 but for g, and w is measured from its mean. So z may be measured from any
+score: (x - x_ref) / tau, where x_ref has the most of p. Far from the threshold, and where the scores that have p nearly
+tie, the differences of z itself are lost in its rounding.
 
 z is held to eps |z| only, and so is a p that is read off it. In a gap that is not enough: not for the derivatives in k,
 the weights and the temperature, nor for those of the threshold and of the log mask, which are all in proportion to p.
@@ -25,10 +37,10 @@ A = exp(-h) U and B = exp(-l) L of both sides, whose nearest scores are h above 
 
     B - A = delta,   A B = U L exp(-2 N),   N = (h + l) / 2,   so   B / A = exp(2 asinh(delta exp(N) / (2 sqrt(U L)))).
 
-delta is exact without weights; with them, what is more than a rounding of their sum is in the offset already, and the
-distances from it are as good. The width of the gap, 2 N, does not depend on the offset, and matters only if delta is
-not 0: then one side is near. So p is exact to rounding until |z| is the square root of the largest number, which is the
-farthest that a derivative sees.
+delta is exact without weights. With them it is known to a rounding of their sum. What is more than that is a mass
+beside one side, which is near, and of which the offset says the distance; the other side may be at any distance. The
+width of the gap, 2 N, does not depend on the offset, and matters only if delta is next to nothing. So p is exact to
+rounding until |z| is the square root of the largest number, which is the farthest that a derivative sees.
 
 **Either direction is accurate as the other's transpose.** A framework may transpose these operations: JAX makes its
 reverse mode of `push`, and a framework that differentiates `pull` in the cotangents makes a forward mode of it. An item
@@ -163,9 +175,10 @@ class Linearisation:
         unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
         share = _asinh(xp, delta * unit / (xp.sqrt(high) * xp.sqrt(low)), 0.1 * bound.farthest)
         share = share + 0.5 * xp.log(high / low)
-        share = constant(xp.where(exact, share, 0.5 * (self.above - self.below)))
         # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
-        beside = exact & (delta != 0.0) & (middle > math.log(bound.farthest))
+        # So it is with weights, if k is off by more than a rounding. The other side may be at any distance.
+        beside = ~exact | ((delta != 0.0) & (middle > math.log(bound.farthest)))
+        share = constant(xp.where(beside, 0.5 * (self.above - self.below), share))
         nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
         self.nearest = constant(nearest)
         # Constants leave it to these zeros to carry the derivative.
@@ -188,23 +201,84 @@ class Linearisation:
         tail = over.divide(tail, 1.0 + tail)
         return over.multiply(1.0 - tail, tail)
 
+    def beyond(self) -> Array | None:
+        """Zero, of which the derivative is exp(-nearest) times what the offset's own is held back of.
+
+        None where nobody differentiates the operations.
+        """
+        if self.over is not self.xp or type(self.backend).constant is Backend.constant:
+            return None
+        xp, constant = self.xp, self.backend.constant
+        farthest = limits(xp, self.x.dtype).farthest
+        dh = self.k - constant(self.k)
+        if self.weights is not None:
+            upper = constant(self.z()) > 0.0  # below it m / V is not held
+            dh = dh - self.total(xp.where(upper, constant(self.mask()) * (self.weights - constant(self.weights)), 0.0))
+        rate, nearest = constant(self.rate()), constant(self.nearest)
+        held = nearest + xp.log(rate) > math.log(farthest)
+        return -dh * xp.where(held, rate - xp.exp(-nearest) * farthest, 0.0)
+
+    def side(self) -> Array:
+        """1 above the threshold and -1 below it: far from it v' times that is the derivative of v' in the offset."""
+        return self.xp.where(self.z() > 0.0, 1.0, -self.xp.ones_like(self.x))
+
     def rate(self) -> Array:
         """1 / V'."""
         return self.xp.minimum(1.0 / self.normal, limits(self.xp, self.x.dtype).farthest)
 
-    def inverse(self) -> Array:
-        """1 / V."""
+    def inverse(self, factor: Array | None = None) -> Array:
+        """A factor over V, 1 unless it is given. The quotient is what is held, and neither of the two by itself."""
         xp, farthest = self.xp, limits(self.xp, self.x.dtype).farthest
-        return xp.minimum(xp.exp(xp.minimum(self.nearest, math.log(farthest))) * self.rate(), farthest)
+        scale, most = self.rate(), farthest + xp.zeros_like(self.offset)
+        if factor is not None:
+            scale, most = factor * scale, most * between(xp, self.backend.constant(factor), 1.0, farthest)
+        held = self.backend.constant(self.nearest + xp.log(scale)) > xp.log(most)
+        half = 0.5 * xp.where(held, 0.0, self.nearest)  # whose exponential is a number where that of the whole is none
+        half = xp.exp(xp.minimum(half, 1.9 * math.log(farthest)))
+        return xp.where(held, most, half * xp.where(held, 1.0, scale) * half)
+
+    def beneath(self) -> Array:
+        """m / V below the threshold, where it is v' / V' / (1 - m)."""
+        return self.scaled * (1.0 + self.xp.exp(-self.xp.abs(self.z()))) * self.rate()
 
     def lift(self) -> Array:
         """v / V, the derivative of the mask in k."""
         return self.scaled * self.rate()
 
+    def raised(self, dh: Array, found: Array) -> Array:
+        """The result's tangent by dh; `found` is dh / V."""
+        return self.lift() * dh
+
+    def collected(self, u: Array) -> tuple[Array, Array | None]:
+        """The sum of the result's derivatives in dh by u, in two parts, the second times V; None is zero."""
+        return self.total(self.lift() * u), None
+
     def dominating(self) -> tuple[Array, Array]:
         """1 for the item that has more than three quarters of p, else 0; and whether there is such an item."""
         most = self.backend.indicator(self.weigh(self.scaled), 0.75 * self.normal)
         return most, self.total(most) > 0.0
+
+    def pulled(self, u: Array, g: Array) -> Array:
+        """`spread`, with the derivative that the offset is held back of."""
+        found, beyond = self.spread(u, g), self.beyond()
+        if beyond is None:
+            return found
+        xp, dot, constant = self.xp, self.backend.dot, self.backend.constant
+        u, scaled = self.kept(u), constant(self.scaled)
+        share = xp.ones_like(scaled) if self.weights is None else xp.where(scaled > 0.0, constant(self.weights), 0.0)
+        share = share / nonzero(xp, xp.max(share, axis=-1, keepdims=True))
+        u = u - share * (dot(scaled, u) / nonzero(xp, dot(scaled, share)))
+        turned = scaled * constant(self.side()) * u
+        return found + beyond * (turned - constant(self.shares(xp.ones_like(beyond))) * self.total(turned))
+
+    def pushed(self, w: Array, most: Array, held: Array) -> Array:
+        """`response`, likewise."""
+        found, beyond = self.response(w, most, held), self.beyond()
+        if beyond is None:
+            return found
+        constant = self.backend.constant
+        w, p = constant(self.side()) * w, constant(self.shares(self.xp.ones_like(beyond)))
+        return found + beyond * constant(self.scaled) * (w - self.backend.dot(p, w))
 
     def spread(self, u: Array, g: Array) -> Array:
         """v u + p (g - <v, u>), where J^T a = 0.
@@ -280,31 +354,57 @@ class Linearisation:
         self, dx: Array | None, dk: Array | None, dtau: Array | None, da: Array | None
     ) -> tuple[Array, Array, Array]:
         """Tangents (dm, ds, dt) of the mask, the offset and the threshold. None is zero."""
-        xp = self.xp
-        zero = xp.zeros_like(self.offset)
-        w = xp.zeros_like(self.x) if dx is None else self.still(dx) / self.tau
+        xp, dot = self.xp, self.backend.dot
+        # dx - (x - x_ref) dtau / tau, of which a difference less the mean is tau w less the mean.
+        y = xp.zeros_like(self.x) if dx is None else self.still(dx)
+        level = xp.zeros_like(self.offset)  # what that is less than tau w
         if dtau is not None:
-            w = w - self.z() * (dtau / self.tau)
-        dh = zero if dk is None else dk + zero
-        if da is not None:
-            dh = dh - self.total(self.mask() * self.kept(da))
-        # J 1 = 0: w is measured from the item that dominates p, where it would be lost in rounding beside its mean, and
+            origin = self.origin()
+            y = y - self.apart(origin) * dtau
+            level = logits(self.backend, origin, self.reference, self.tau)
+        # J 1 = 0: y is measured from the item that dominates p, where it would be lost in rounding beside its mean, and
         # is zero there whatever a compiler makes of a product and a difference.
         share = self.weigh(self.scaled)
         most, held = self.dominating()
-        origin = xp.where(held, self.backend.dot(most, w), self.backend.dot(share, w) / self.normal)
-        w = xp.where(most > 0.0, 0.0, w - origin)
-        shifted = self.backend.dot(share, w) / self.normal
+        at_most = xp.where(held, dot(most, y), dot(share, y) / self.normal)
+        y = xp.where(most > 0.0, 0.0, y - at_most)
+        shifted = dot(share, y) / self.normal
         del share
-        mean = shifted + origin
-        found = self.inverse() * dh
-        ds = mean - found
+        mean = shifted + at_most
+        moved = self.pushed(y - shifted, most, held) / self.tau
+        ds, dt = mean, mean
         if dtau is not None:
-            ds = ds - self.offset * (dtau / self.tau)
-        moved = self.response(w - shifted, most, held)
+            ds, dt = ds - level * dtau, dt - (level - self.offset) * dtau
+        ds = ds / self.tau
         if dk is not None or da is not None:
-            moved = moved + self.lift() * dh
-        return moved, ds, self.tau * (mean - found)
+            dh, by_v, by_slope = self.lacking(dk, da)
+            moved, ds, dt = moved + self.raised(dh, by_v), ds - by_v, dt - by_slope
+        return moved, ds, dt
+
+    def lacking(self, dk: Array | None, da: Array | None) -> tuple[Array, Array, Array]:
+        """dh, dh / V and tau dh / V. Where m is small, so may V be, and only m / V is a number."""
+        dh = self.xp.zeros_like(self.offset) if dk is None else dk + self.xp.zeros_like(self.offset)
+        if da is None:
+            return dh, self.inverse() * dh, self.inverse(self.tau) * dh
+        da = self.kept(da)
+        upper = self.z() > 0.0
+        held = dh - self.total(self.xp.where(upper, self.mask() * da, 0.0))
+        below = self.total(self.xp.where(upper, 0.0, self.mask() * da))
+        beneath = self.total(self.xp.where(upper, 0.0, self.beneath() * da))
+        by_v, by_slope = self.inverse() * held - beneath, self.inverse(self.tau) * held - self.tau * beneath
+        return held - below, by_v, by_slope
+
+    def origin(self) -> Array:
+        """x_ref: the score that has the most of p, of which the distances are exact that have a say in the mean."""
+        xp, largest = self.xp, limits(self.xp, self.x.dtype).largest
+        share = self.weigh(self.scaled)
+        most = share >= xp.max(share, axis=-1, keepdims=True)
+        found = xp.min(xp.where(most, selectable(xp, self.x, self.where), math.inf), axis=-1, keepdims=True)
+        return self.backend.constant(between(xp, found, -largest, largest))
+
+    def apart(self, origin: Array) -> Array:
+        """(x - x_ref) / tau."""
+        return logits(self.backend, selectable(self.xp, self.x, self.where), origin, self.tau)
 
     def pull(
         self,
@@ -320,27 +420,52 @@ class Linearisation:
         xp = self.xp
         of_x, of_k, of_tau, of_a, *_ = needed
         of_a = of_a and self.weights is not None
-        g = xp.zeros_like(self.offset)
-        if c is not None:
-            g = g + c
-        if b is not None:
-            g = g + self.tau * b
-        hbar = None
-        if of_k or of_a:
-            hbar = -self.inverse() * g
-            if u is not None:
-                hbar = hbar + self.total(self.lift() * self.kept(u))
+        hbar, abar = self.mass_cotangents(u, c, b, of_a) if of_k or of_a else (None, None)
         xbar = taubar = None
         if of_x or of_tau:
-            xbar = self.shares(g / self.tau) if u is None else self.over.divide(self.spread(u, g), self.tau)
+            origin = self.origin() if of_tau else None
+            if u is not None:
+                xbar = self.pulled(u, xp.zeros_like(self.offset) if c is None else c)
+            elif c is not None:
+                xbar = self.shares(c)
+            xbar = None if xbar is None else self.over.divide(xbar, self.tau)
+            if b is not None:  # in the units of the scores already
+                xbar = self.shares(b) if xbar is None else xbar + self.shares(b)
+            if xbar is None:
+                xbar = xp.zeros_like(self.x)
             del self.scaled  # an array of the scores' size, of which the rest needs some
             # +inf does not move; for the other scores that do not, v' is 0.
             xbar = self.over.multiply(xbar, self.backend.indicator(-self.x, -math.inf))
         if of_tau:
-            taubar = -self.total(self.z() * xbar)
+            taubar = -self.total(self.apart(origin) * xbar)
+            level = logits(self.backend, origin, self.reference, self.tau)
             if c is not None:
-                taubar = taubar - c * self.offset / self.tau
-        return xbar, hbar, taubar, -self.mask() * hbar if of_a else None
+                taubar = taubar - level * c / self.tau
+            if b is not None:
+                taubar = taubar - (level - self.offset) * b
+        if of_a and abar is None:
+            abar = -self.mask() * hbar
+        return xbar, hbar, taubar, abar
+
+    def mass_cotangents(
+        self, u: Array | None, c: Array | None, b: Array | None, of_a: bool
+    ) -> tuple[Array, Array | None]:
+        """Those of the mass and, if asked for, of the weights. Where m is small, so may V be."""
+        xp = self.xp
+        near, by_v = (xp.zeros_like(self.offset), None) if u is None else self.collected(self.kept(u))
+        if by_v is None and c is None and b is None:
+            return near, None  # -m times it: formed when there is room for it
+        by_v = xp.zeros_like(near) if by_v is None else by_v
+        by_v = by_v if c is None else by_v - c
+        hbar = near + self.inverse() * by_v
+        if b is not None:
+            hbar = hbar - self.inverse(self.tau) * b
+            by_v = by_v - self.tau * b
+        if not of_a:
+            return hbar, None
+        mask = self.mask()
+        below = mask * near + self.beneath() * by_v
+        return hbar, -xp.where(self.z() > 0.0, mask * hbar, below)
 
 
 class LogLinearisation(Linearisation):
@@ -360,11 +485,21 @@ class LogLinearisation(Linearisation):
     def response(self, w: Array, most: Array, held: Array) -> Array:
         return self.gain() * w
 
+    def beyond(self) -> None:
+        """This derivative has no factor v, and is held back where that of the offset is."""
+
+    def raised(self, dh: Array, found: Array) -> Array:
+        """(1 - m) / V dh, of which v' / V' is the part that has no bound only below the threshold."""
+        return self.xp.where(self.z() > 0.0, self.lift() * dh, self.gain() * found)
+
     def lift(self) -> Array:
-        """(1 - m) / V, of which v' / V' is the part that has no bound only below the threshold."""
-        z = self.z()
-        above = self.scaled * (1.0 + self.xp.exp(-self.xp.abs(z))) * self.rate()
-        return self.xp.where(z > 0.0, above, self.gain() * self.inverse())
+        """(1 - m) / V above the threshold."""
+        return self.scaled * (1.0 + self.xp.exp(-self.xp.abs(self.z()))) * self.rate()
+
+    def collected(self, u: Array) -> tuple[Array, Array]:
+        upper = self.z() > 0.0
+        above = self.xp.where(upper, self.lift() * u, 0.0)
+        return self.total(above), self.total(self.xp.where(upper, 0.0, self.gain() * u))
 
     def spread(self, u: Array, g: Array) -> Array:
         """(1 - m) u + p (g - <1 - m, u>), likewise."""
