@@ -154,7 +154,7 @@ def _is_for_a_graph(inputs: tuple[torch.Tensor | None, ...]) -> bool:
 )
 def _solve_in_graph(name: str, options: str, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
     """A primitive without a derivative. A graph must know how its results lie in memory, and that none is a view."""
-    found = backend.run(PRIMITIVES[name], "forward", tuple(inputs), **literal_eval(options))
+    found = Backend.run(backend, PRIMITIVES[name], "forward", tuple(inputs), **literal_eval(options))
     return [value.clone(memory_format=torch.contiguous_format) for value in found]
 
 
