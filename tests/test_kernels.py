@@ -207,6 +207,7 @@ EDGES: dict[str, dict[str, Any]] = {
 }
 
 
+#: The others segments do by the functions of tiles.
 EDGES_OF_SEGMENTS = (
     "infinite scores",
     "nan",
@@ -222,7 +223,18 @@ EDGES_OF_SEGMENTS = (
 )
 
 
-@pytest.mark.parametrize("edge", EDGES)
+#: Those of which each is another way through the passes; the interpreter takes half a minute for some of the others.
+FEW_OF_SEGMENTS = ("nothing, everything, too much", "weights of any size", "no weight next to the threshold")
+EDGES_BY_ROWS = [
+    *(("tiles", edge) for edge in EDGES),
+    *(
+        pytest.param("segments", edge, marks=() if edge in FEW_OF_SEGMENTS else pytest.mark.full)
+        for edge in EDGES_OF_SEGMENTS
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "edge"), EDGES_BY_ROWS, indirect=["rows"])
 def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
     case = {"k": [[2.0]], "epsilon": [[0.3]], **EDGES[edge]}
     count = len(case["x"])
@@ -230,8 +242,6 @@ def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
     given = {name: torch.tensor(value, dtype=types.get(name, torch.float32)) for name, value in case.items()}
     given = {name: value.expand(count, -1) for name, value in given.items()}
     if rows == "segments":  # a few times the same scores: more than a tile has
-        if edge not in EDGES_OF_SEGMENTS:
-            pytest.skip("segments do this by the functions of tiles")
         given |= {name: given[name].repeat(1, 8) for name in ("x", "weights", "where") if name in given}
         given["k"] = 8 * given["k"]
     given = {name: value.to(device) for name, value in given.items()}
