@@ -433,7 +433,6 @@ class Linearisation:
                 xbar = self.shares(b) if xbar is None else xbar + self.shares(b)
             if xbar is None:
                 xbar = xp.zeros_like(self.x)
-            del self.scaled  # an array of the scores' size, of which the rest needs some
             # +inf does not move; for the other scores that do not, v' is 0.
             xbar = self.over.multiply(xbar, self.backend.indicator(-self.x, -math.inf))
         if of_tau:
