@@ -246,20 +246,23 @@ class Slices:
 
         return Argument(None, None, push, pull)
 
-    def one_a_slice(self, keepdims: bool, leading: int = 0) -> Argument:
-        """A result of one value a slice, in the units of the scores, after `leading` axes of its own."""
+    def one_a_slice(self, keepdims: bool, leading: int = 0, *, in_units: bool = True) -> Argument:
+        """A result of one value a slice, after `leading` axes of its own.
+
+        `in_units` says whether it is in the units of the scores, which are negative for the smallest.
+        """
         xp = self.xp
         axis = leading + self.axis
+        negative = in_units and self.sign < 0.0
 
         def push(values: Array) -> Array:
-            values = values if self.sign > 0.0 else -values
-            values = self._cast(values, self.dtype)
+            values = self._cast(-values if negative else values, self.dtype)
             return move_axis(xp, values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._cast(cotangent, self.working)
             cotangent = move_axis(xp, cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
-            return cotangent if self.sign > 0.0 else -cotangent
+            return -cotangent if negative else cotangent
 
         return Argument(None, None, push, pull)
 
