@@ -5,8 +5,8 @@ Errors are relative to the largest entry of a derivative, over slices of one kin
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
