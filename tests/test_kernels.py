@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 import softk  # noqa: E402
 import softk_triton  # noqa: E402
 from softk_triton import launch  # noqa: E402
-from softk_triton.tiles import lacking  # noqa: E402
+from softk_triton.tiles import deficit  # noqa: E402
 
 from . import closed_form  # noqa: E402
 from .test_accuracy import EPSILONS, MASK, MASS, SCORES, masses  # noqa: E402
@@ -276,7 +276,7 @@ def test_other_operators_through_the_solver(device: str, rows: str, launched: li
 def _difference(count, k, found):  # type: ignore[no-untyped-def] # Triton looks annotations up, and knows its own alone
     place = tl.arange(0, 1)
     zero = tl.zeros([1], tl.float32)
-    tl.store(found + place, lacking(tl.load(count + place), tl.load(k + place), zero, zero, None))
+    tl.store(found + place, deficit(tl.load(count + place), tl.load(k + place), zero, zero, None))
 
 
 def test_a_difference_of_counts_beyond_float32(device: str) -> None:

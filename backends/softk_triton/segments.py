@@ -23,14 +23,12 @@ from .tiles import (
     balance_of,
     bars,
     beside,
-    closer,
     columns,
     cotangent_of,
     edges_of,
     extent,
     final_offset,
     finish,
-    frame,
     from_sides,
     gain_of,
     going_on,
@@ -47,10 +45,12 @@ from .tiles import (
     mass_of,
     max_of,
     min_of,
+    narrow_gap,
     narrowed,
     newton,
-    nonzero,
     rates,
+    reference_of,
+    safe_denominator,
     score_of,
     sides_of,
     sigmoid,
@@ -437,7 +437,7 @@ def frame_rows(
     high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
     low = tl.where(nothing | everything | ~apart | (lower == -INFINITY), high, lower)
     keep(flags, 3, row, rows, high > LARGEST, 0)
-    high, low, reference, z_high, z_low = frame(high, low, tau)
+    high, low, reference, z_high, z_low = reference_of(high, low, tau)
     keep(gap, 0, row, rows, reference, 0)
     keep(gap, 1, row, rows, z_high, 0)
     keep(gap, 2, row, rows, z_low, 0)
@@ -517,7 +517,7 @@ def sweep_rows(
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        odds = closer(x, high, low, reference, z_high, z_low, tau)
+        odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
         found = sweep(odds, weights, level)
         number += found[0]
         lower += found[1]
@@ -589,7 +589,7 @@ def mask_rows(
             weights = None
             if weights_given is not None:
                 weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-            odds = closer(x, high, low, reference, z_high, z_low, tau)
+            odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
             soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
             tl.store(mask + across(row.to(tl.int64)) * n + column, soft, mask=inside)
 
@@ -649,7 +649,7 @@ def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
     return (
         min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
         max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
-        nonzero(max_of(parts_of(distances, 2, row, rows, segments, SEGMENTS, 0.0))),
+        safe_denominator(max_of(parts_of(distances, 2, row, rows, segments, SEGMENTS, 0.0))),
     )
 
 
@@ -820,7 +820,7 @@ def join_rows(
     mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
     nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
-    normal = nonzero(less * below + more * above)
+    normal = safe_denominator(less * below + more * above)
     origin = tl.where(more * above > less * below, high, low)  # where there is none on a side, there is no p
     origin = tl.minimum(tl.maximum(tl.where(tl.abs(origin) == INFINITY, reference, origin), -LARGEST), LARGEST)
     below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
@@ -830,13 +830,13 @@ def join_rows(
     most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
     most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
     lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
-    at_most = tl.where(upper, u_above / nonzero(share_above), u_below / nonzero(share_below))
+    at_most = tl.where(upper, u_above / safe_denominator(share_above), u_below / safe_denominator(share_below))
     rate, inverse_slope = rates(nearest, normal)
     hbar = rate * pulled - inverse_slope * c
     keep(joined, 0, row, rows, nearest, 0)
     keep(joined, 1, row, rows, less, 0)
     keep(joined, 2, row, rows, normal, 0)
-    keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / nonzero(shares)), 0)
+    keep(joined, 3, row, rows, tl.where(lower | upper, at_most, pulled / safe_denominator(shares)), 0)
     keep(joined, 4, row, rows, unit, 0)
     keep(joined, 5, row, rows, hbar, 0)
     keep(joined, 6, row, rows, (lower | upper).to(tl.float32), 0)

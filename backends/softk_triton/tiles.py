@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from softk._reference.threshold.formulas import ROUNDINGS, STEPS, least, limits, narrow
+from softk._reference.threshold.formulas import ROUNDINGS, STEPS, limits, negligible, widest_gap
 
 _BOUND = limits(torch, torch.float32)
 EPS = tl.constexpr(_BOUND.eps)
@@ -30,9 +30,9 @@ FARTHEST = tl.constexpr(_BOUND.farthest)
 LOG_FARTHEST = tl.constexpr(math.log(_BOUND.farthest))
 SATURATED = tl.constexpr(_BOUND.saturated)
 REACH = tl.constexpr(_BOUND.reach)
-NARROW = tl.constexpr(narrow(_BOUND))
-LEAST = tl.constexpr(least(torch, torch.float32))
-LOG_LEAST = tl.constexpr(math.log(least(torch, torch.float32)))
+NARROW = tl.constexpr(widest_gap(_BOUND))
+LEAST = tl.constexpr(negligible(torch, torch.float32))
+LOG_LEAST = tl.constexpr(math.log(negligible(torch, torch.float32)))
 TOLERANCE = tl.constexpr(_BOUND.eps**0.25)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).smallest_normal)
 ROUNDING = tl.constexpr(ROUNDINGS * _BOUND.eps)
@@ -161,7 +161,7 @@ def exponential(exponent):
 
 
 @triton.jit
-def nonzero(values):
+def safe_denominator(values):
     return tl.where(values == 0.0, 1.0, values)
 
 
@@ -316,7 +316,7 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
 
 
 @triton.jit
-def frame(high, low, tau):
+def reference_of(high, low, tau):
     """Both sides of the gap as finite scores, the reference, and z of the two."""
     high = tl.minimum(tl.maximum(high, -LARGEST), LARGEST)
     low = tl.minimum(tl.maximum(low, -LARGEST), LARGEST)
@@ -335,7 +335,7 @@ def narrowed(z_high, z_low):
 
 
 @triton.jit
-def closer(x, high, low, reference, z_high, z_low, tau):
+def narrow_gap(x, high, low, reference, z_high, z_low, tau):
     """exp(z) from the middle of the gap, narrowed.
 
     On either side of a gap that is narrowed z is measured from its score, for in a wide one the narrowing itself would
@@ -359,7 +359,7 @@ def is_ordinary(excess, tau, fixed):
 
 @triton.jit
 def odds_of(x, reference, z_high, z_low, tau):
-    """What `closer` finds, but for far scores, where a gap is not narrowed: 0 for a score of -inf."""
+    """What `narrow_gap` finds, but for far scores, where a gap is not narrowed: 0 for a score of -inf."""
     factor, shift = 1.0 / tau * LOG2_E, (z_high + z_low) * 0.5 * LOG2_E
     exponent = (tl.minimum(x, LARGEST) - across(reference)) * across(factor) - across(shift)
     return power_of_two(tl.minimum(exponent, REACH * LOG2_E))
@@ -381,7 +381,7 @@ def sweep(odds, weights, level):
 
 
 @triton.jit
-def lacking(above, k, offset, half, weights):
+def deficit(above, k, offset, half, weights):
     """delta: what the mass above the threshold lacks of k."""
     if weights is None:
         whole = tl.floor(k)
@@ -399,13 +399,13 @@ def step_size(lower, upper, slope, delta):
     more = tl.maximum(delta, 0.0)
     rising, falling = tl.maximum(upper + more, floor), tl.maximum(lower + (more - delta), floor)
     rate = (lower / falling + upper / rising) * slope
-    return log_ratio(falling, rising) * (both / nonzero(rate))
+    return log_ratio(falling, rising) * (both / safe_denominator(rate))
 
 
 @triton.jit
 def newton(offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights):
     """One step, within the middle of a bracket; after a small one a last one, as exact as the numbers are."""
-    size = step_size(lower, upper, slope, lacking(above, k, offset, half, weights))
+    size = step_size(lower, upper, slope, deficit(above, k, offset, half, weights))
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
     # Beyond it on either side all tails are exponentials, of which the last step is exact.
@@ -588,14 +588,14 @@ def solve_tile(
         near = 0.0 * tau
     high, low, nothing, everything, valid = find_ends(x, weights, lowest, total, of_all, k, n, near, valid)
     most = high > LARGEST
-    high, low, reference, z_high, z_low = frame(high, low, tau)
+    high, low, reference, z_high, z_low = reference_of(high, low, tau)
     half, excess = narrowed(z_high, z_low)
     fixed = nothing | everything | ~valid
     ordinary = is_ordinary(excess, tau, fixed & present)
     if ordinary:
         odds = odds_of(x, reference, z_high, z_low, tau)
     else:
-        odds = closer(x, high, low, reference, z_high, z_low, tau)
+        odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
     offset = search(odds, weights, half, k, fixed)
     valid = valid & (offset == offset)
     level = tl.exp(offset)
@@ -842,7 +842,7 @@ def pull_tile(
     height = tl.exp(-nearest)
     scaled /= larger
     weighted = weigh(weights, scaled)
-    normal = nonzero(sum_of(weighted))
+    normal = safe_denominator(sum_of(weighted))
     most = weighted > across(0.75 * normal)
     held = max_of(most.to(tl.int32)) > 0
     rate, inverse_slope = rates(nearest, normal)
@@ -858,8 +858,8 @@ def pull_tile(
     else:
         share = tl.where(scaled > 0.0, weights, 0.0)
         unit = tl.where(held, sum_of(tl.where(most, share, 0.0)), max_of(share))
-        share /= across(nonzero(unit))  # weights may be of any size
-        level = share * across(tl.where(held, at_most, pulled / nonzero(sum_of(scaled * share))))
+        share /= across(safe_denominator(unit))  # weights may be of any size
+        level = share * across(tl.where(held, at_most, pulled / safe_denominator(sum_of(scaled * share))))
         level = tl.where(most, u, level)  # exactly, which a quotient of equal numbers need not be
     gain = gain_of(z, scaled, height, weights)
     g = c - sum_of((u - level) * gain)

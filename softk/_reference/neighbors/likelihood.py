@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from softk._reference.threshold.formulas import exponential, limits, nonzero
+from softk._reference.threshold.formulas import exponential, limits, safe_denominator
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks, transpose
@@ -41,7 +41,7 @@ class Shares:
         self.parts = xp.where(votes, exponential(xp, xp.where(votes, found - self.peak, 0.0)), 0.0)
         # NaN stays NaN: a query that is none has no votes to say so.
         total = xp.sum(self.parts, axis=-1, keepdims=True) + xp.exp(bottom - self.peak) + 0.0 * offset
-        self.total = nonzero(xp, total)
+        self.total = safe_denominator(xp, total)
         self.likelihood = xp.where(total == 0.0, -math.inf, self.peak + xp.log(self.total)) - xp.log(block.k)
 
     def shares(self) -> Array:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk._reference.threshold.ends import Ends, closer, find_ends, frame, middle
-from softk._reference.threshold.formulas import CORRECTIONS, MARGIN, limits, nonzero
+from softk._reference.threshold.ends import Ends, find_ends, middle, narrow_gap, reference_of
+from softk._reference.threshold.formulas import CORRECTIONS, MARGIN, limits, safe_denominator
 from softk._reference.threshold.newton import search
-from softk._reference.threshold.problem import hold
+from softk._reference.threshold.problem import effective_weights
 from softk._reference.threshold.solve import window
 from softk.backend import Array, Backend, Form, Primitive, peek
 
@@ -53,7 +53,7 @@ def _approach(
     xp, task = backend.xp, Task(*inputs)
     near = None if weighted or ranks is None else window(backend, task.x, xp.max(task.tau, axis=-2), ranks)
     if near is not None:
-        within = task._replace(x=near, weights=xp.expand_dims(hold(xp, near, None), axis=-2))
+        within = task._replace(x=near, weights=xp.expand_dims(effective_weights(xp, near, None), axis=-2))
         found, sure = _approach_within(backend, within, weighted, ranks, limit, task.x.shape[-1])
         if peek(backend, xp.all(sure)):
             return found
@@ -73,10 +73,10 @@ def _approach_within(
     weights = task.weights[..., 0, :] if weighted else None
     ends = find_ends(backend, task.x, None, mass, weights, ranks, n)
     ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
-    reference, gap = frame(backend, ends, task.tau)
+    reference, gap = reference_of(backend, ends, task.tau)
     z = log_odds(backend, task, reference)
     mass = xp.expand_dims(mass, axis=-1)
-    odds, half = closer(backend, z, gap)
+    odds, half = narrow_gap(backend, z, gap)
     alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
     del odds
     offset = _together(xp, z, alone + middle(gap), task.weights)
@@ -90,7 +90,7 @@ def _approach_within(
         potentials = running(xp, size, reverse=True)
         span = xp.max(potentials, axis=-2, keepdims=True) - xp.min(potentials, axis=-2, keepdims=True)
         length = xp.where(careful, span, xp.max(xp.abs(size), axis=-2, keepdims=True))
-        short = xp.where(length == 0.0, 1.0, xp.log1p(length) / nonzero(xp, length))
+        short = xp.where(length == 0.0, 1.0, xp.log1p(length) / safe_denominator(xp, length))
         offset = xp.where(done, offset, offset + short * size)
         count = xp.where(done, count, count + 1.0)
         done = done | ~(span > bound.eps**0.25)  # two steps of second order away from eps: the corrections
@@ -149,5 +149,5 @@ def _together(xp: Any, z: Array, alone: Array, weights: Array) -> Array:
     upper, lower = xp.where(both, upper, 1.0), xp.where(both, lower, 1.0)
     weight = xp.where(both, weights * (upper * lower / (upper + lower)), 0.0)
     total = xp.sum(weight, axis=-1, keepdims=True)
-    mean = xp.sum(weight * (z - (xp.log(upper) - xp.log(lower))), axis=-1, keepdims=True) / nonzero(xp, total)
+    mean = xp.sum(weight * (z - (xp.log(upper) - xp.log(lower))), axis=-1, keepdims=True) / safe_denominator(xp, total)
     return xp.where(total > float(xp.finfo(z.dtype).smallest_normal), mean, alone)

@@ -20,7 +20,7 @@ measured from that score, and are zero there by a choice, as in the rule of the 
 
 from __future__ import annotations
 
-from softk._reference.threshold.formulas import limits, nonzero
+from softk._reference.threshold.formulas import limits, safe_denominator
 from softk.backend import Array, Backend
 
 from .system import System, Task, log_odds, plan, running, sides
@@ -57,7 +57,7 @@ class PlanLinearisation:
         """The value at the score that dominates each boundary; the mean of several."""
         xp = self.xp
         count = xp.astype(xp.count_nonzero(self.peak, axis=-1, keepdims=True), self.apart.dtype)
-        return self.total(xp.where(self.peak, values, 0.0)) / nonzero(xp, count)
+        return self.total(xp.where(self.peak, values, 0.0)) / safe_denominator(xp, count)
 
     def across(self, w: Array) -> Array:
         """dQ = M w, score by score, for a change w of the log-odds."""
@@ -111,7 +111,9 @@ class PlanLinearisation:
         """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
         xp, tau, weights = self.xp, self.task.tau, self.task.weights
         difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
-        origin = self.at_peak(difference) / nonzero(xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape)))
+        origin = self.at_peak(difference) / safe_denominator(
+            xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape))
+        )
         difference = xp.where(self.alone, 0.0, difference - weights * origin)
         boundaries = self.total(self.across(difference))
         wanted = -self.system.choose(boundaries, self.total(self.spread(difference)[..., :-1, :]))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk._reference.threshold.formulas import between, limits
-from softk._reference.threshold.problem import hold, selectable
+from softk._reference.threshold.formulas import clip, limits
+from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
@@ -26,7 +26,7 @@ Arrays = tuple[Array, ...]
 def _ladder(xp: Any, inputs: tuple[Any, ...], rows: int) -> Task:
     x, tau, unit, where = inputs
     x = selectable(xp, x, where)
-    return prepare(xp, x, xp.broadcast_to(unit, (*x.shape[:-1], rows + 1)), tau, hold(xp, x, None))
+    return prepare(xp, x, xp.broadcast_to(unit, (*x.shape[:-1], rows + 1)), tau, effective_weights(xp, x, None))
 
 
 def _climb(
@@ -74,15 +74,15 @@ class _Means:
         least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
         most = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
         some = least <= most
-        near = between(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
+        near = clip(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
         far = limits(xp, x.dtype).largest
-        apart = between(xp, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), -far, far)
+        apart = clip(xp, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), -far, far)
         self.apart = xp.where(self.finite, apart, 0.0)
         before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
         count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
         first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
-        mass = between(xp, count - before, 0.0, unit)
+        mass = clip(xp, count - before, 0.0, unit)
         none = xp.zeros_like(mass)
         self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
         self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative

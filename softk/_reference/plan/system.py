@@ -37,7 +37,7 @@ def prepare(xp: Any, x: Array, masses: Array, tau: Array, held: Array) -> Task:
     xp : namespace
         Of the arrays.
     x, held : array
-        Scores, -inf for those that are removed, and their weights as `hold` returns them, shape (..., n).
+        Scores, -inf for those that are removed, and their weights as `effective_weights` returns them, shape (..., n).
     masses : array
         What each anchor takes, from the highest to the lowest anchor, shape (..., m), those that take nothing last.
     tau : array

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from softk._reference.threshold.formulas import limits, nonzero
-from softk._reference.threshold.problem import hold, selectable
+from softk._reference.threshold.formulas import limits, safe_denominator
+from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
@@ -73,7 +73,7 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     distance = xp.where(both, anchors[..., :-1] - anchors[..., 1:], 1.0)
     distance = xp.where(distance <= least, least, distance)
     x = selectable(xp, x, where)
-    held = hold(xp, x, weights)
+    held = effective_weights(xp, x, weights)
     whole, total = (xp.sum(values, axis=-1, keepdims=True) for values in (marginals, held))
     scale = total / xp.where(valid & (whole > 0.0), whole, math.nan)
     masses = marginals * scale
@@ -128,11 +128,11 @@ def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, t
     if dmarginals is not None:
         # An anchor without a marginal is left out, and so is its derivative.
         dmarginals = xp.where(problem.masses > 0.0, problem.order.sorted(dmarginals), 0.0)
-        lost = problem.masses * (xp.sum(dmarginals, axis=-1, keepdims=True) / nonzero(xp, problem.sum))
+        lost = problem.masses * (xp.sum(dmarginals, axis=-1, keepdims=True) / safe_denominator(xp, problem.sum))
         dmasses = dmasses + problem.scale * dmarginals - lost
     if da is not None:
         da = xp.where(task.x == -math.inf, 0.0, da)
-        dmasses = dmasses + problem.masses * (xp.sum(da, axis=-1, keepdims=True) / nonzero(xp, problem.total))
+        dmasses = dmasses + problem.masses * (xp.sum(da, axis=-1, keepdims=True) / safe_denominator(xp, problem.total))
         da = xp.expand_dims(da, axis=-2)
     dmasses = xp.expand_dims(dmasses, axis=-1)
     dtau = task.tau * xp.expand_dims(growth, axis=-1)
@@ -154,7 +154,7 @@ def _transport_vjp(
     xbar, taubar, abar, massbar = rule.pull(None if ubar is None else task.weights * ubar, c)
     massbar = massbar[..., 0]
     taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
-    marginalbar = problem.scale * massbar - taken / nonzero(xp, problem.sum)
+    marginalbar = problem.scale * massbar - taken / safe_denominator(xp, problem.sum)
     marginalbar = xp.where(problem.masses > 0.0, marginalbar, 0.0)
     growth = (taubar * task.tau)[..., 0]
     moved = xp.where(problem.fixed, 0.0, -growth / problem.distance)
@@ -167,7 +167,7 @@ def _transport_vjp(
     else:
         if ubar is not None:
             abar = abar + xp.sum(ubar * rule.share, axis=-2)
-        abar = xp.where(task.x == -math.inf, 0.0, abar + taken / nonzero(xp, problem.total))
+        abar = xp.where(task.x == -math.inf, 0.0, abar + taken / safe_denominator(xp, problem.total))
     return xbar, problem.order.restored(anchorbar), problem.order.restored(marginalbar), taubar, abar, None
 
 

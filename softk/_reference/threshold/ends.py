@@ -2,7 +2,7 @@
 
 **In a gap** (whole k, the k-th and the next score many tau apart) both tails may lie far below the smallest float, but
 their ratio determines t. There the tails are pure exponentials, whose ratio does not change when both sides come
-closer by the same amount: `closer` narrows the gap to one in which they are numbers.
+closer by the same amount: `narrow_gap` narrows the gap to one in which they are numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend, index_dtype
 
-from .formulas import ROUNDINGS, between, limits, narrow
+from .formulas import ROUNDINGS, clip, limits, widest_gap
 from .problem import logits, selectable
 
 
@@ -117,12 +117,12 @@ class Gap(NamedTuple):
     low: Array
 
 
-def frame(backend: Backend, ends: Ends, tau: Array) -> tuple[Array, Gap]:
+def reference_of(backend: Backend, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     """The reference, and where the scores on either side of it are."""
     xp = backend.xp
     largest = limits(xp, ends.high.dtype).largest
     low = xp.where(ends.nothing | ends.everything, ends.high, ends.low)
-    both = between(xp, xp.concat([ends.high, low], axis=-1), -largest, largest)
+    both = clip(xp, xp.concat([ends.high, low], axis=-1), -largest, largest)
     high, low = both[..., :1], both[..., 1:]
     # The middle, of which no part overflows, however a compiler rearranges it.
     together = (high > 0.0) == (low > 0.0)
@@ -136,7 +136,7 @@ def middle(gap: Gap) -> Array:
     return 0.5 * (gap.high + gap.low)
 
 
-def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
+def narrow_gap(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     """exp(z), from the middle of the gap, and half the gap, with a wide gap narrowed.
 
     Half a gap of log(1 / eps) is left: within eps its tails are exponentials. Neither what is returned nor its inverse
@@ -145,13 +145,13 @@ def closer(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, z.dtype)
     half = 0.5 * (gap.high - gap.low)
-    excess = xp.maximum(half - narrow(bound), 0.0)
+    excess = xp.maximum(half - widest_gap(bound), 0.0)
     z = z - middle(gap)
     # A constant of every score that matters; frameworks halve the derivative at a bound.
-    inner = backend.constant(between(xp, z, -excess, excess))
+    inner = backend.constant(clip(xp, z, -excess, excess))
     z = over.subtract(z, inner)
     del inner
-    return over.exp(between(over, z, -bound.reach, bound.reach)), half - excess
+    return over.exp(clip(over, z, -bound.reach, bound.reach)), half - excess
 
 
 def _total(xp: Any, values: Array) -> Array:

@@ -34,32 +34,32 @@ def limits(xp: Any, dtype: Any) -> Limits:
     return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
 
 
-def least(xp: Any, dtype: Any) -> float:
-    """What is nothing beside 1, and far enough from the smallest number that its products are numbers."""
+def negligible(xp: Any, dtype: Any) -> float:
+    """Negligible: adding it to 1 changes nothing in this dtype. Its products are still normal numbers."""
     return math.exp(0.9 * math.log(float(xp.finfo(dtype).smallest_normal)))
 
 
-def narrow(bound: Limits) -> float:
+def widest_gap(bound: Limits) -> float:
     return 2.0 - math.log(bound.eps)
 
 
-def between(xp: Any, values: Array, least: Any, most: Any) -> Array:
+def clip(xp: Any, values: Array, least: Any, most: Any) -> Array:
     """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
     values = xp.maximum(values, least)
     return xp.minimum(values, most)
 
 
 def exponential(xp: Any, exponent: Array, over: Any = None) -> Array:
-    """exp of numbers of at most 0, beside 1: not below the least, for processors are slow with subnormal numbers.
+    """exp of numbers of at most 0, not below what is negligible beside 1: processors are slow with subnormal numbers.
 
     `over` is the namespace that overwrites, for an exponent that nobody reads again.
     """
     over = over or xp
-    return over.exp(over.maximum(exponent, math.log(least(xp, exponent.dtype))))
+    return over.exp(over.maximum(exponent, math.log(negligible(xp, exponent.dtype))))
 
 
-def nonzero(xp: Any, values: Array) -> Array:
-    """A denominator: 1 in the place of 0."""
+def safe_denominator(xp: Any, values: Array) -> Array:
+    """The values, with 1 in the place of 0: for a quotient whose numerator is 0 there."""
     return xp.where(values == 0.0, 1.0, values)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
-from .formulas import between, limits
+from .formulas import clip, limits
 from .problem import logits, selectable
 from .rule import Linearisation, LogLinearisation
 from .solve import solve
@@ -167,7 +167,7 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
     # score has a finite stand-in.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
-    level = reference if count is None else backend.select(x, between(xp, wanted, 1, x.shape[-1]))
+    level = reference if count is None else backend.select(x, clip(xp, wanted, 1, x.shape[-1]))
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, level)
     above, tied = x > level, x == level
     # Of the scores equal to it, as many as are still wanted, the lowest indices first.

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend
 
-from .formulas import STEPS, between, is_rounding, limits, nonzero
+from .formulas import STEPS, clip, is_rounding, limits, safe_denominator
 
 
 class Tails(NamedTuple):
@@ -55,7 +55,7 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
     return Tails(count, lower, upper, lower + upper - curved)
 
 
-def lacking(xp: Any, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
+def deficit(xp: Any, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
     """delta: what the scores above the threshold lack of k. Sums of weights are rounded: within the gap it is 0."""
     delta = k - tails.above
     if weights is None:
@@ -74,7 +74,7 @@ def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
     rising = xp.maximum(tails.upper + more, floor)
     falling = xp.maximum(tails.lower + (more - delta), floor)
     rate = (tails.lower / falling + tails.upper / rising) * tails.slope
-    return xp.log(falling / rising) * (both / nonzero(xp, rate))
+    return xp.log(falling / rising) * (both / safe_denominator(xp, rate))
 
 
 def search(
@@ -87,7 +87,7 @@ def search(
     backend : Backend
         The framework of the arrays.
     odds, half : array
-        exp(z) and half the gap, as `closer` returns them.
+        exp(z) and half the gap, as `narrow_gap` returns them.
     k, weights : array
         Mass (..., 1) and item weights (..., n), None for all 1.
     fixed : array
@@ -101,7 +101,7 @@ def search(
 
     def measure(offset: Array) -> tuple[Tails, Array]:
         tails = sweep(backend, odds, xp.exp(offset), weights)
-        return tails, step_size(xp, tails, lacking(xp, tails, offset, half, k, weights))
+        return tails, step_size(xp, tails, deficit(xp, tails, offset, half, k, weights))
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
         offset, least, most, done = state
@@ -109,8 +109,8 @@ def search(
         least, most = xp.where(size > 0.0, offset, least), xp.where(size < 0.0, offset, most)
         small = ~(xp.abs(size) > tolerance)
         half_width = 0.5 * (most - least)  # the offset is at one end, and goes as far as the middle
-        size = between(xp, size, -half_width, half_width)
-        offset = xp.where(done, offset, between(xp, offset + size, -ceiling, ceiling))
+        size = clip(xp, size, -half_width, half_width)
+        offset = xp.where(done, offset, clip(xp, offset + size, -ceiling, ceiling))
         done = done | small
         return (offset, least, most, done), done
 
@@ -130,7 +130,7 @@ def correction(
     smaller = xp.where(odds > level, level, odds)  # a minimum's derivative at a tie is half of each
     tails = sweep(backend, odds, level, weights, smaller)
     delta = k - tails.above
-    value = backend.constant(lacking(xp, tails, offset, half, k, weights))
+    value = backend.constant(deficit(xp, tails, offset, half, k, weights))
     # delta less its value is zero and carries the derivative, which the narrowing of a gap made too small.
     change = wider * (delta - backend.constant(delta))
-    return (tails.lower - tails.upper - (value + change)) / nonzero(xp, tails.slope)
+    return (tails.lower - tails.upper - (value + change)) / safe_denominator(xp, tails.slope)

@@ -7,7 +7,7 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .formulas import between, least, limits
+from .formulas import clip, limits, negligible
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
@@ -31,12 +31,12 @@ def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Arr
     x = xp.minimum(x, bound.largest)  # one step at a time: each lets go of the array before it
     x = x * part
     x = x - reference * part
-    z = over.divide(between(over, x, -reach, reach), tau)
+    z = over.divide(clip(over, x, -reach, reach), tau)
     return z if offset is None else over.subtract(z, offset)
 
 
-def hold(xp: Any, x: Array, weights: Array | None) -> Array:
-    """The weights, all 1 unless given, but 0 for the scores that cannot be selected, which may weigh anything."""
+def effective_weights(xp: Any, x: Array, weights: Array | None) -> Array:
+    """The user's weights, or 1; but 0 where the score is -inf, where the user's weight is ignored, even NaN."""
     if weights is None:
         return xp.astype(~(x == -math.inf), x.dtype)
     return xp.where(x == -math.inf, 0.0, weights)
@@ -44,4 +44,4 @@ def hold(xp: Any, x: Array, weights: Array | None) -> Array:
 
 def weigh(xp: Any, weights: Array, values: Array) -> Array:
     """weights * values, where the weight of an item with next to no value may be anything: an item that was removed."""
-    return xp.where(values > 2.0 * least(xp, values.dtype), weights, 0.0) * values
+    return xp.where(values > 2.0 * negligible(xp, values.dtype), weights, 0.0) * values

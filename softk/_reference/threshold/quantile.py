@@ -11,7 +11,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
-from .formulas import between
+from .formulas import clip
 from .masks import threshold_forward
 from .rule import Linearisation
 
@@ -36,11 +36,11 @@ class _Place:
             # are one together, or less, have no quantiles. Probabilities sum to 1 but for a rounding an item.
             sampled = (n - 1.0 > float(xp.finfo(q.dtype).eps) * items) | ((n > 0.0) & (items == 1.0))
         position = (n - 1.0) * q
-        index = between(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
+        index = clip(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
         margin = 0.5 * xp.minimum(n, 1.0)
         self.n = n
-        self.first = between(xp, n - index - 0.5, margin, n - margin)
-        self.second = between(xp, n - index - 1.5, margin, n - margin)
+        self.first = clip(xp, n - index - 0.5, margin, n - margin)
+        self.second = clip(xp, n - index - 1.5, margin, n - margin)
         # Both follow n, but where they are held at the margin.
         held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
         self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)

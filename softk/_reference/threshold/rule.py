@@ -56,7 +56,7 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .formulas import between, exponential, is_rounding, least, limits, nonzero
+from .formulas import clip, exponential, is_rounding, limits, negligible, safe_denominator
 from .problem import logits, selectable, weigh
 
 
@@ -90,9 +90,9 @@ class Linearisation:
         self.x, self.k, self.tau, self.weights, self.where = inputs
         self.reference, self.offset = reference, offset
         distance, height = self.from_sides() if balanced else self.from_nearest()
-        # What is nothing beside 1 is exactly 0.
+        # What is negligible beside 1 is set to 0.
         distance = over.negative(distance)
-        some = backend.indicator(distance, math.log(least(xp, self.x.dtype)))
+        some = backend.indicator(distance, math.log(negligible(xp, self.x.dtype)))
         decay = over.multiply(exponential(xp, distance, over), some)
         del distance, some
         # v' = v exp(nearest), which is the tail times the mask or its complement, whichever is large
@@ -108,7 +108,7 @@ class Linearisation:
         del total
         self.height = xp.exp(-self.nearest)
         self.normal = self.total(self.weigh(self.scaled))  # V' = V exp(nearest)
-        self.normal = nonzero(xp, self.normal)
+        self.normal = safe_denominator(xp, self.normal)
 
     def from_nearest(self) -> tuple[Array, Array]:
         """|z| less that of the nearest item with weight, and exp(-|z|) of that one."""
@@ -136,7 +136,7 @@ class Linearisation:
         high, low = xp.min(above, axis=-1, keepdims=True), xp.max(below, axis=-1, keepdims=True)
         del above, below, x, weightless
         no_high, no_low = high == math.inf, low == -math.inf
-        both = constant(between(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
+        both = constant(clip(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
         near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
         near = xp.minimum(near, 0.5 * bound.farthest)
         (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
@@ -192,7 +192,7 @@ class Linearisation:
         """Log-odds of the mask. Computed where it is asked for: it is cheaper than to hold on to it."""
         return logits(self.backend, selectable(self.xp, self.x, self.where), self.reference, self.tau, self.offset)
 
-    def gain(self) -> Array:
+    def dmask_dz(self) -> Array:
         """v, the derivative of the mask in z. Without weights v' is never held back, and v is in proportion to it."""
         if self.weights is None:
             return self.height * self.scaled
@@ -231,7 +231,7 @@ class Linearisation:
         xp, farthest = self.xp, limits(self.xp, self.x.dtype).farthest
         scale, most = self.rate(), farthest + xp.zeros_like(self.offset)
         if factor is not None:
-            scale, most = factor * scale, most * between(xp, self.backend.constant(factor), 1.0, farthest)
+            scale, most = factor * scale, most * clip(xp, self.backend.constant(factor), 1.0, farthest)
         held = self.backend.constant(self.nearest + xp.log(scale)) > xp.log(most)
         half = 0.5 * xp.where(held, 0.0, self.nearest)  # whose exponential is a number where that of the whole is none
         half = xp.exp(xp.minimum(half, 1.9 * math.log(farthest)))
@@ -241,17 +241,17 @@ class Linearisation:
         """m / V below the threshold, where it is v' / V' / (1 - m)."""
         return self.scaled * (1.0 + self.xp.exp(-self.xp.abs(self.z()))) * self.rate()
 
-    def lift(self) -> Array:
+    def dmask_dk(self) -> Array:
         """v / V, the derivative of the mask in k."""
         return self.scaled * self.rate()
 
     def raised(self, dh: Array, found: Array) -> Array:
         """The result's tangent by dh; `found` is dh / V."""
-        return self.lift() * dh
+        return self.dmask_dk() * dh
 
     def collected(self, u: Array) -> tuple[Array, Array | None]:
         """The sum of the result's derivatives in dh by u, in two parts, the second times V; None is zero."""
-        return self.total(self.lift() * u), None
+        return self.total(self.dmask_dk() * u), None
 
     def dominating(self) -> tuple[Array, Array]:
         """1 for the item that has more than three quarters of p, else 0; and whether there is such an item."""
@@ -264,10 +264,10 @@ class Linearisation:
         if beyond is None:
             return found
         xp, dot, constant = self.xp, self.backend.dot, self.backend.constant
-        u, scaled = self.kept(u), constant(self.scaled)
+        u, scaled = self.zero_removed(u), constant(self.scaled)
         share = xp.ones_like(scaled) if self.weights is None else xp.where(scaled > 0.0, constant(self.weights), 0.0)
-        share = share / nonzero(xp, xp.max(share, axis=-1, keepdims=True))
-        u = u - share * (dot(scaled, u) / nonzero(xp, dot(scaled, share)))
+        share = share / safe_denominator(xp, xp.max(share, axis=-1, keepdims=True))
+        u = u - share * (dot(scaled, u) / safe_denominator(xp, dot(scaled, share)))
         turned = scaled * constant(self.side()) * u
         return found + beyond * (turned - constant(self.shares(xp.ones_like(beyond))) * self.total(turned))
 
@@ -288,21 +288,21 @@ class Linearisation:
         """
         xp, over, dot = self.xp, self.over, self.backend.dot
         most, held = self.dominating()
-        u = self.kept(u)
+        u = self.zero_removed(u)
         if self.weights is None:
             u = self.others(most, u - xp.where(held, dot(most, u), dot(self.scaled, u) / self.normal))
             del most
             g = g - self.height * dot(self.scaled, u)
             return over.multiply(over.add(over.multiply(u, self.height), g / self.normal), self.scaled)
         share = self.relative(most, held)
-        level = xp.where(held, dot(most, u), dot(self.scaled, u) / nonzero(xp, dot(self.scaled, share)))
+        level = xp.where(held, dot(most, u), dot(self.scaled, u) / safe_denominator(xp, dot(self.scaled, share)))
         if over is not self.xp:
             most = None  # `others` reads it only where operations are differentiated
         share = share * level
         fresh = over if self.where is not None else self.xp  # without `where` u is the caller's
         u = self.others(most, fresh.subtract(u, share))
         del most, share
-        found = over.multiply(u, self.gain())
+        found = over.multiply(u, self.dmask_dz())
         return over.add(found, self.shares(g - self.total(found)))
 
     def others(self, most: Array | None, values: Array) -> Array:
@@ -314,25 +314,25 @@ class Linearisation:
         xp = self.xp
         share = xp.where(self.scaled > 0.0, self.weights, 0.0)
         unit = xp.where(held, self.backend.dot(most, share), xp.max(share, axis=-1, keepdims=True))
-        return self.over.divide(share, nonzero(xp, unit))
+        return self.over.divide(share, safe_denominator(xp, unit))
 
     def response(self, w: Array, most: Array, held: Array) -> Array:
         """v w, for a w whose mean by p is 0. Its weighted sum is 0, which gives the value where p dominates."""
         xp, dot = self.xp, self.backend.dot
-        moved = xp.where(most > 0.0, 0.0, self.gain() * w)
+        moved = xp.where(most > 0.0, 0.0, self.dmask_dz() * w)
         if self.weights is None:
             return moved - self.total(moved) * xp.where(held, most, self.scaled / self.normal)
         share = self.relative(most, held)
         rest = dot(share, moved)
-        return moved - rest * xp.where(held, most, self.scaled / nonzero(xp, dot(self.scaled, share)))
+        return moved - rest * xp.where(held, most, self.scaled / safe_denominator(xp, dot(self.scaled, share)))
 
-    def still(self, values: Array) -> Array:
-        """Zero for the scores that do not move: +inf, and those that are removed."""
+    def zero_fixed(self, values: Array) -> Array:
+        """The tangents of the scores, 0 for those that do not move: +inf, and the scores that are removed."""
         moves = ~(self.x > limits(self.xp, self.x.dtype).largest)
         return self.xp.where(moves if self.where is None else moves & self.where, values, 0.0)
 
-    def kept(self, values: Array) -> Array:
-        """Zero for the items that are removed, whatever stands there."""
+    def zero_removed(self, values: Array) -> Array:
+        """The values, 0 for the items that are removed, even where they are NaN."""
         return values if self.where is None else self.xp.where(self.where, values, 0.0)
 
     def weigh(self, values: Array) -> Array:
@@ -356,7 +356,7 @@ class Linearisation:
         """Tangents (dm, ds, dt) of the mask, the offset and the threshold. None is zero."""
         xp, dot = self.xp, self.backend.dot
         # dx - (x - x_ref) dtau / tau, of which a difference less the mean is tau w less the mean.
-        y = xp.zeros_like(self.x) if dx is None else self.still(dx)
+        y = xp.zeros_like(self.x) if dx is None else self.zero_fixed(dx)
         level = xp.zeros_like(self.offset)  # what that is less than tau w
         if dtau is not None:
             origin = self.origin()
@@ -377,16 +377,16 @@ class Linearisation:
             ds, dt = ds - level * dtau, dt - (level - self.offset) * dtau
         ds = ds / self.tau
         if dk is not None or da is not None:
-            dh, by_v, by_slope = self.lacking(dk, da)
+            dh, by_v, by_slope = self.mass_tangents(dk, da)
             moved, ds, dt = moved + self.raised(dh, by_v), ds - by_v, dt - by_slope
         return moved, ds, dt
 
-    def lacking(self, dk: Array | None, da: Array | None) -> tuple[Array, Array, Array]:
+    def mass_tangents(self, dk: Array | None, da: Array | None) -> tuple[Array, Array, Array]:
         """dh, dh / V and tau dh / V. Where m is small, so may V be, and only m / V is a number."""
         dh = self.xp.zeros_like(self.offset) if dk is None else dk + self.xp.zeros_like(self.offset)
         if da is None:
             return dh, self.inverse() * dh, self.inverse(self.tau) * dh
-        da = self.kept(da)
+        da = self.zero_removed(da)
         upper = self.z() > 0.0
         held = dh - self.total(self.xp.where(upper, self.mask() * da, 0.0))
         below = self.total(self.xp.where(upper, 0.0, self.mask() * da))
@@ -400,7 +400,7 @@ class Linearisation:
         share = self.weigh(self.scaled)
         most = share >= xp.max(share, axis=-1, keepdims=True)
         found = xp.min(xp.where(most, selectable(xp, self.x, self.where), math.inf), axis=-1, keepdims=True)
-        return self.backend.constant(between(xp, found, -largest, largest))
+        return self.backend.constant(clip(xp, found, -largest, largest))
 
     def apart(self, origin: Array) -> Array:
         """(x - x_ref) / tau."""
@@ -451,7 +451,7 @@ class Linearisation:
     ) -> tuple[Array, Array | None]:
         """Those of the mass and, if asked for, of the weights. Where m is small, so may V be."""
         xp = self.xp
-        near, by_v = (xp.zeros_like(self.offset), None) if u is None else self.collected(self.kept(u))
+        near, by_v = (xp.zeros_like(self.offset), None) if u is None else self.collected(self.zero_removed(u))
         if by_v is None and c is None and b is None:
             return near, None  # -m times it: formed when there is room for it
         by_v = xp.zeros_like(near) if by_v is None else by_v
@@ -473,7 +473,7 @@ class LogLinearisation(Linearisation):
     What is never selected has the logarithm -inf and no derivative.
     """
 
-    def gain(self) -> Array:
+    def dmask_dz(self) -> Array:
         z = self.z()
         never = (z <= -0.5 * limits(self.xp, z.dtype).farthest) | (self.k <= 0.0)
         found = self.backend.sigmoid(-z)
@@ -482,27 +482,27 @@ class LogLinearisation(Linearisation):
         return self.xp.where(never, 0.0, found)
 
     def response(self, w: Array, most: Array, held: Array) -> Array:
-        return self.gain() * w
+        return self.dmask_dz() * w
 
     def beyond(self) -> None:
         """This derivative has no factor v, and is held back where that of the offset is."""
 
     def raised(self, dh: Array, found: Array) -> Array:
         """(1 - m) / V dh, of which v' / V' is the part that has no bound only below the threshold."""
-        return self.xp.where(self.z() > 0.0, self.lift() * dh, self.gain() * found)
+        return self.xp.where(self.z() > 0.0, self.dmask_dk() * dh, self.dmask_dz() * found)
 
-    def lift(self) -> Array:
+    def dmask_dk(self) -> Array:
         """(1 - m) / V above the threshold."""
         return self.scaled * (1.0 + self.xp.exp(-self.xp.abs(self.z()))) * self.rate()
 
     def collected(self, u: Array) -> tuple[Array, Array]:
         upper = self.z() > 0.0
-        above = self.xp.where(upper, self.lift() * u, 0.0)
-        return self.total(above), self.total(self.xp.where(upper, 0.0, self.gain() * u))
+        above = self.xp.where(upper, self.dmask_dk() * u, 0.0)
+        return self.total(above), self.total(self.xp.where(upper, 0.0, self.dmask_dz() * u))
 
     def spread(self, u: Array, g: Array) -> Array:
         """(1 - m) u + p (g - <1 - m, u>), likewise."""
-        direct = self.gain()
+        direct = self.dmask_dz()
         direct = self.xp.where(direct == 0.0, 0.0, u) * direct
         most, held = self.dominating()
         share = self.shares(self.xp.ones_like(self.offset))

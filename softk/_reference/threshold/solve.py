@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
-from .ends import Gap, closer, find_ends, frame, middle
+from .ends import Gap, find_ends, middle, narrow_gap, reference_of
 from .formulas import CORRECTIONS, MARGIN, limits
 from .newton import correction, search
-from .problem import hold, logits, selectable
+from .problem import effective_weights, logits, selectable
 
 
 class Solution(NamedTuple):
@@ -68,8 +68,8 @@ def solve(
     if backend.differentiates_operations:
         gap = Gap(high, low)
         x = selectable(xp, x, where)
-        held = None if weights is None else hold(xp, x, weights)
-        odds, half = closer(backend, logits(backend, x, reference, tau), gap)
+        held = None if weights is None else effective_weights(xp, x, weights)
+        odds, half = narrow_gap(backend, logits(backend, x, reference, tau), gap)
         wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
         offset = offset - middle(gap)
         for _ in range(CORRECTIONS):
@@ -110,11 +110,11 @@ def _approach_within(
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
-    reference, gap = frame(backend, ends, tau)
+    reference, gap = reference_of(backend, ends, tau)
     if weights is not None:
-        weights = hold(xp, selectable(xp, x, where), weights)
+        weights = effective_weights(xp, selectable(xp, x, where), weights)
     fixed = ends.nothing | ends.everything
-    odds, half = closer(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
+    odds, half = narrow_gap(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
     offset, tails = search(backend, odds, half, k, weights, fixed)
     settled = ends.valid & ~xp.isnan(tails.lower)
     # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
