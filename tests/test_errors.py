@@ -781,3 +781,17 @@ def test_cotangent_is_real(lib: Library, dtype: str) -> None:
 @pytest.mark.parametrize("tangents", [X, [X], None], ids=lambda value: type(value).__name__)
 def test_tangents_are_a_mapping(tangents: Any) -> None:
     complains(TypeError, "tangents", "got ", "a mapping", softk.jvp, softk.topk, X, 1, tangents=tangents)
+
+
+def test_explicit_derivatives_are_those_of_operators() -> None:
+    """A composition has none of its own, and the error says what differentiates it."""
+    for f, args in ((softk.attention.attend, (X, X, X, 1)), (softk.attention.weights, (X, X, 1))):
+        message = rf"got softk\.attention\.{f.__name__}, which is a composition.*autodiff of PyTorch, JAX"
+        with pytest.raises(TypeError, match=message):
+            softk.vjp(f, *args)
+        with pytest.raises(TypeError, match=message):
+            softk.jvp(f, *args, tangents={})
+    with pytest.raises(TypeError, match=r"got softk\.beam\.step, which is a composition"):
+        softk.vjp(softk.beam.step, X, beams=1)
+    with pytest.raises(TypeError, match=r"f must be a function of softk, such as softk\.topk, got <ufunc 'sin'>"):
+        softk.vjp(np.sin, X)

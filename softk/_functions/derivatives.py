@@ -155,9 +155,14 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
 
 def _describe(f: Any) -> Callable[..., Call[Any]]:
     describe: Callable[..., Call[Any]] | None = getattr(f, "call", None)
-    if describe is None:
-        raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
-    return describe
+    if describe is not None:
+        return describe
+    if str(getattr(f, "__module__", "")).startswith("softk."):
+        raise TypeError(
+            f"f must be an operator with a rule of its own, such as softk.topk, got {f.__module__}.{f.__name__}, which "
+            "is a composition of array operations: differentiate it by the autodiff of PyTorch, JAX or HIPS autograd"
+        )
+    raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
 
 
 def _require_structure(cotangent: Any, names: list[str]) -> None:
