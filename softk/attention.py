@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._functions.arguments import common_backend
-from ._functions.checks import check_flag, check_precision, is_number, require_array, working_dtype
+from ._functions.checks import check_flag, check_precision, is_number, require_array, require_size, working_dtype
 from ._functions.masks import log_topk
 from ._functions.shapes import cast, fits
 from ._functions.signatures import explained
@@ -202,6 +202,7 @@ def _weights(
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     elif not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
+    require_size("key", key, key.ndim - 2)
     key = _grouped(xp, "key", key, query) if enable_gqa else key
     _require_broadcast("key", key, query)
 

@@ -855,6 +855,22 @@ def test_weights_that_sum_to_k(eager: Library, dtype: str) -> None:
         assert np.all(eager.evaluate(softk.threshold, x, k, weights=kept) == -INF)
 
 
+@pytest.mark.parametrize(("dtype", "narrow"), [("float64", "float32"), ("float32", "float16")])
+def test_narrow_weights_that_sum_to_k(eager: Library, dtype: str, narrow: str) -> None:
+    """The rounding of their sum is that of their own dtype."""
+    if narrow == "float16" and "half" not in eager.tags:
+        pytest.skip(f"{eager.name} has no float16")
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(200, 20)).astype(dtype), rng.uniform(size=(200, 20)).astype(narrow)
+    where = rng.uniform(size=x.shape) < 0.7
+    where[:, 0] = True
+    weights /= np.where(where, weights, 0.0).astype(narrow).sum(axis=-1, keepdims=True)
+    for k in (1.0, np.ones((200, 1), dtype)):
+        np.testing.assert_array_equal(eager.evaluate(softk.topk, x, k, weights=weights, where=where), where)
+        assert np.all(eager.evaluate(softk.threshold, x, k, weights=weights, where=where) == -INF)
+    assert np.isnan(eager.evaluate(softk.topk, x, 3.0, weights=weights, where=where)).all()
+
+
 def test_a_sum_of_weights_in_another_order() -> None:
     """One by one the same number is rounded the same way each time, which in float32 is a tenth of a percent here."""
     for size in (0.1, 0.3, 0.123):
@@ -983,6 +999,12 @@ def test_weights_that_are_probabilities_have_no_quantiles(eager: Library, dtype:
     assert np.all(np.isnan(eager.evaluate(softk.quantile, x, q, weights=weights)))
     found = eager.evaluate(softk.quantile, x, q, epsilon=1e-3, weights=np.asarray(500, dtype) * weights)
     assert np.all(np.diff(found, axis=0) > 0.1)
+    if dtype == "float32":
+        return
+    narrow = weights.astype("float32")
+    assert np.all(np.isnan(eager.evaluate(softk.quantile, x, q, weights=narrow)))
+    few = np.asarray([0.1, 0.2, 0.3, 0.4], narrow.dtype)
+    assert np.all(np.isnan(eager.evaluate(softk.quantile, np.arange(1.0, 5.0).astype(dtype), q, weights=few)))
 
 
 @pytest.mark.parametrize("q", [0.05, 0.3, 0.62, 0.9])

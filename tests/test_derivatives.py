@@ -855,3 +855,32 @@ def test_a_rule_may_be_pulled_and_pushed_twice(library: str, weighted: bool, rng
         assert (one is None) == (two is None)
         if one is not None:
             np.testing.assert_array_equal(lib.numpy(one), lib.numpy(two))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(
+    ("x", "k", "epsilon", "u", "right", "dtype"),
+    [
+        ([30, 20, 10, 0], 2 + 4 * 2.0**-22, 1.0, [0.3, -1, 0.7, 0.2], -0.14107292, "float32"),
+        ([90, 60, 30, 0], 2 + 2.0**-51, 1.0, [0.3, -1, 0.7, 0.2], -0.14798307, "float64"),
+        *(
+            (
+                [0.1257, 0.1257, -0.1321, 0.6404, 0.1049, -0.5357],
+                1,
+                epsilon,
+                [0.3, -1, 0.7, 0.2, 0.5, -0.4],
+                -0.075,
+                "float64",
+            )
+            for epsilon in (1e-10, 1e-12, 1e-14)
+        ),
+    ],
+)
+def test_the_derivative_in_k_of_a_mask_that_is_all_but_hard(
+    eager: Library, x: list[float], k: float, epsilon: float, u: list[float], right: float, dtype: str, as_array: bool
+) -> None:
+    """Whether epsilon is a number or an array."""
+    given, cotangent, mass = (eager.array(np.asarray(value, dtype)) for value in (x, u, [k]))
+    strength = eager.array(np.asarray([epsilon], dtype)) if as_array else epsilon
+    _, pullback = softk.vjp(softk.topk, given, mass, epsilon=strength)
+    assert abs(eager.numpy(pullback(cotangent)["k"])[0] - right) <= 1e-7

@@ -72,3 +72,9 @@ def test_sizes_that_the_solver_of_many_anchors_needs(f: Callable[[Any], Any]) ->
 def test_selected_axis_that_is_not_known(f: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"x must have a known size along axis 1, got shape \(6, None\)"):
         f(ndx.argument(shape=(6, "items"), dtype=ndx.float64), 1)
+
+
+def test_keys_that_are_not_known() -> None:
+    keys = ndx.argument(shape=("keys", 5), dtype=ndx.float64)
+    with pytest.raises(ValueError, match=r"key must have a known size along axis 0, got shape \(None, 5\)"):
+        softk.attention.attend(keys, keys, keys, 2)

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softk._reference.threshold.formulas import counted
+from softk._reference.threshold.formulas import ROUNDINGS, counted
 from softk.backend import Array, Backend, backend_of, broadcast_like, index_dtype, unknown
 
 from .call import Argument
@@ -155,6 +155,35 @@ class Slices:
     def _counted(self, argument: Argument, n: int) -> Argument:
         value: Any = argument.value
         return replace(argument, value=value + self.backend.constant(counted(self.xp, value, n)))
+
+    def rounding_of(self, weights: Any) -> float | None:
+        """A rounding of weights that are narrower than what is computed in; None for others."""
+        xp = self.xp
+        if weights is None or not xp.isdtype(weights.dtype, "real floating"):
+            return None
+        eps = float(xp.finfo(weights.dtype).eps)
+        return eps if eps > float(xp.finfo(self.working).eps) else None
+
+    def mass_of_all(self, mass: Argument, x: Argument, weights: Argument, where: Argument) -> Argument:
+        """k that misses the sum of narrower weights by their roundings becomes that sum, and moves as before."""
+        eps, xp, value = self.rounding_of(weights.given), self.xp, weights.value
+        if eps is None or value is None:
+            return mass
+        scores: Any = x.value
+        able = scores > -math.inf if where.value is None else where.value & (scores > -math.inf)
+        total = xp.sum(xp.where(able, value, 0.0), axis=-1, keepdims=True)
+        short = total - mass.value  # above the sum, each order of summation has its own rounding
+        near = (short <= ROUNDINGS * eps * total) & (-short <= (ROUNDINGS + self.n) * eps * total)
+        return replace(mass, value=mass.value + self.backend.constant(xp.where(near, short, 0.0)))
+
+    def summed_to_one(self, weights: Argument) -> Argument:
+        """Narrower weights that sum to 1 but for their roundings do so in what is computed in."""
+        eps, xp, value = self.rounding_of(weights.given), self.xp, weights.value
+        if eps is None or value is None:
+            return weights
+        total = xp.sum(value, axis=-1, keepdims=True)
+        near = xp.abs(total - 1.0) <= self.n * eps
+        return replace(weights, value=value / self.backend.constant(xp.where(near, total, 1.0)))
 
     def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
         """What to write where all that lacks for one value a slice is the selected axis."""

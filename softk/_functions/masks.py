@@ -36,6 +36,8 @@ def _masked(
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
         }
+        if weights is not None:
+            arguments["k"] = slices.mass_of_all(*(arguments[name] for name in ("k", "x", "weights", "where")))
     options = {"ranks": None if weights is not None else static_ranks(slices.backend, k, bits)}
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
@@ -338,7 +340,7 @@ def quantile(
             "x": slices.scores().lead(slices.xp, probability.leading),
             "q": probability.argument,
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5).lead(slices.xp, probability.leading),
-            "weights": slices.per_item("weights", weights).lead(slices.xp, probability.leading),
+            "weights": slices.summed_to_one(slices.per_item("weights", weights)).lead(slices.xp, probability.leading),
             "where": slices.kept(where).lead(slices.xp, probability.leading),
         }
     restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
