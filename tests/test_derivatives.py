@@ -5,7 +5,6 @@ Errors are relative to the largest entry of a derivative, over slices of one kin
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 from collections.abc import Callable
@@ -833,28 +832,6 @@ def test_second_derivatives_of_the_mask_in_a_gap(name: str, dtype: str) -> None:
             # z is known to a rounding of its own, and is a factor of the temperature's.
             scale = np.max(np.abs(want)) if 2 not in (one, two) else np.max(np.abs(by_x)) * float(np.ptp(x) / epsilon)
             assert np.max(np.abs(values - want)) <= TOLERANCE[dtype] * scale, (one, two, values, want)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_a_rule_may_be_pulled_and_pushed_twice(library: str, weighted: bool, rng: np.random.Generator) -> None:
-    """Nothing that a linearisation holds is overwritten or let go of."""
-    lib = BY_NAME[library]
-    lib.require()
-    x, u, dx = (lib.array(rng.normal(size=(3, 50))) for _ in range(3))
-    k, tau, c = (lib.array(np.full((3, 1), value)) for value in (4.3, 0.1, 0.7))
-    weights = lib.array(rng.uniform(0.5, 2.0, (3, 50))) if weighted else None
-    backend = softk.backend.backend_of(x)
-    inputs = (x, k, tau, weights, None)
-    offset, reference = backend.run(softk.backend.PRIMITIVES["topk_mask"], "forward", inputs, ranks=None)[1:]
-    rule = softk._reference.threshold.rule.Linearisation(backend, inputs, reference, offset)
-    with contextlib.nullcontext() if library == "numpy" else importlib.import_module("torch").no_grad():
-        first, again = (rule.pull(u, c, None, (True, True, True, weighted)) for _ in range(2))
-        moved, moved_again = (rule.push(dx, c, c, weights) for _ in range(2))
-    for one, two in zip((*first, *moved), (*again, *moved_again), strict=True):
-        assert (one is None) == (two is None)
-        if one is not None:
-            np.testing.assert_array_equal(lib.numpy(one), lib.numpy(two))
 
 
 @pytest.mark.parametrize("as_array", [False, True])
