@@ -11,7 +11,26 @@ __all__ = ["devices", "native_gradient"]
 
 
 def devices(backend: Backend) -> list[Any]:
-    """The devices that arrays of the backend's library can be on now; None for the only one."""
+    """The devices that arrays of a library can be on now.
+
+    Parameters
+    ----------
+    backend : Backend
+        The library's backend, as `softk.backend.backend_of` finds it.
+
+    Returns
+    -------
+    list
+        Devices as the library has them, or ``[None]`` where there is only one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from softk.backend import backend_of
+    >>> from softk.testing import devices
+    >>> devices(backend_of(np.ones(3)))
+    [None]
+    """
     match backend.name:
         case "torch":
             import torch
@@ -29,7 +48,32 @@ def devices(backend: Backend) -> list[Any]:
 
 
 def native_gradient(backend: Backend, f: Callable[[Array], Array], x: Array, cotangent: Array) -> Array | None:
-    """The pullback of `f` at `x` by the library's own reverse mode; None where the library has none."""
+    """The derivative of a function by the library's own reverse mode.
+
+    Parameters
+    ----------
+    backend : Backend
+        The library's backend.
+    f : callable
+        A function of one array.
+    x : array
+        Where it is differentiated.
+    cotangent : array
+        Of the shape and dtype of ``f(x)``.
+
+    Returns
+    -------
+    array or None
+        The cotangent of `x`, of its shape and dtype; None where the library has no automatic differentiation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from softk.backend import backend_of
+    >>> from softk.testing import native_gradient
+    >>> native_gradient(backend_of(np.ones(3)), np.sin, np.ones(3), np.ones(3)) is None
+    True
+    """
     match backend.name:
         case "torch":
             import torch

@@ -28,7 +28,7 @@ def scores(kind: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generat
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 70)])
 @pytest.mark.parametrize("kind", ["normal", "tied", "infinite"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_order_statistics(eager: Library, dtype: str, kind: str, shape: tuple[int, ...], rng: Any) -> None:
+def test_select(eager: Library, dtype: str, kind: str, shape: tuple[int, ...], rng: Any) -> None:
     """The scores of some ranks, whether those are numbers or arrays, one a slice or the same for all."""
     if eager.name == "dask":
         pytest.skip("Dask selects within its blocks, which are NumPy's")

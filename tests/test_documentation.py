@@ -20,6 +20,7 @@ MODULES = [
     "softk._functions.transport",
     "softk._functions.derivatives",
     "softk.backend",
+    "softk.testing",
     "softk.neighbors",
     "softk_sklearn.embedding",
     "softk.attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,8 @@ def test_every_installed_library_passes() -> None:
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     for name in ("numpy", "torch", "jax", "dask", "autograd"):
         assert rows[name].endswith("passed")
+    refused = r"triton +torch +cpu +topk_mask +no: the scores must be on a CUDA device, got cpu"
+    assert re.search(refused, done.stdout), "the kernels, and why they do not serve"
 
 
 def test_without_a_library_it_says_what_to_install() -> None:
