@@ -257,6 +257,8 @@ class Backend:
     autodiff: str = "softk.vjp, softk.jvp"
     #: What may take the place of the reference, the first that serves.
     kernels: tuple[Kernel, ...] = ()
+    #: The reference's formulas for this namespace, which the reference loads at its first call.
+    formulas: Any = None
 
     def __init__(self, xp: Any, name: str | None = None) -> None:
         self.xp = xp

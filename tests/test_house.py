@@ -118,7 +118,7 @@ def test_adapters_and_kernels_know_nothing_private() -> None:
         for other in others
         if storey(module) in ("the kernels", "the adapters")
         and other.startswith("softk.")
-        and not other.startswith(allowed if storey(module) == "the kernels" else allowed[:1])
+        and not other.startswith(allowed)
     ]
     assert private == []
 

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 import softk_triton
+from softk._reference.threshold.formulas import formulas_of
 from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Words, pick
 
 __all__ = ["TorchBackend", "backend"]
@@ -336,3 +337,4 @@ _own = {
 vars(xp).update({**vars(compat), **_own})
 
 backend = TorchBackend(xp, "torch")
+formulas_of(backend)  # now: a compiler that traces the first call cannot follow how they are loaded

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softk._reference.threshold.formulas import STEPS
+from softk._reference.threshold.limits import STEPS
 
 from .tiles import (
     INFINITY,

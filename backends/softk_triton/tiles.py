@@ -8,7 +8,7 @@ here are the names there. What differs is how things are found, not what is foun
   log-odds of the mass above it would be right were they linear in between, or the middle of the bracket where the last
   one did not halve it. It ends where the count is right, or the bracket is narrow beside the temperature.
 - **Counts** are integers, and so is the whole part of k: a float32 does not count beyond 2^24.
-- **The logarithm** near 1 is a series, for the processor's own has an absolute error there.
+- **The logarithm** of `operations` is a series near 1.
 
 A sum over a row is a tree that depends on the row's length alone: the same input gives the same bits.
 """
@@ -21,7 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from softk._reference.threshold.formulas import ROUNDINGS, STEPS, limits, negligible, widest_gap
+from softk._reference.threshold import formulas
+from softk._reference.threshold.limits import ROUNDINGS, STEPS, limits, negligible, widest_gap
+
+from . import operations
 
 _BOUND = limits(torch, torch.float32)
 EPS = tl.constexpr(_BOUND.eps)
@@ -40,6 +43,11 @@ LIMIT = tl.constexpr(STEPS)
 LOG2_E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_FORMULAS = formulas.load(operations, triton.jit)
+step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMULAS.excess_of
+rate_of = _FORMULAS.rate_of
+rounded_deficit, is_rounding = _FORMULAS.deficit, _FORMULAS.is_rounding
+share_of, is_beside = _FORMULAS.balance, _FORMULAS.is_beside
 #: Temperatures whose inverse is a number, with room for products.
 COLDEST, HOTTEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
 
@@ -100,15 +108,6 @@ def key_of(x):
 def score_of(key):
     bits = tl.where(key >= 0, key, key ^ 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def log_ratio(a, b):
-    """log(a / b) of positive numbers, to a relative error also where they are nearly equal."""
-    q = (a - b) / (a + b)
-    square = q * q
-    series = 2.0 * q * (1.0 + square * (1.0 / 3.0 + square * (1.0 / 5.0 + square * (1.0 / 7.0 + square / 9.0))))
-    return tl.where(tl.abs(q) < 0.125, series, tl.log(a / b))
 
 
 @triton.jit
@@ -320,8 +319,7 @@ def reference_of(high, low, tau):
     """Both sides of the gap as finite scores, the reference, and z of the two."""
     high = tl.minimum(tl.maximum(high, -LARGEST), LARGEST)
     low = tl.minimum(tl.maximum(low, -LARGEST), LARGEST)
-    together = (high > 0.0) == (low > 0.0)
-    reference = tl.where(together, high - 0.5 * (high - low), 0.5 * high + 0.5 * low)
+    reference = midpoint(high, low)
     # As far apart as a derivative still sees.
     z_high = tl.minimum(logits(high, reference, tau), FARTHEST)
     return high, low, reference, z_high, tl.maximum(logits(low, reference, tau), -FARTHEST)
@@ -331,7 +329,7 @@ def reference_of(high, low, tau):
 def narrowed(z_high, z_low):
     """Half a gap that is not too wide, and what either side of it came closer by."""
     half = 0.5 * (z_high - z_low)
-    return tl.minimum(half, NARROW), tl.maximum(half - NARROW, 0.0)
+    return tl.minimum(half, NARROW), excess_of(half, NARROW)
 
 
 @triton.jit
@@ -387,25 +385,14 @@ def deficit(above, k, offset, half, weights):
         whole = tl.floor(k)
         delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
     else:
-        delta = k - above
-        delta = tl.where((tl.abs(offset) < half) & (tl.abs(delta) <= k * ROUNDING), 0.0, delta)
+        delta = rounded_deficit(k - above, offset, half, k, ROUNDING)
     return delta
-
-
-@triton.jit
-def step_size(lower, upper, slope, delta):
-    both = lower + upper
-    floor = tl.minimum(both * EPS, SMALLEST)
-    more = tl.maximum(delta, 0.0)
-    rising, falling = tl.maximum(upper + more, floor), tl.maximum(lower + (more - delta), floor)
-    rate = (lower / falling + upper / rising) * slope
-    return log_ratio(falling, rising) * (both / safe_denominator(rate))
 
 
 @triton.jit
 def newton(offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights):
     """One step, within the middle of a bracket; after a small one a last one, as exact as the numbers are."""
-    size = step_size(lower, upper, slope, deficit(above, k, offset, half, weights))
+    size = step_size(lower, upper, slope, deficit(above, k, offset, half, weights), EPS, SMALLEST)
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
     # Beyond it on either side all tails are exponentials, of which the last step is exact.
@@ -701,13 +688,6 @@ def tail_of(distance, height):
 
 
 @triton.jit
-def asinh(values):
-    size = tl.minimum(tl.abs(values), 1e18)  # of which the exponential of twice the result is no number
-    found = tl.log(size + tl.sqrt(size * size + 1.0))
-    return tl.where(values < 0.0, -found, found)
-
-
-@triton.jit
 def balance_of(mass, low, high, k, above, below, weights):
     """|z| of the nearest item, and what the tails below and above are to be multiplied with, each in its own units."""
     if weights is None:
@@ -717,14 +697,13 @@ def balance_of(mass, low, high, k, above, below, weights):
         delta = k - mass
     exact = (high > 0.0) & (low > 0.0)
     if weights is not None:
-        exact, delta = exact & (tl.abs(delta) <= k * ROUNDING), 0.0 * delta
+        exact, delta = exact & is_rounding(delta, k, ROUNDING), 0.0 * delta
     high, low = tl.where(exact, high, 1.0), tl.where(exact, low, 1.0)
     middle = 0.5 * (above + below)
-    unit = 0.5 * tl.exp(tl.minimum(middle, LOG_FARTHEST))
-    share = asinh(delta * unit / (tl.sqrt(high) * tl.sqrt(low))) + 0.5 * tl.log(high / low)
+    share = share_of(delta, high, low, middle, FARTHEST, LOG_FARTHEST)
     # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
     # So it is with weights, if k is off by more than a rounding. The other side may be at any distance.
-    beside = ~exact | ((delta != 0.0) & (middle > LOG_FARTHEST))
+    beside = is_beside(exact, delta, middle, LOG_FARTHEST)
     share = tl.where(beside, 0.5 * (above - below), share)
     less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
     # A score at the farthest distance has no part in the derivative, though it be the nearest.
@@ -747,7 +726,7 @@ def balance(z, tail, weights, k, above, below):
 @triton.jit
 def rates(nearest, normal):
     """1 / V' and 1 / V."""
-    rate = tl.minimum(1.0 / normal, FARTHEST)
+    rate = rate_of(normal, FARTHEST)
     return rate, tl.minimum(tl.exp(tl.minimum(nearest, LOG_FARTHEST)) * rate, FARTHEST)
 
 

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softk._reference.threshold.formulas import ROUNDINGS, counted
+from softk._reference.threshold.limits import ROUNDINGS, counted
 from softk.backend import Array, Backend, backend_of, broadcast_like, index_dtype, unknown
 
 from .call import Argument

@@ -7,7 +7,7 @@ import numbers
 import operator
 from typing import Any, TypeGuard
 
-from softk._reference.threshold.formulas import ROUNDINGS
+from softk._reference.threshold.limits import ROUNDINGS
 from softk.backend import Array, backend_of, is_array, unknown
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from softk._reference.threshold.formulas import exponential, limits, safe_denominator
+from softk._reference.threshold.limits import exponential, limits, safe_denominator
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks, transpose

@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from softk._reference.threshold.ends import Ends, find_ends, middle, narrow_gap, reference_of
-from softk._reference.threshold.formulas import CORRECTIONS, MARGIN, limits, safe_denominator
+from softk._reference.threshold.limits import CORRECTIONS, MARGIN, limits, safe_denominator
 from softk._reference.threshold.newton import search
 from softk._reference.threshold.problem import effective_weights
 from softk._reference.threshold.solve import window

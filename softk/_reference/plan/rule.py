@@ -20,7 +20,7 @@ measured from that score, and are zero there by a choice, as in the rule of the 
 
 from __future__ import annotations
 
-from softk._reference.threshold.formulas import limits, safe_denominator
+from softk._reference.threshold.limits import limits, safe_denominator
 from softk.backend import Array, Backend
 
 from .system import System, Task, log_odds, plan, running, sides

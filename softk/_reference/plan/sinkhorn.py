@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk._reference.threshold.formulas import limits
+from softk._reference.threshold.limits import limits
 from softk.backend import Array, Backend, Form, Primitive
 
 from .system import Boundaries, Task, log_odds, plan

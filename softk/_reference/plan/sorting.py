@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk._reference.threshold.formulas import clip, limits
+from softk._reference.threshold.limits import clip, limits
 from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 

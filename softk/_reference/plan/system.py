@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from softk._reference.threshold.formulas import limits
+from softk._reference.threshold.limits import limits
 from softk._reference.threshold.problem import logits
 from softk.backend import Array, Backend
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from softk._reference.threshold.formulas import limits, safe_denominator
+from softk._reference.threshold.limits import limits, safe_denominator
 from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend, index_dtype
 
-from .formulas import ROUNDINGS, clip, limits, widest_gap
+from .formulas import formulas_of
+from .limits import ROUNDINGS, clip, limits, widest_gap
 from .problem import logits, selectable
 
 
@@ -124,9 +125,7 @@ def reference_of(backend: Backend, ends: Ends, tau: Array) -> tuple[Array, Gap]:
     low = xp.where(ends.nothing | ends.everything, ends.high, ends.low)
     both = clip(xp, xp.concat([ends.high, low], axis=-1), -largest, largest)
     high, low = both[..., :1], both[..., 1:]
-    # The middle, of which no part overflows, however a compiler rearranges it.
-    together = (high > 0.0) == (low > 0.0)
-    reference = xp.where(together, high - 0.5 * (high - low), 0.5 * (high + low))
+    reference = formulas_of(backend).midpoint(high, low)
     both = logits(backend, both, reference, tau)
     return reference, Gap(both[..., :1], both[..., 1:])
 
@@ -145,7 +144,7 @@ def narrow_gap(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     xp, over = backend.xp, backend.overwriting
     bound = limits(xp, z.dtype)
     half = 0.5 * (gap.high - gap.low)
-    excess = xp.maximum(half - widest_gap(bound), 0.0)
+    excess = formulas_of(backend).excess_of(half, widest_gap(bound))
     z = z - middle(gap)
     # A constant of every score that matters; frameworks halve the derivative at a bound.
     inner = backend.constant(clip(xp, z, -excess, excess))

@@ -1,79 +1,137 @@
-"""What a dtype can hold, the tolerances, and the formulas that are computed once per slice."""
+"""The formulas that are computed once per slice, in one source for arrays, Numba and Triton.
+
+The functions are written with the global name `xp`, and call each other by name. `load` makes a copy of them for one
+namespace: an array library's, or a module of functions that a kernel's compiler knows. The source of a copy is this
+file, which is what Triton compiles and what Numba's cache on disk is kept for.
+
+Their numbers are arrays of one value per slice, or single numbers within a kernel. Tolerances and limits are arguments:
+`limits` has them for every dtype.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+import builtins
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+from typing import Any
 
-from softk.backend import Array
+from softk.backend import Backend
 
-#: Steps before the correction, at most.
-STEPS = 11
-#: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
-CORRECTIONS = 2
-#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
-MARGIN = 4.0
-#: A mass is rounded by as many units of its last digit: that close to 0, n or a sum of weights, it counts as that.
-ROUNDINGS = 8.0
+#: An array of one value per slice, or one number.
+Number = Any
+#: The namespace that a copy computes with; `load` sets it.
+xp: Any = None
 
 
-class Limits(NamedTuple):
-    """What a dtype can hold, as Python numbers."""
-
-    eps: float
-    largest: float  # finite score; +inf counts as this one
-    farthest: float  # |z| beyond which a score has no part in any derivative
-    saturated: float  # offset at which a sigmoid is exactly 0 or 1
-    reach: float  # |z| of which exp(z) and exp(-z) are numbers, with room for products
+def is_rounding(delta: Number, k: Number, unit: Number) -> Number:
+    """Whether a sum of weights misses k by no more than its rounding, `unit` times k."""
+    return xp.abs(delta) <= unit * k
 
 
-def limits(xp: Any, dtype: Any) -> Limits:
-    info = xp.finfo(dtype)
-    largest = float(info.max)
-    saturated, reach = (128.0, 80.0) if info.bits <= 32 else (1024.0, 700.0)
-    return Limits(float(info.eps), largest, (0.5 * largest) ** 0.5, saturated, reach)
+def deficit(delta: Number, offset: Number, half: Number, k: Number, unit: Number) -> Number:
+    """delta, what the weights above the threshold lack of k. Within the gap a rounding of their sum counts as 0."""
+    return xp.where((xp.abs(offset) < half) & is_rounding(delta, k, unit), 0.0, delta)
 
 
-def negligible(xp: Any, dtype: Any) -> float:
-    """Negligible: adding it to 1 changes nothing in this dtype. Its products are still normal numbers."""
-    return math.exp(0.9 * math.log(float(xp.finfo(dtype).smallest_normal)))
+def step_size(lower: Number, upper: Number, slope: Number, delta: Number, eps: Number, smallest: Number) -> Number:
+    """Newton's step for log A = log B, A = L + max(-delta, 0) and B = U + max(delta, 0).
 
-
-def widest_gap(bound: Limits) -> float:
-    return 2.0 - math.log(bound.eps)
-
-
-def clip(xp: Any, values: Array, least: Any, most: Any) -> Array:
-    """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
-    values = xp.maximum(values, least)
-    return xp.minimum(values, most)
-
-
-def exponential(xp: Any, exponent: Array, over: Any = None) -> Array:
-    """exp of numbers of at most 0, not below what is negligible beside 1: processors are slow with subnormal numbers.
-
-    `over` is the namespace that overwrites, for an exponent that nobody reads again.
+    Both slopes are taken as the share of the tail in A, or in B, times the slope of the mass per tail.
     """
-    over = over or xp
-    return over.exp(over.maximum(exponent, math.log(negligible(xp, exponent.dtype))))
+    both = lower + upper
+    # A tail may be 0 in floating point, and weights may be as small as the dtype can hold. A mass is never below the
+    # floor, however small it is.
+    floor = xp.minimum(eps * both, smallest)
+    more = xp.maximum(delta, 0.0)
+    rising = xp.maximum(upper + more, floor)
+    falling = xp.maximum(lower + (more - delta), floor)
+    rate = (lower / falling + upper / rising) * slope
+    return xp.log(falling / rising) * (both / xp.where(rate == 0.0, 1.0, rate))
 
 
-def safe_denominator(xp: Any, values: Array) -> Array:
-    """The values, with 1 in the place of 0: for a quotient whose numerator is 0 there."""
-    return xp.where(values == 0.0, 1.0, values)
+def midpoint(high: Number, low: Number) -> Number:
+    """The middle between two finite numbers. No part of it overflows, however a compiler rearranges it."""
+    together = (high > 0.0) == (low > 0.0)
+    return xp.where(together, high - 0.5 * (high - low), 0.5 * (high + low))
 
 
-def counted(xp: Any, k: Array, n: Any) -> Array:
-    """What to add to a mass k of n items, so that it is the end, 0 or n, that it misses by its rounding.
+def excess_of(half: Number, widest: Number) -> Number:
+    """By how much both sides of a gap of half the width `half` come closer, so that its tails are numbers."""
+    return xp.maximum(half - widest, 0.0)
 
-    `n` may be a symbol of a trace, which is only compared. Above 0 there is nothing to add, however small k is.
+
+def asinh(values: Number, most: Number) -> Number:
+    """The inverse of sinh, for sizes clipped to `most`, by functions that every runtime has in float64."""
+    size = xp.minimum(xp.abs(values), most)
+    found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
+    return xp.where(values < 0.0, -found, found)
+
+
+def balance(
+    delta: Number, upper: Number, lower: Number, middle: Number, farthest: Number, log_farthest: Number
+) -> Number:
+    """Half the logarithm of B / A, from the mass: log B / A = 2 asinh(delta exp(N) / (2 sqrt(U L))) + log(U / L).
+
+    `upper` and `lower` are the tails U and L, each in units of its nearest item; `middle` is N, half the gap.
     """
-    unit = ROUNDINGS * limits(xp, k.dtype).eps  # of numbers of the size of n; a power of 2
-    over = k - n
-    found = xp.where((k < 0.0) & (-k / unit <= n), -k, 0.0)
-    return xp.where(xp.abs(over) / unit <= n, -over, found)
+    unit = 0.5 * xp.exp(xp.minimum(middle, log_farthest))
+    share = asinh(delta * unit / (xp.sqrt(upper) * xp.sqrt(lower)), 0.1 * farthest)
+    return share + 0.5 * xp.log(upper / lower)
 
 
-def is_rounding(xp: Any, delta: Array, k: Array) -> Array:
-    """Whether what a sum of weights lacks of k is no more than the rounding of a sum."""
-    return xp.abs(delta) <= ROUNDINGS * limits(xp, k.dtype).eps * k
+def is_beside(exact: Number, delta: Number, middle: Number, log_farthest: Number) -> Number:
+    """Whether one side of the gap is so near that the offset says its distance, and `balance` does not apply.
+
+    It is so without an exact deficit, and in a gap whose other side is farther than a derivative sees.
+    """
+    # `exact` may be one number, of which ~ is an integer.
+    return (exact == False) | ((delta != 0.0) & (middle > log_farthest))  # noqa: E712
+
+
+def rate_of(normal: Number, farthest: Number) -> Number:
+    """1 / V', clipped to the largest derivative."""
+    return xp.minimum(1.0 / normal, farthest)
+
+
+_FORMULAS = (
+    is_rounding,
+    deficit,
+    step_size,
+    midpoint,
+    excess_of,
+    asinh,
+    balance,
+    is_beside,
+    rate_of,
+)
+
+
+def load(namespace: Any, compiled: Callable[[Any], Any] = lambda function: function) -> SimpleNamespace:
+    """The formulas, computing with a namespace.
+
+    Parameters
+    ----------
+    namespace : module
+        Has where, minimum, maximum, abs, exp, log, log1p and sqrt.
+    compiled : callable
+        Applied to every function: the decorator of a compiler.
+
+    Returns
+    -------
+    SimpleNamespace
+        The functions by their names.
+    """
+    scope: dict[str, Any] = {"xp": namespace, "__builtins__": builtins}
+    for formula in _FORMULAS:
+        function = FunctionType(formula.__code__, scope, formula.__name__)
+        function.__module__, function.__doc__ = __name__, formula.__doc__
+        scope[formula.__name__] = compiled(function)
+    return SimpleNamespace(**{formula.__name__: scope[formula.__name__] for formula in _FORMULAS})
+
+
+def formulas_of(backend: Backend) -> SimpleNamespace:
+    """The formulas for the arrays of a backend, loaded once."""
+    if backend.formulas is None:
+        backend.formulas = load(backend.xp)
+    found: SimpleNamespace = backend.formulas
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
-from .formulas import clip, limits
+from .limits import clip, limits
 from .problem import logits, selectable
 from .rule import Linearisation, LogLinearisation
 from .solve import solve

@@ -22,11 +22,12 @@ the middle of the bracket.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from softk.backend import Array, Backend
 
-from .formulas import STEPS, clip, is_rounding, limits, safe_denominator
+from .formulas import formulas_of
+from .limits import ROUNDINGS, STEPS, clip, limits, safe_denominator
 
 
 class Tails(NamedTuple):
@@ -55,26 +56,12 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
     return Tails(count, lower, upper, lower + upper - curved)
 
 
-def deficit(xp: Any, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
+def deficit(backend: Backend, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
     """delta: what the scores above the threshold lack of k. Sums of weights are rounded: within the gap it is 0."""
     delta = k - tails.above
     if weights is None:
         return delta
-    return xp.where((xp.abs(offset) < half) & is_rounding(xp, delta, k), 0.0, delta)
-
-
-def step_size(xp: Any, tails: Tails, delta: Array) -> Array:
-    """Newton's step for log A = log B, with the share of both tails that is slope in the place of each one's."""
-    both = tails.lower + tails.upper
-    # A tail may be nothing at all beside the other; and weights may be as small as numbers are. A mass, however small,
-    # is not below the floor.
-    info = xp.finfo(delta.dtype)
-    floor = xp.minimum(float(info.eps) * both, float(info.smallest_normal))
-    more = xp.maximum(delta, 0.0)
-    rising = xp.maximum(tails.upper + more, floor)
-    falling = xp.maximum(tails.lower + (more - delta), floor)
-    rate = (tails.lower / falling + tails.upper / rising) * tails.slope
-    return xp.log(falling / rising) * (both / safe_denominator(xp, rate))
+    return formulas_of(backend).deficit(delta, offset, half, k, ROUNDINGS * limits(backend.xp, k.dtype).eps)
 
 
 def search(
@@ -95,13 +82,15 @@ def search(
     """
     xp = backend.xp
     bound = limits(xp, odds.dtype)
+    smallest = float(xp.finfo(odds.dtype).smallest_normal)
     tolerance = bound.eps**0.25  # two steps of second order away from eps: the last, and one more
     # Beyond it on either side all tails are exponentials, of which the last step is exact, and they are numbers still.
     ceiling = math.log(bound.farthest)
 
     def measure(offset: Array) -> tuple[Tails, Array]:
         tails = sweep(backend, odds, xp.exp(offset), weights)
-        return tails, step_size(xp, tails, deficit(xp, tails, offset, half, k, weights))
+        delta = deficit(backend, tails, offset, half, k, weights)
+        return tails, formulas_of(backend).step_size(tails.lower, tails.upper, tails.slope, delta, bound.eps, smallest)
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array, Array, Array], Array]:
         offset, least, most, done = state
@@ -130,7 +119,7 @@ def correction(
     smaller = xp.where(odds > level, level, odds)  # a minimum's derivative at a tie is half of each
     tails = sweep(backend, odds, level, weights, smaller)
     delta = k - tails.above
-    value = backend.constant(deficit(xp, tails, offset, half, k, weights))
+    value = backend.constant(deficit(backend, tails, offset, half, k, weights))
     # delta less its value is zero and carries the derivative, which the narrowing of a gap made too small.
     change = wider * (delta - backend.constant(delta))
     return (tails.lower - tails.upper - (value + change)) / safe_denominator(xp, tails.slope)

@@ -7,7 +7,7 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .formulas import clip, limits, negligible
+from .limits import clip, limits, negligible
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:

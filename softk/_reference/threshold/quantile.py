@@ -11,7 +11,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
-from .formulas import clip
+from .limits import clip
 from .masks import threshold_forward
 from .rule import Linearisation
 

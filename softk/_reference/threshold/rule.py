@@ -56,15 +56,9 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .formulas import clip, exponential, is_rounding, limits, negligible, safe_denominator
+from .formulas import formulas_of
+from .limits import ROUNDINGS, clip, exponential, limits, negligible, safe_denominator
 from .problem import logits, selectable, weigh
-
-
-def _asinh(xp: Any, values: Array, most: float) -> Array:
-    """The inverse of sinh, of sizes up to `most`, by functions that every runtime has in float64."""
-    size = xp.minimum(xp.abs(values), most)
-    found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
-    return xp.where(values < 0.0, -found, found)
 
 
 class Linearisation:
@@ -156,6 +150,7 @@ class Linearisation:
     def balance(self, tail: Array) -> Array:
         """What the tails of either side, each in units of its own, are to be multiplied with."""
         xp, constant, upper = self.xp, self.backend.constant, self.upper
+        formulas = formulas_of(self.backend)
         bound = limits(xp, tail.dtype)
         if self.weights is None:
             mass = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
@@ -168,16 +163,15 @@ class Linearisation:
         # No offset supplies k where nothing or everything is selected: there one side is empty.
         exact = (high > 0.0) & (low > 0.0)
         if self.weights is not None:  # of which sums are rounded: more than a rounding is in the offset already
-            exact = exact & is_rounding(xp, delta, self.k)
+            exact = exact & formulas.is_rounding(delta, self.k, ROUNDINGS * bound.eps)
             delta = xp.zeros_like(delta)
         high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
         middle = 0.5 * (self.above + self.below)
-        unit = 0.5 * xp.exp(xp.minimum(middle, math.log(bound.farthest)))
-        share = _asinh(xp, delta * unit / (xp.sqrt(high) * xp.sqrt(low)), 0.1 * bound.farthest)
-        share = share + 0.5 * xp.log(high / low)
+        log_farthest = math.log(bound.farthest)
+        share = formulas.balance(delta, high, low, middle, bound.farthest, log_farthest)
         # In a gap wider than that, what k is off a count is a mass beside one of its sides, of which z is known well.
         # So it is with weights, if k is off by more than a rounding. The other side may be at any distance.
-        beside = ~exact | ((delta != 0.0) & (middle > math.log(bound.farthest)))
+        beside = formulas.is_beside(exact, delta, middle, log_farthest)
         share = constant(xp.where(beside, 0.5 * (self.above - self.below), share))
         nearest = xp.where(beside, xp.minimum(self.above, self.below), middle - xp.abs(share))
         self.nearest = constant(nearest)
@@ -224,7 +218,7 @@ class Linearisation:
 
     def rate(self) -> Array:
         """1 / V'."""
-        return self.xp.minimum(1.0 / self.normal, limits(self.xp, self.x.dtype).farthest)
+        return formulas_of(self.backend).rate_of(self.normal, limits(self.xp, self.x.dtype).farthest)
 
     def inverse(self, factor: Array | None = None) -> Array:
         """A factor over V, 1 unless it is given. The quotient is what is held, and neither of the two by itself."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
 from .ends import Gap, find_ends, middle, narrow_gap, reference_of
-from .formulas import CORRECTIONS, MARGIN, limits
+from .limits import CORRECTIONS, MARGIN, limits
 from .newton import correction, search
 from .problem import effective_weights, logits, selectable
 
