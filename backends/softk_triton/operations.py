@@ -5,7 +5,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-where, minimum, maximum, abs, exp, sqrt = tl.where, tl.minimum, tl.maximum, tl.abs, tl.exp, tl.sqrt  # noqa: A001
+# Functions, and not other names for those of `tl`, in whose place the interpreter puts its own for a while.
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
+def minimum(x, y):
+    return tl.minimum(x, y)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def abs(x):  # noqa: A001
+    return tl.abs(x)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt(x)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ namespace: an array library's, or a module of functions that a kernel's compiler
 file, which is what Triton compiles and what Numba's cache on disk is kept for.
 
 Their numbers are arrays of one value per slice, or single numbers within a kernel. Tolerances and limits are arguments:
-`limits` has them for every dtype.
+`limits` has them for every dtype. They stand to the right of the numbers, for they may be constants of a compiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ xp: Any = None
 
 def is_rounding(delta: Number, k: Number, unit: Number) -> Number:
     """Whether a sum of weights misses k by no more than its rounding, `unit` times k."""
-    return xp.abs(delta) <= unit * k
+    return xp.abs(delta) <= k * unit
 
 
 def deficit(delta: Number, offset: Number, half: Number, k: Number, unit: Number) -> Number:
@@ -41,7 +41,7 @@ def step_size(lower: Number, upper: Number, slope: Number, delta: Number, eps: N
     both = lower + upper
     # A tail may be 0 in floating point, and weights may be as small as the dtype can hold. A mass is never below the
     # floor, however small it is.
-    floor = xp.minimum(eps * both, smallest)
+    floor = xp.minimum(both * eps, smallest)
     more = xp.maximum(delta, 0.0)
     rising = xp.maximum(upper + more, floor)
     falling = xp.maximum(lower + (more - delta), floor)
@@ -106,7 +106,7 @@ _FORMULAS = (
 )
 
 
-def load(namespace: Any, compiled: Callable[[Any], Any] = lambda function: function) -> SimpleNamespace:
+def load(namespace: Any, compiled: Callable[[Any], Any] = lambda function: function, **names: Any) -> SimpleNamespace:
     """The formulas, computing with a namespace.
 
     Parameters
@@ -115,13 +115,15 @@ def load(namespace: Any, compiled: Callable[[Any], Any] = lambda function: funct
         Has where, minimum, maximum, abs, exp, log, log1p and sqrt.
     compiled : callable
         Applied to every function: the decorator of a compiler.
+    **names
+        Further global names that the compiler must find.
 
     Returns
     -------
     SimpleNamespace
         The functions by their names.
     """
-    scope: dict[str, Any] = {"xp": namespace, "__builtins__": builtins}
+    scope: dict[str, Any] = {"xp": namespace, "__builtins__": builtins, **names}
     for formula in _FORMULAS:
         function = FunctionType(formula.__code__, scope, formula.__name__)
         function.__module__, function.__doc__ = __name__, formula.__doc__
