@@ -167,7 +167,7 @@ class Kernel:
 
 
 #: What ``SOFTK_KERNELS`` may be.
-CHOICES = ("auto", "none", "triton")
+CHOICES = ("auto", "none", "numba", "triton")
 
 
 def _require_choice(name: str, choice: Any) -> str:
@@ -190,7 +190,7 @@ def kernels(choice: str) -> Iterator[None]:
 
     Parameters
     ----------
-    choice : {"auto", "none", "triton"}
+    choice : {"auto", "none", "numba", "triton"}
         All that serve, none (the reference computes everything), or those of one name.
 
     Raises

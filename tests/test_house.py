@@ -24,7 +24,7 @@ MODULES = {module_of(path): path for path in FILES}
 STOREYS = [
     ("the contracts", ["softk.backend"]),
     ("the reference", ["softk._reference"]),
-    ("the kernels", ["softk_triton"]),
+    ("the kernels", ["softk_triton", "softk_numba"]),
     ("the layers and estimators", ["softk_torch.layers", "softk_sklearn"]),
     ("the adapters", ["softk_"]),
     ("the functions", ["softk._functions"]),

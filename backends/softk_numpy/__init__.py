@@ -7,6 +7,7 @@ from typing import Any
 import array_api_compat.numpy as compat
 import numpy as np
 
+import softk_numba
 from softk.backend import Array, Backend, Words, pick
 
 __all__ = ["NumpyBackend", "backend"]
@@ -117,6 +118,7 @@ def _fits(value: Any, like: Array) -> bool:
 class NumpyBackend(Backend):
     """Arrays in memory: values can be looked at, and NumPy partitions in O(n)."""
 
+    kernels = softk_numba.KERNELS
     words = Words("{}.astype(np.float32)", "np.asarray({})")
 
     def densely(self, x: Array) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
+import softk_numba
 import softk_triton
 from softk._reference.threshold.formulas import formulas_of
 from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Words, pick
@@ -33,7 +34,7 @@ class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
     autodiff = "torch.autograd, torch.func"
-    kernels = softk_triton.KERNELS
+    kernels = softk_triton.KERNELS + softk_numba.KERNELS
     words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:

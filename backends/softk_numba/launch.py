@@ -1,0 +1,208 @@
+"""How the kernels are called: arrays of a framework as NumPy's, in rows, and room for what they find."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from softk._reference.threshold.limits import ROUNDINGS, limits, negligible, widest_gap
+
+from . import masks
+from .pool import in_parallel
+
+Inputs = tuple[Any, ...]
+
+_NOTHING = np.empty((0, 0), np.bool_)
+#: The bits of the two dtypes that Numba does not compute with; `rows` tells them apart by these.
+_BITS = {"float16": np.uint16, "bfloat16": np.int16}
+
+
+@cache
+def bound_of(dtype: Any) -> tuple[float, ...]:
+    """What the kernels know of the dtype they compute in. The places are read by number."""
+    bound, info = limits(np, dtype), np.finfo(dtype)
+    coldest = 2.0**-60 if info.bits == 32 else 2.0**-400
+    least = negligible(np, dtype)
+    return (
+        bound.eps,
+        float(info.smallest_normal),
+        math.log(bound.farthest),
+        bound.eps**0.25,
+        ROUNDINGS * bound.eps,
+        bound.largest,
+        bound.farthest,
+        bound.saturated,
+        widest_gap(bound),
+        coldest,
+        1.0 / coldest,
+        -math.log(least),
+        least,
+    )
+
+
+# --- a framework's arrays as NumPy's
+
+
+def numpy_of(raw: Any) -> np.ndarray[Any, Any]:
+    """The memory of an array on the host as NumPy's, without a copy; the bits of float16 and bfloat16 as integers."""
+    if isinstance(raw, np.ndarray):
+        return raw.view(np.uint16) if raw.dtype == np.float16 else raw
+    raw = raw.detach()
+    if raw.element_size() == 2:
+        import torch
+
+        raw = raw.view(torch.int16).numpy().view(_BITS[str(raw.dtype).removeprefix("torch.")])
+    else:
+        raw = raw.numpy()
+    found: np.ndarray[Any, Any] = raw
+    return found
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
+    """A new array of the same framework, and of the same dtype unless another one is given."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype or like.dtype)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def rows_of(values: Any, n: int) -> np.ndarray[Any, Any]:
+    """An array (..., n) as a matrix: of one row where all are the same memory, and a view where strides allow one."""
+    raw = numpy_of(values)
+    if raw.ndim > 1 and not any(raw.strides[i] for i in range(raw.ndim - 1) if raw.shape[i] > 1):
+        raw = raw[(0,) * (raw.ndim - 1)]
+    return _writeable(raw.reshape(-1, n))
+
+
+def contiguous_rows_of(values: Any, n: int) -> np.ndarray[Any, Any]:
+    """The same, as a contiguous one."""
+    return np.ascontiguousarray(rows_of(values, n))
+
+
+def numbers_of(values: Any) -> np.ndarray[Any, Any]:
+    """An array of one number per slice, or of one for all of them, as a vector."""
+    return _writeable(np.ascontiguousarray(numpy_of(values).reshape(-1)))
+
+
+def _writeable(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same memory, as an array that may be written to: Numba compiles again for one that may not. Nobody writes."""
+    if values.flags.writeable:
+        return values
+    return np.asarray(_Alias(values))
+
+
+class _Alias:
+    def __init__(self, values: np.ndarray[Any, Any]) -> None:
+        self.values = values
+        interface = dict(values.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+# --- the parts of a primitive
+
+
+class Problem:
+    """The inputs of a primitive, as the kernels take them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        x, k, tau, weights, where = inputs[:5]
+        self.given, self.n = x, x.shape[-1]
+        self.x = rows_of(x, self.n)
+        self.rows = math.prod(x.shape[:-1])
+        self.k, self.tau, self.like = numbers_of(k), numbers_of(tau), k
+        self.dtype = self.k.dtype
+        self.weights = None if weights is None else contiguous_rows_of(weights, self.n)
+        self.where = _NOTHING if where is None else contiguous_rows_of(where, self.n)
+        self.arguments = (self.x, self.weights, self.where, self.k, self.tau)
+        self.bound = bound_of(self.dtype)
+
+    def per_item(self, like: Any) -> tuple[Any, np.ndarray[Any, Any]]:
+        """Room for a result of the scores' shape, and the same as rows."""
+        found = empty(like, self.given.shape)
+        return found, numpy_of(found).reshape(self.rows, self.n)
+
+    def per_row(self, *count: int, dtype: Any = None) -> tuple[Any, np.ndarray[Any, Any]]:
+        """Room for a result of one number per slice, or for some of them."""
+        found = empty(self.like, (*count, *self.given.shape[:-1], 1), dtype)
+        return found, numpy_of(found).reshape(*count, self.rows)
+
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        in_parallel(kernel, (*self.arguments, *arguments, self.bound), self.rows, self.n, self.given)
+
+
+def mask(inputs: Inputs) -> tuple[Any, ...]:
+    """The mask, the offset and the reference."""
+    problem = Problem(inputs)
+    found, rows = problem.per_item(problem.given)
+    offset, offsets = problem.per_row()
+    reference, references = problem.per_row()
+    problem.run(masks.mask_rows, rows, offsets, references)
+    return found, offset, reference
+
+
+def settled(inputs: Inputs, ranks: tuple[int, ...] | None) -> tuple[Any, ...]:
+    """What the solver settles to."""
+    problem = Problem(inputs)
+    numbers, number_rows = problem.per_row(4)
+    flags, flag_rows = problem.per_row(4, dtype=np.bool_ if isinstance(problem.like, np.ndarray) else _torch_bool())
+    problem.run(masks.solve_rows, (0, 0) if ranks is None else (ranks[0], ranks[1]), number_rows, flag_rows)
+    return *(numbers[i] for i in range(4)), *(flags[i] for i in range(4))
+
+
+def _torch_bool() -> Any:
+    import torch
+
+    return torch.bool
+
+
+def pulled(inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The cotangents of the inputs that are needed, from those of the mask and the offset."""
+    problem = Problem(inputs)
+    n, dtype = problem.n, problem.dtype
+    _, offset, reference = outputs
+    u, c = cotangents
+    none, nobody = np.empty(0, dtype), np.empty((0, n), dtype)
+    of_x, of_k, of_tau, of_weights = needed[:4]
+    x, x_rows = problem.per_item(problem.given) if of_x else (None, np.empty((0, n), problem.x.dtype))
+    k, k_rows = problem.per_row() if of_k else (None, none)
+    tau, tau_rows = problem.per_row() if of_tau else (None, none)
+    has_weights = of_weights and problem.weights is not None
+    weights, weights_rows = problem.per_item(problem.like) if has_weights else (None, nobody)
+    problem.run(
+        masks.pull_rows,
+        numbers_of(offset),
+        numbers_of(reference),
+        contiguous_rows_of(u, n),
+        none if c is None else numbers_of(c),
+        x_rows,
+        k_rows,
+        tau_rows,
+        weights_rows,
+    )
+    return x, k, tau, weights, *(None for _ in inputs[4:])
+
+
+def pushed(inputs: Inputs, outputs: Inputs, tangents: Inputs) -> tuple[Any, ...]:
+    """The tangents of the mask and the offset."""
+    problem = Problem(inputs)
+    n, dtype = problem.n, problem.dtype
+    _, offset, reference = outputs
+    dx, dk, dtau, da = tangents[:4]
+    none = np.empty(0, dtype)
+    found, rows = problem.per_item(problem.given)
+    doffset, doffsets = problem.per_row()
+    problem.run(
+        masks.push_rows,
+        numbers_of(offset),
+        numbers_of(reference),
+        np.empty((0, n), problem.x.dtype) if dx is None else contiguous_rows_of(dx, n),
+        none if dk is None else numbers_of(dk),
+        none if dtau is None else numbers_of(dtau),
+        np.empty((0, n), dtype) if da is None else contiguous_rows_of(da, n),
+        rows,
+        doffsets,
+    )
+    return found, doffset

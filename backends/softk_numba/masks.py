@@ -1,0 +1,296 @@
+"""The mask and the solver as kernels over rows, forward."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .operations import EXACT, FAST, exponential
+from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
+from .rule import pull_row, push_row
+from .solve import BLOCK, log_odds, solve_exactly, solve_guessed, survey_block
+
+
+@njit(**EXACT)
+def facts_of(x):
+    """The extremes, the mean, the deviation and the number; the mean is not finite where a score is not."""
+    n = x.shape[0]
+    highest, lowest, total, squares = -math.inf, math.inf, 0.0, 0.0
+    first = x[0]
+    for start in range(0, n, BLOCK):
+        found = survey_block(x[start : start + BLOCK], first)
+        highest, lowest = max(highest, float(found[0])), min(lowest, float(found[1]))
+        total += found[2]
+        squares += found[3]
+    mean = total / n
+    return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), float(n)
+
+
+@njit(**EXACT)
+def weighted_facts_of(x, weights, total):
+    """The same, by weight."""
+    highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
+    first = float(x[0])
+    for i in range(x.shape[0]):
+        value = float(x[i])
+        highest, lowest = max(highest, value), min(lowest, value)
+        mean += weights[i] * (value - first)
+        squares += weights[i] * (value - first) * (value - first)
+    mean /= total
+    return highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total
+
+
+@njit(**FAST)
+def write_mask(x, reference, inverse, offset, out):
+    """sigmoid((x - reference) / tau - offset), for finite scores."""
+    one = x.dtype.type(1.0)
+    for i in range(x.shape[0]):
+        out[i] = one / (one + exponential(offset - (x[i] - reference) * inverse))
+
+
+@njit(**FAST)
+def write_ratio(odds, level, out):
+    """The same, from exp((x - reference) / tau) and exp(offset)."""
+    for i in range(out.shape[0]):
+        out[i] = odds[i] / (odds[i] + level)
+
+
+@njit(**EXACT)
+def write_far_mask(x, reference, tau, offset, largest, out):
+    """The same, for infinite scores and any temperature: 0 for a score of -inf."""
+    for i in range(x.shape[0]):
+        value = float(x[i])
+        found = 0.0
+        if value > -math.inf:
+            z = log_odds(min(value, largest), reference, tau) - offset
+            decay = math.exp(-math.fabs(z))
+            found = (1.0 if z > 0.0 else decay) / (1.0 + decay)
+        out[i] = found
+
+
+@njit(**EXACT)
+def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
+    """The threshold of a row, which has -inf where nothing can be selected.
+
+    Returns the numbers (reference, offset, z of both sides of the gap), the flags (nothing, everything, valid, whether
+    the last selected score is +inf) and the way in which the mask is to be written: by `odds`, plainly, or with care.
+    """
+    n = x.shape[0]
+    largest, unit = bound[5], bound[4]
+    valid = (tau > 0.0) & (tau <= largest) & (k >= -largest) & (k <= largest)
+    careful = not (bound[9] < tau < bound[10])
+    infinite = 0
+    nothing = k <= 0.0
+    able = n
+    if weights is None:
+        held = of_all = float(n)
+        facts = facts_of(x)
+        scores = x
+        if not math.isfinite(facts[2] - facts[2] + facts[3]):
+            careful = True
+            able, infinite, broken = compact(x, largest, clean)
+            valid &= not broken
+            scores = clean[:able]
+            held = float(able)
+            if able > 0:
+                facts = facts_of(scores)
+        highest, lowest = facts[0], facts[1]
+        everything = (not nothing) & (math.floor(k) >= able)
+        valid &= (k >= 0.0) & (k <= n)
+        item_weights = None
+    else:
+        count, able, infinite, broken, of_all, held, highest, lowest = compact_weighted(
+            x, weights, largest, clean, kept
+        )
+        valid &= not broken
+        scores, item_weights = clean[:count], kept[:count]
+        careful |= able < n or infinite > 0
+        facts = weighted_facts_of(scores, item_weights, held) if count > 0 else (0.0, 0.0, 0.0, 0.0, 0.0)
+        everything = (not nothing) & (k >= held * (1.0 - unit))
+        valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound[0]) * of_all)
+    if not valid:
+        return (math.nan, math.nan, math.nan, math.nan), (nothing, everything, False, False), 2
+    if able == 0:
+        return (-largest, 0.0, 0.0, 0.0), (nothing, everything, True, False), 2
+    if nothing or everything:
+        if weights is None:
+            unbounded = infinite >= max(math.ceil(k), 1.0)
+        else:
+            unbounded = infinite > 0 if nothing else infinite == able
+        return (highest if nothing else lowest, 0.0, 0.0, 0.0), (nothing, everything, True, unbounded), 2
+    if not exact and not careful:
+        reference, offset, whole, good = solve_guessed(scores, item_weights, facts, k, tau, bound, some, odds, room)
+        if good:
+            return (reference, offset, 0.0, 0.0), (False, False, True, False), (0 if whole and weights is None else 1)
+    if weights is None:
+        least, most = math.ceil(k) * 1.0, math.floor(k) * 1.0
+        if ranks[0] > 0:
+            least, most = float(ranks[0]), float(ranks[1] - 1)
+    else:
+        least, most = k * (1.0 - unit), k * (1.0 + unit)
+    reference, offset, high, low, upper = solve_exactly(
+        scores, item_weights, facts, k, least, most, tau, bound, not careful, some, odds, room
+    )
+    valid = offset == offset
+    return (
+        (reference, offset, high, low),
+        (False, False, valid, (infinite > 0) & (upper >= largest)),
+        (2 if careful else 1),
+    )
+
+
+@njit(**EXACT)
+def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
+    """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
+    n = x.shape[1]
+    number = offsets.dtype.type
+    raw, clean = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    some, odds = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    kept, room = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    for row in range(start, stop):
+        values = masked_row(x, where, row, -math.inf, raw)
+        mass, temperature = number_of(k, row), number_of(tau, row)
+        item_weights = None if weights is None else row_of(weights, row, room)
+        numbers, flags, way = solve_row(
+            values, item_weights, mass, temperature, (0, 0), False, bound, clean, some, odds, kept, room
+        )
+        reference, offset = numbers[0], numbers[1]
+        nothing, everything, valid = flags[0], flags[1], flags[2]
+        out = target_of(mask, row, clean)
+        if not valid:
+            reference = offset = math.nan
+            fill(out, math.nan)
+        elif nothing or everything:
+            offset = bound[7] if nothing else -bound[7]
+            for i in range(n):
+                out[i] = 1.0 if everything and values[i] > -math.inf else 0.0
+        elif way == 0:
+            write_ratio(odds, number(math.exp(offset)), out)
+        elif way == 1:
+            write_mask(values, number(reference), number(1.0 / temperature), number(offset), out)
+        else:
+            write_far_mask(values, reference, temperature, offset, bound[5], out)
+        store_row(out, mask, row)
+        offsets[row], references[row] = offset, reference
+
+
+@njit(**EXACT)
+def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
+    """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
+    n = x.shape[1]
+    dtype = offsets.dtype
+    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
+    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
+    nobody = np.empty(0, dtype)
+    for row in range(start, stop):
+        temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
+        out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
+        asked = abar[row] if abar.shape[0] > 0 else nobody
+        if offset != offset:
+            fill(out, math.nan)
+            fill(asked, math.nan)
+            hbar = tbar = math.nan
+        else:
+            values = masked_row(x, where, row, -math.inf, raw)
+            cotangents = masked_row(u, where, row, 0.0, clean)
+            item_weights = None if weights is None else row_of(weights, row, room)
+            hbar, tbar = pull_row(
+                values,
+                item_weights,
+                cotangents,
+                float(c[row]) if c.shape[0] > 0 else 0.0,
+                number_of(k, row),
+                temperature,
+                reference,
+                offset,
+                bound,
+                bound[9] < temperature < bound[10],
+                taubar.shape[0] > 0,
+                out,
+                asked,
+                z,
+                scaled,
+            )
+        if xbar.shape[0] > 0:
+            store_row(out, xbar, row)
+        if kbar.shape[0] > 0:
+            kbar[row] = hbar
+        if taubar.shape[0] > 0:
+            taubar[row] = tbar
+
+
+@njit(**EXACT)
+def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
+    """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
+    n = x.shape[1]
+    dtype = offsets.dtype
+    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
+    by_weight = np.empty(n, dtype)
+    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
+    nobody = np.empty(0, dtype)
+    for row in range(start, stop):
+        temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
+        out = target_of(moved, row, target)
+        if offset != offset:
+            fill(out, math.nan)
+            found = math.nan
+        else:
+            values = masked_row(x, where, row, -math.inf, raw)
+            if dx.shape[0] > 0:
+                tangents = masked_row(dx, where, row, 0.0, clean)
+            else:
+                tangents = clean
+                fill(tangents, 0.0)
+            item_weights = None if weights is None else row_of(weights, row, room)
+            by = masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else nobody
+            found = push_row(
+                values,
+                item_weights,
+                tangents,
+                number_of(dk, row) if dk.shape[0] > 0 else 0.0,
+                number_of(dtau, row) if dtau.shape[0] > 0 else 0.0,
+                by,
+                number_of(k, row),
+                temperature,
+                reference,
+                offset,
+                bound,
+                bound[9] < temperature < bound[10],
+                out,
+                z,
+                scaled,
+            )
+        store_row(out, moved, row)
+        doffset[row] = found
+
+
+@njit(**EXACT)
+def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
+    """What the solver settles to: four numbers and four flags a row."""
+    n = x.shape[1]
+    dtype = numbers.dtype
+    raw, clean = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
+    some, odds = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
+    kept, room = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
+    for row in range(start, stop):
+        values = masked_row(x, where, row, -math.inf, raw)
+        item_weights = None if weights is None else row_of(weights, row, room)
+        found, facts, _ = solve_row(
+            values,
+            item_weights,
+            number_of(k, row),
+            number_of(tau, row),
+            ranks,
+            True,
+            bound,
+            clean,
+            some,
+            odds,
+            kept,
+            room,
+        )
+        for i in range(4):
+            numbers[i, row] = found[i]
+            flags[i, row] = facts[i]

@@ -1,0 +1,420 @@
+"""The derivative of one row, in both directions: the rule of `softk._reference.threshold.rule`, of the same names.
+
+Where the nearest item is within `ORDINARY` units of the threshold, and no item dominates p, the products v = m (1 - m)
+are numbers and their rounding does not matter: two passes that vectorize are enough. Every other row is computed with
+care, in float64 and item by item: in a gap, beside an item that dominates, and with infinite scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from .operations import EXACT, FAST, FORMULAS, exponential, larger
+from .solve import BLOCK, log_odds
+
+is_rounding, balance, is_beside, rate_of = FORMULAS.is_rounding, FORMULAS.balance, FORMULAS.is_beside, FORMULAS.rate_of
+
+#: The least v = m (1 - m) of the nearest item that an ordinary row has: that of |z| = 16.
+LEAST_GAIN = 1.1e-7
+#: The largest part of p that one item of an ordinary row has.
+MOST_SHARE = 0.75
+
+
+# --- ordinary rows
+
+
+@njit(**FAST)
+def gains_block(x, values, reference, inverse, offset, gains):
+    """v of every item; the sum of v, that of v times the values, and the largest v, once more as the largest a v."""
+    number = x.dtype.type
+    one, flushed = number(1.0), number(2e-38)
+    total = product = most = number(0.0)
+    for i in range(x.shape[0]):
+        z = (x[i] - reference) * inverse - offset
+        decay = exponential(-math.fabs(z))
+        decay = decay if decay > flushed else number(0.0)  # `exponential` is clipped, and far items have no part
+        larger_one = one / (one + decay)
+        gain = decay * larger_one * larger_one
+        gains[i] = gain
+        total += gain
+        product += gain * values[i]
+        most = larger(most, gain)
+    return total, product, most, most
+
+
+@njit(**FAST)
+def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offset, gains):
+    """v of every item; the sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
+    number = x.dtype.type
+    one, flushed, none = number(1.0), number(2e-38), number(0.0)
+    total = product = most = heaviest = none
+    for i in range(x.shape[0]):
+        z = (x[i] - reference) * inverse - offset
+        decay = exponential(-math.fabs(z))
+        decay = decay if decay > flushed else none
+        larger_one = one / (one + decay)
+        gain = decay * larger_one * larger_one
+        gains[i] = gain
+        weight = weights[i] if gain > none else none
+        weighted = weight * gain
+        total += weighted
+        product += (weighted if by_weight else gain) * values[i]
+        most = larger(most, gain if weight > none else none)
+        heaviest = larger(heaviest, weighted)
+    return total, product, most, heaviest
+
+
+@njit(**EXACT)
+def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
+    """v of every item, V, the product with the values, and whether the row is ordinary."""
+    total = product = most = heaviest = 0.0
+    for start in range(0, x.shape[0], BLOCK):
+        stop = start + BLOCK
+        if weights is None:
+            found = gains_block(x[start:stop], values[start:stop], reference, inverse, offset, gains[start:stop])
+        else:
+            found = weighted_gains_block(
+                x[start:stop],
+                weights[start:stop],
+                values[start:stop],
+                by_weight,
+                reference,
+                inverse,
+                offset,
+                gains[start:stop],
+            )
+        total += found[0]
+        product += found[1]
+        most, heaviest = max(most, float(found[2])), max(heaviest, float(found[3]))
+    ordinary = (most > LEAST_GAIN) & (heaviest < MOST_SHARE * total) & (total > 1e-30) & (total < 1e30)
+    return total, product, ordinary
+
+
+@njit(**FAST)
+def write_product(values, mean, inverse, gains):
+    """v (u - mean) / tau, in the place of v."""
+    for i in range(gains.shape[0]):
+        gains[i] = gains[i] * (values[i] - mean) * inverse
+
+
+@njit(**FAST)
+def write_weighted_product(values, weights, mean, inverse, gains):
+    """v (u - a mean) / tau, in the place of v. An item without v may have any weight."""
+    none = gains.dtype.type(0.0)
+    for i in range(gains.shape[0]):
+        weight = weights[i] if gains[i] > none else none
+        gains[i] = gains[i] * (values[i] - weight * mean) * inverse
+
+
+# --- rows with care
+
+
+@njit(**EXACT)
+def sigmoid(z):
+    decay = math.exp(-math.fabs(z))
+    return (1.0 if z > 0.0 else decay) / (1.0 + decay)
+
+
+@njit(**EXACT)
+def clipped_odds(value, reference, tau, farthest):
+    return min(max(log_odds(value, reference, tau), -farthest), farthest)
+
+
+@njit(**EXACT)
+def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
+    """z and v' of every item; |z| of the nearest, V', and the item that dominates p, -1 where there is none.
+
+    Sums of the derivative are formed from v' = v exp(nearest), which is a number in every gap. p, in proportion to it,
+    is made exact by the mass. Scores of -inf have no part.
+    """
+    n = x.shape[0]
+    unit, largest, farthest, log_farthest = bound[4], bound[5], bound[6], bound[2]
+    high, low = math.inf, -math.inf
+    for i in range(n):
+        value = min(float(x[i]), largest)
+        if value == -math.inf:
+            z[i] = -math.inf
+            continue
+        z[i] = min(max(log_odds(value, reference, tau) - offset, -farthest), farthest)
+        if weights is None or weights[i] != 0.0:
+            if z[i] > 0.0:
+                high = min(high, value)
+            else:
+                low = max(low, value)
+    no_high, no_low = high == math.inf, low == -math.inf
+    above = below = 0.5 * farthest
+    if not no_high:
+        above = min(math.fabs(clipped_odds(high, reference, tau, farthest) - offset), above)
+    if not no_low:
+        below = min(math.fabs(clipped_odds(low, reference, tau, farthest) - offset), below)
+    # Where one side is empty, its items without weight are measured from the nearest on the other side.
+    across_high, across_low = (2.0 * below if no_high else 0.0), (2.0 * above if no_low else 0.0)
+    if no_high:
+        high, above = low, below
+    elif no_low:
+        low, below = high, above
+    upper_height, lower_height = math.exp(-above), math.exp(-below)
+    count = upper = lower = 0.0
+    for i in range(n):
+        if z[i] == -math.inf or (no_high and no_low):
+            scaled[i] = 0.0
+            continue
+        value = min(float(x[i]), largest)
+        if z[i] > 0.0:
+            distance, height = log_odds(value, high, tau) - across_high, upper_height
+            count += 1.0 if weights is None else weights[i]
+        else:
+            distance, height = -log_odds(value, low, tau) - across_low, lower_height
+        distance = max(distance, -log_farthest)
+        decay = math.exp(-distance) if distance < bound[11] else 0.0
+        scaled[i] = decay / (1.0 + height * decay)
+        weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
+        if z[i] > 0.0:
+            upper += weighted
+        else:
+            lower += weighted
+    delta = k - count
+    exact = (upper > 0.0) & (lower > 0.0)
+    if weights is not None:
+        exact = exact & is_rounding(delta, k, unit)
+        delta = 0.0
+    middle = 0.5 * (above + below)
+    share = 0.0
+    if is_beside(exact, delta, middle, log_farthest):
+        share = 0.5 * (above - below)
+        nearest = min(above, below)
+    else:
+        share = balance(delta, upper, lower, middle, farthest, log_farthest)
+        nearest = middle - math.fabs(share)
+    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    more = math.exp(-share - math.fabs(share)) if above < 0.5 * farthest else 0.0
+    less = math.exp(share - math.fabs(share)) if below < 0.5 * farthest else 0.0
+    normal = heaviest = 0.0
+    held = -1
+    for i in range(n):
+        if scaled[i] == 0.0:
+            continue
+        in_upper = z[i] > 0.0
+        # The tail is to be multiplied with the larger one of the mask and its complement, which has an own rounding.
+        value = min(float(x[i]), largest)
+        if in_upper:
+            distance, height = log_odds(value, high, tau) - across_high, upper_height
+        else:
+            distance, height = -log_odds(value, low, tau) - across_low, lower_height
+        decay = math.exp(-max(distance, -log_farthest))
+        scaled[i] *= (more if in_upper else less) / (1.0 + height * decay)
+        weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
+        normal += weighted
+        if weighted > heaviest:
+            heaviest, held = weighted, i
+    if not heaviest > MOST_SHARE * normal:
+        held = -1
+    return nearest, (normal if normal != 0.0 else 1.0), held
+
+
+@njit(**EXACT)
+def weighted_value(weight, value, bound):
+    """weight * value; the weight of an item with next to no value may be anything."""
+    return weight * value if value > 2.0 * bound[12] else 0.0
+
+
+@njit(**EXACT)
+def gain_at(z, scaled, nearest, weights):
+    """v. With weights v' may be clipped, and v is not in proportion to it."""
+    if weights is None:
+        return math.exp(-nearest) * scaled
+    return sigmoid(z) * sigmoid(-z)
+
+
+@njit(**EXACT)
+def inverse_slope(nearest, rate, bound):
+    """1 / V, clipped to the largest derivative."""
+    return min(math.exp(min(nearest, bound[2])) * rate, bound[6])
+
+
+@njit(**EXACT)
+def origin_of(x, weights, scaled, bound):
+    """The score that has the most of p: temperatures are differentiated by distances from it."""
+    most, found = -1.0, math.inf
+    for i in range(x.shape[0]):
+        weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
+        if x[i] > -math.inf:
+            if weighted > most:
+                most, found = weighted, float(x[i])
+            elif weighted == most:
+                found = min(found, float(x[i]))
+    return min(max(found, -bound[5]), bound[5])
+
+
+@njit(**EXACT)
+def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
+    """Cotangents of the scores and the weights, from those of the mask and the offset; returns those of k and tau.
+
+    `abar` has no items where nobody asks for it. `z` and `scaled` are room in float64.
+    """
+    number = x.dtype.type
+    n = x.shape[0]
+    if plain:
+        inverse = number(1.0 / tau)
+        total, product, ordinary = gains_of(x, weights, u, False, number(reference), inverse, number(offset), xbar)
+        if ordinary:
+            hbar = (product - c) / total
+            heaviest, origin = -1.0, reference
+            if of_tau:
+                for i in range(n):
+                    weighted = float(xbar[i]) * (1.0 if weights is None else weights[i])
+                    if weighted > heaviest:
+                        heaviest, origin = weighted, float(x[i])
+            if abar.shape[0] > 0:
+                for i in range(n):
+                    abar[i] = -hbar * sigmoid((float(x[i]) - reference) / tau - offset) if x[i] > -math.inf else 0.0
+            if weights is None:
+                write_product(u, number(hbar), inverse, xbar)
+            else:
+                write_weighted_product(u, weights, number(hbar), inverse, xbar)
+            taubar = 0.0
+            if of_tau:
+                for i in range(n):
+                    if xbar[i] != 0.0:
+                        taubar -= (float(x[i]) - origin) / tau * xbar[i]
+                taubar -= c * ((origin - reference) / tau) / tau
+            return hbar, taubar
+    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    rate = rate_of(normal, bound[6])
+    slope = inverse_slope(nearest, rate, bound)
+    pulled = 0.0
+    for i in range(n):
+        if scaled[i] != 0.0:
+            pulled += scaled[i] * u[i]
+    hbar = rate * pulled - slope * c
+    # u is measured from a multiple of the weights: that which is u at the item that dominates p, or their mean.
+    heaviest, shares = 1.0, 0.0
+    if weights is None:
+        level = u[held] if held >= 0 else pulled / normal
+    else:
+        heaviest = 0.0
+        for i in range(n):
+            if scaled[i] > 0.0:
+                heaviest = max(heaviest, float(weights[i]))
+        heaviest = float(weights[held]) if held >= 0 else heaviest
+        heaviest = heaviest if heaviest != 0.0 else 1.0
+        for i in range(n):
+            if scaled[i] > 0.0:
+                shares += scaled[i] * (weights[i] / heaviest)
+        level = u[held] if held >= 0 else pulled / (shares if shares != 0.0 else 1.0)
+    g = float(c)
+    for i in range(n):
+        gain = gain_at(z[i], scaled[i], nearest, weights)
+        if gain != 0.0:
+            share = 1.0
+            if weights is not None:
+                share = weights[i] / heaviest if scaled[i] > 0.0 else 0.0
+            moved = 0.0 if i == held else u[i] - share * level
+            g -= moved * gain
+    origin = origin_of(x, weights, scaled, bound)
+    taubar = 0.0
+    for i in range(n):
+        gain = gain_at(z[i], scaled[i], nearest, weights)
+        found = 0.0
+        if (gain != 0.0 or scaled[i] != 0.0) and x[i] < math.inf:
+            share, weighted = 1.0, scaled[i]
+            if weights is not None:
+                share = weights[i] / heaviest if scaled[i] > 0.0 else 0.0
+                weighted = weighted_value(weights[i], scaled[i], bound)
+            moved = 0.0 if i == held or gain == 0.0 else u[i] - share * level
+            found = (moved * gain + weighted / normal * g) / tau
+            taubar -= clipped_odds(float(x[i]), origin, tau, bound[6]) * found
+        xbar[i] = found
+    taubar -= c * clipped_odds(origin, reference, tau, bound[6]) / tau
+    if abar.shape[0] > 0:
+        near = rate * pulled
+        for i in range(n):
+            mask = sigmoid(z[i])
+            if z[i] > 0.0 or c == 0.0:
+                abar[i] = -mask * hbar
+            else:
+                below = scaled[i] * (1.0 + math.exp(-math.fabs(z[i]))) * rate
+                abar[i] = -(mask * near - below * c)
+    return hbar, taubar
+
+
+@njit(**EXACT)
+def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
+    """The tangent of the mask, from those of the scores, k, tau and the weights; returns that of the offset.
+
+    `da` has no items where there is none.
+    """
+    number = x.dtype.type
+    n = x.shape[0]
+    if plain and dtau == 0.0 and da.shape[0] == 0:
+        inverse = number(1.0 / tau)
+        total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
+        if ordinary:
+            # v (w - <p, w>) + v / V dk, w = dx / tau
+            mean = product / total - dk * tau / total
+            write_product(dx, number(mean), inverse, moved)
+            return mean / tau
+    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    farthest = bound[6]
+    rate = rate_of(normal, farthest)
+    slope = inverse_slope(nearest, rate, bound)
+    origin = origin_of(x, weights, scaled, bound)
+    level = clipped_odds(origin, reference, tau, farthest)
+    # y = dx - (x - x_ref) dtau / tau, measured from the item that dominates p, or from its mean.
+    at_most = mean = 0.0
+    for turn in range(2):
+        found = 0.0
+        for i in range(n):
+            weighted = scaled[i]
+            if weights is not None:
+                weighted = weighted_value(weights[i], scaled[i], bound)
+            if weighted != 0.0 and (turn == 0 or i != held):
+                y = (dx[i] if x[i] < math.inf else 0.0) - clipped_odds(float(x[i]), origin, tau, farthest) * dtau
+                found += weighted * (y - at_most)
+        if turn == 0:
+            at_most = found / normal
+            if held >= 0:
+                at_most = dx[held] if x[held] < math.inf else 0.0
+                at_most -= clipped_odds(float(x[held]), origin, tau, farthest) * dtau
+        else:
+            mean = found / normal
+    above = below = by_rate = 0.0  # <m, da> over either side of the threshold, and <m / V, da> below it
+    if da.shape[0] > 0:
+        for i in range(n):
+            if x[i] > -math.inf:
+                part = sigmoid(z[i]) * da[i]
+                if z[i] > 0.0:
+                    above += part
+                else:
+                    below += part
+                    by_rate += scaled[i] * (1.0 + math.exp(-math.fabs(z[i]))) * rate * da[i]
+    dh = dk - above - below
+    heaviest, rest, shares = 1.0, 0.0, 0.0
+    if weights is not None:
+        heaviest = 0.0
+        for i in range(n):
+            if scaled[i] > 0.0:
+                heaviest = max(heaviest, float(weights[i]))
+        heaviest = float(weights[held]) if held >= 0 else heaviest
+        heaviest = heaviest if heaviest != 0.0 else 1.0
+    for i in range(n):
+        gain = gain_at(z[i], scaled[i], nearest, weights)
+        found = 0.0
+        if gain != 0.0 and i != held:
+            y = dx[i] if -math.inf < x[i] < math.inf else 0.0
+            if x[i] > -math.inf:
+                y -= clipped_odds(float(x[i]), origin, tau, farthest) * dtau
+            found = gain * (y - at_most - mean)
+        share = 1.0
+        if weights is not None:
+            share = weights[i] / heaviest if scaled[i] > 0.0 else 0.0
+        rest += share * found if found != 0.0 else 0.0
+        shares += share * scaled[i] if scaled[i] != 0.0 else 0.0
+        z[i] = found  # z is not read again
+    shares = shares if shares != 0.0 else 1.0
+    for i in range(n):
+        part = (1.0 if i == held else 0.0) if held >= 0 else scaled[i] / shares
+        moved[i] = (z[i] - rest * part) / tau + scaled[i] * rate * dh
+    return (mean + at_most - level * dtau) / tau - (slope * (dk - above) - by_rate)
