@@ -12,7 +12,7 @@ import importlib.util
 from functools import cache
 from typing import Any
 
-from softk._reference.threshold.masks import hard_mask, mask
+from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, is_in_host_memory
 
@@ -51,8 +51,6 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
 
 
 def _refuses_rule(backend: Backend, inputs: Inputs, outputs: Inputs, given: Inputs, *needed: Any) -> str | None:
-    if given[0] is None and needed:
-        return "there is no cotangent of the mask"
     return _refuses(backend, inputs, outputs[1:], given)
 
 
@@ -62,29 +60,64 @@ def _solve(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -
     return launch.settled(inputs, ranks)
 
 
-def _mask(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> tuple[Any, ...]:
-    from . import launch
+def _mask(backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:
+    from . import launch, masks
 
-    return launch.mask(inputs)
-
-
-def _pull(backend: Backend, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: Any) -> tuple[Any, ...]:
-    from . import launch
-
-    return launch.pulled(inputs, outputs, cotangents, needed)
+    return launch.solved(masks.mask_rows, inputs)
 
 
-def _push(backend: Backend, inputs: Inputs, outputs: Inputs, tangents: Inputs) -> tuple[Any, ...]:
-    from . import launch
+def _pull_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, masks
 
-    return launch.pushed(inputs, outputs, tangents)
+    return launch.pulled(masks.pull_rows, *groups, per_item=True)
+
+
+def _push_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, masks
+
+    return launch.pushed(masks.push_rows, *groups, per_item=True)
+
+
+def _log_mask(backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.solved(log_masks.log_rows, inputs)
+
+
+def _pull_log_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.pulled(log_masks.pull_log_rows, *groups, per_item=True)
+
+
+def _push_log_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.pushed(log_masks.push_log_rows, *groups, per_item=True)
+
+
+def _pull_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, thresholds
+
+    return launch.pulled(thresholds.pull_threshold_rows, *groups, per_item=False)
+
+
+def _push_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, thresholds
+
+    return launch.pushed(thresholds.push_threshold_rows, *groups, per_item=False)
 
 
 KERNELS = (
     Kernel("numba", solver, "forward", _refuses, _solve),
     Kernel("numba", mask, "forward", _refuses, _mask),
-    Kernel("numba", mask, "vjp", _refuses_rule, _pull),
-    Kernel("numba", mask, "jvp", _refuses_rule, _push),
-    Kernel("numba", hard_mask, "vjp", _refuses_rule, _pull),
-    Kernel("numba", hard_mask, "jvp", _refuses_rule, _push),
+    Kernel("numba", mask, "vjp", _refuses_rule, _pull_mask),
+    Kernel("numba", mask, "jvp", _refuses_rule, _push_mask),
+    Kernel("numba", hard_mask, "vjp", _refuses_rule, _pull_mask),
+    Kernel("numba", hard_mask, "jvp", _refuses_rule, _push_mask),
+    Kernel("numba", log_mask, "forward", _refuses, _log_mask),
+    Kernel("numba", log_mask, "vjp", _refuses_rule, _pull_log_mask),
+    Kernel("numba", log_mask, "jvp", _refuses_rule, _push_log_mask),
+    Kernel("numba", threshold, "vjp", _refuses_rule, _pull_threshold),
+    Kernel("numba", threshold, "jvp", _refuses_rule, _push_threshold),
 )

@@ -245,7 +245,7 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
                 fill(tangents, 0.0)
             item_weights = None if weights is None else row_of(weights, row, room)
             by = masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else nobody
-            found = push_row(
+            found, _ = push_row(
                 values,
                 item_weights,
                 tangents,

@@ -19,7 +19,7 @@ from numba.extending import intrinsic, overload
 from softk._reference.threshold import formulas
 
 #: Without NumPy's error model every division is checked for 0, and nothing vectorizes.
-EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": False}
+EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": True}
 FAST: dict[str, Any] = {**EXACT, "fastmath": {"reassoc", "nsz", "arcp", "contract"}}
 _INLINED = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
 
