@@ -324,12 +324,14 @@ def test_mode(function: str, mode: Any) -> None:
 
 def test_hard_has_no_weights(lib: Library) -> None:
     x, weights = lib.array(X), lib.array(np.ones(4))
-    complains(ValueError, "hard", "weights", "without weights", lib.call, softk.topk, x, 1, weights=weights, hard=True)
+    complains(
+        ValueError, "hard", "weights", "not support weights", lib.call, softk.topk, x, 1, weights=weights, hard=True
+    )
 
 
 @pytest.mark.parametrize("k", [0.5, 2.25, np.float32(1.5)], ids=repr)
 def test_hard_needs_a_whole_k(k: Any) -> None:
-    complains(ValueError, "k", re.escape(f"got {k!r}"), "whole with hard=True", softk.topk, X, k, hard=True)
+    complains(ValueError, "k", re.escape(f"got {k!r}"), "a whole number with hard=True", softk.topk, X, k, hard=True)
 
 
 # --- shapes
@@ -760,7 +762,7 @@ def test_cotangent_of_one_array() -> None:
     for cotangent in ((mask,), [mask], {"x": mask}):
         complains(TypeError, "cotangent", f"got {type(cotangent).__name__}", "one array", pullback, cotangent)
     plan, pullback = softk.vjp(softk.transport, X, X[:, :2], np.ones((2, 2)))
-    complains(TypeError, "cotangent", "got softk.*Plan", "one array, that of plan alone", pullback, plan)
+    complains(TypeError, "cotangent", "got softk.*Plan", "one array, the cotangent of plan", pullback, plan)
     assert "x" in pullback(plan.plan)
 
 
