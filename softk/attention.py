@@ -231,7 +231,7 @@ def _weights(
             positions = [xp.arange(size, dtype=index_dtype(xp), device=backend.device(query)) for size in (rows, n)]
             causal = xp.expand_dims(positions[0], axis=-1) >= xp.expand_dims(positions[1], axis=0)
             where = causal if where is None else where & causal
-    if n == 0:
+    if n == 0:  # without keys the weights are empty
         return scores
     if is_number(k):
         k = n if k > n else k

@@ -309,6 +309,7 @@ class Backend:
         Only libraries built on NumPy give such warnings, according to NumPy's settings. With `x`, matrix products on
         the device of `x` have the full precision of their dtype inside the context.
         """
+        # NumPy is looked up and not imported: without it there are no warnings to silence.
         numpy = sys.modules.get("numpy")
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
@@ -366,6 +367,7 @@ class Backend:
 
     def sigmoid(self, z: Array) -> Array:
         """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there."""
+        # The argument of exp is never positive, so it cannot overflow.
         upper = z > 0.0
         decay = self.xp.exp(-self.xp.abs(z))
         return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
@@ -385,6 +387,7 @@ class Backend:
         """
         for _ in range(limit):
             state, done = step(state)
+            # On a device or inside a trace `done` cannot be read, and all steps are made.
             if self.memory(done) is not None and peek(self, self.xp.all(done)):
                 break
         return state
@@ -420,6 +423,7 @@ class Backend:
             The scores, shape (..., m).
         """
         xp = self.xp
+        # The order is ascending, so the score of rank r is at index n - r.
         ordered = xp.sort(x, axis=-1, stable=False)
         if isinstance(ranks, tuple):
             return pick(xp, ordered, [x.shape[-1] - rank for rank in ranks])

@@ -282,6 +282,7 @@ def search(
             kept.append(found)
             scores, states = found.scores, found.states
             inputs = cast(xp, found.inputs, dtype) if table is None else found.inputs
+            # The share of a beam that had ended before does not grow longer.
             lengths = _take(found.parents, lengths + (1.0 - ended))
             ended = _ended(xp, found, end)
     with backend.quiet(scores):
@@ -360,6 +361,7 @@ def _hard_topk(x: Array, k: int) -> tuple[Array, Array]:
     backend = backend_of(x)
     xp = backend.xp
     n = x.shape[-1]
+    # A stable sort of -x keeps equal scores in their order, which a descending sort need not do.
     places = xp.argsort(-x, axis=-1, stable=True)[..., :k, None]
     order = xp.arange(n, dtype=places.dtype, device=backend.device(x))
     chosen = places == xp.reshape(order, (1,) * x.ndim + (n,))

@@ -48,6 +48,7 @@ class _Pairs(Slices):
         if shape[-2] == 0 or other[-2] == 0:
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
         require_size("keys", keys, keys.ndim - 2)
+        # The base class has described `queries` as scores. Replace the shapes by those of the scores (..., q, n).
         self.queries, self.keys = queries, keys
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]

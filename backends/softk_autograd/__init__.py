@@ -130,6 +130,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
     def pullback(argnums: Any, outputs: Any, inputs: Any, _: Any) -> Callable[[Any], tuple[Array, ...]]:
         def pull(cotangents: Any) -> tuple[Array, ...]:
             needed = tuple(i in argnums for i in range(len(inputs)))
+            # autograd also passes cotangents of the constants, which have no derivative.
             parts = _parts(outputs), _parts(cotangents)[: primitive.moving]
             with backend.quiet():
                 found = backend.run(primitive, "vjp", inputs, *parts, needed)

@@ -60,6 +60,7 @@ def _blockwise(
 
     forms = _forms(primitive, part, regroup(cores), needed, options)
     present = [form for form in forms if form is not None]
+    # apply_gufunc must be told the sizes of result axes that no input has.
     known = {size for core in cores for size in core.shape}
     found = da.apply_gufunc(
         results,

@@ -74,6 +74,7 @@ class JaxBackend(Backend):
         found = jax.lax.map(jax.checkpoint(turn), [blocks_of(value) for value in rowed])
         joined = [jnp.moveaxis(value, 0, -3) for value in found]
         joined = [value.reshape(*value.shape[:-3], whole, value.shape[-1]) for value in joined]
+        # The remaining rows form a shorter block, outside the loop.
         if whole == count:
             return tuple(joined)
         rest = turn([value[..., whole:, :] for value in rowed])
@@ -173,6 +174,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
         constants = outputs[primitive.moving :]
         return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
 
+    # Symbolic zeros show which inputs have no tangent, so that the rule can skip them.
     operator.defjvp(rule, symbolic_zeros=True)
     compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
     return compiled

@@ -147,7 +147,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         self.classes_, labels = np.unique(y, return_inverse=True)
         random = check_random_state(self.random_state)
         centered = X - X.mean(axis=0)
-        size = math.sqrt(float(np.sum(np.var(centered, axis=0)))) or 1.0
+        size = math.sqrt(float(np.sum(np.var(centered, axis=0)))) or 1.0  # 1 if all samples are equal
         centered = centered / size  # makes the training independent of the unit of the features
         start = self._start(centered, labels, components, random)
         self.components_ = self._learn(centered, labels, start, random).T.astype(X.dtype) / size
@@ -254,6 +254,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
                 exclude=batch,
                 floor=self.floor,
             )
+            # The samples are both queries and keys, so their gradient has two terms.
             moved = pullback(1.0)
             gradient = X[batch].T @ moved["queries"] + X.T @ moved["keys"]
             mean = 0.9 * mean + 0.1 * gradient

@@ -37,6 +37,7 @@ def by_process(function: Callable[..., Outputs], axes: int, inputs: tuple[torch.
     scores = inputs[0]
     assert scores is not None
     batch, mesh = scores.ndim - axes, first.device_mesh
+    # Partial sums must be added before a nonlinear function is applied.
     placements = [Replicate() if place.is_partial() else place for place in first.placements]
     for dim, place in enumerate(placements):
         if place.is_shard() and _axis(place, first) >= batch:

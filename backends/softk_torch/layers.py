@@ -71,7 +71,7 @@ class TopK(torch.nn.Module):
     ) -> None:
         super().__init__()
         _require(k, epsilon, mode=mode)
-        if hard and not isinstance(k, torch.Tensor):
+        if hard and not isinstance(k, torch.Tensor):  # raises if k is not a whole number
             softk.topk(_scores(max(math.ceil(k), 1)), k, hard=True)
         _hold(self, k=k, epsilon=epsilon)
         self.dim = dim

@@ -225,6 +225,7 @@ def open_bracket(
     keep(flags, 0, row, rows, nothing, 0)
     keep(flags, 1, row, rows, everything, 0)
     keep(flags, 2, row, rows, valid, 0)
+    # A row without a search gets an empty bracket, so that the passes skip it.
     keep(bracket, 0, row, rows, tl.where(valid & ~nothing & ~everything, first, last), 0)
     keep(bracket, 1, row, rows, last, 0)
     keep(mass, 0, row, rows, total, 0)
@@ -233,6 +234,7 @@ def open_bracket(
 @triton.jit
 def pivots_in(low, high):
     """Keys that cut a bracket into equal parts: above `low`, and at most `high`."""
+    # The width of a bracket of 32-bit keys needs 64 bits.
     part = tl.arange(0, PIVOTS).to(tl.int64) + 1
     width = high.to(tl.int64) - low.to(tl.int64)
     return (low.to(tl.int64) + (width * part + PIVOTS) // (PIVOTS + 1)).to(tl.int32)
@@ -288,7 +290,7 @@ def count(
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     bar, lower_bar = bars(k, weights_given)
-    if not UPPER:
+    if not UPPER:  # the same search with the other bar finds the lower side
         bar = lower_bar
     low, high, reached, going = bracket_of(
         bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
@@ -350,7 +352,7 @@ def flank(
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        if weights_given is not None:
+        if weights_given is not None:  # an item of weight 0 is on no side of the gap
             x = tl.where(weights > 0.0, x, -INFINITY)
         above, below = beside(x, low)
         upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
@@ -448,6 +450,7 @@ def frame_rows(
     keep(gap, 2, row, rows, z_low, 0)
     keep(gap, 3, row, rows, high, 0)
     keep(gap, 4, row, rows, low, 0)
+    # The state of the search: the offset, the bracket, whether it is done, and whether the next step is the final one.
     fixed = (nothing | everything | ~valid).to(tl.float32)
     keep(state, 0, row, rows, 0.0 * tau, 0)
     keep(state, 1, row, rows, 0.0 * tau - INFINITY, 0)
@@ -504,6 +507,7 @@ def sweep_rows(
     reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
     half, _ = narrowed(z_high, z_low)
+    # Every program makes the step for itself, from the sums of all segments in the previous pass.
     offset, least, most, done, last = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
     )
@@ -575,8 +579,8 @@ def mask_rows(
     )
     valid = (field_of(flags, 2, row, rows) != 0) & (offset == offset)
     level = tl.exp(offset)
-    offset += 0.5 * (z_high + z_low)
-    leads = segment + tl.arange(0, 1) == 0
+    offset += 0.5 * (z_high + z_low)  # the search measures it from the middle of the gap
+    leads = segment + tl.arange(0, 1) == 0  # only the first segment stores the values of a row
     if mask is None:
         most = field_of(flags, 3, row, rows) != 0
         store_settled(
@@ -834,6 +838,7 @@ def join_rows(
     shares = less * below + more * above
     most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
     most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
+    # Whether the greatest item below or above the threshold dominates p.
     lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
     at_most = tl.where(upper, u_above / safe_denominator(share_above), u_below / safe_denominator(share_below))
     rate, inverse_slope = rates(nearest, normal)
@@ -950,6 +955,7 @@ def pull_rows(
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
     origin = field_of(joined, 10, row, rows)
+    # p g cancels the rest of the weighted mean of u, and adds the cotangent c of the offset.
     g = -sum_of(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
         g += field_of(c_given, 0, row, rows)

@@ -216,9 +216,11 @@ def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
     halve = going != going
     while tl.max(going.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # the mean, rounded up, without overflow
+        # Interpolate linearly between the log-odds at both ends of the bracket. They fall as the score rises.
         share = tl.minimum(tl.maximum((aim - first) / tl.minimum(last - first, -LEAST), 0.0), 1.0)
         x_low, x_high = tl.maximum(score_of(low), -LARGEST), tl.minimum(score_of(high), LARGEST)
         pivot = tl.where(halve, middle, key_of(x_low * (1.0 - share) + x_high * share + 0.0))
+        # A pivot above `low` makes the bracket smaller in either case.
         pivot = tl.minimum(tl.maximum(pivot, low + 1), high)
         found = mass_of(x >= across(score_of(pivot)), weights)
         rare = rarity(found.to(tl.float32), total, little)
@@ -226,6 +228,7 @@ def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
         raised, lowered = going & enough, going & ~enough
         low, mass, first = tl.where(raised, pivot, low), tl.where(raised, found, mass), tl.where(raised, rare, first)
         high, last = tl.where(lowered, pivot - 1, high), tl.where(lowered, rare, last)
+        # Bisect next if this pivot has not halved the bracket. Differences of keys need 64 bits.
         halve = 2 * (high.to(tl.int64) - low.to(tl.int64)) > width
         going = going_on(low, high, mass, bar, lower_bar, near, weights)
     return low, mass
@@ -307,6 +310,7 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
         first = key_of(min_of(tl.where(heavy, x, INFINITY)) + 0.0)
         last = key_of(max_of(counted) + 0.0)
         little = 0.5 * total / n
+    # If k exceeds the mass that can be selected, the upper side of the gap is -inf.
     lowest = tl.where(bar < total, lowest, -INFINITY)
     everything, enough = extent(k, total, of_all, n, weights)
     valid = valid & enough
@@ -314,8 +318,9 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
     mass = total.to(tl.float32)
     low, reached = select(counted, weights, start, last, total, bar, lower_bar, near, mass, little)
     upper, lower = beside(counted, low)
-    apart = reached <= lower_bar
+    apart = reached <= lower_bar  # otherwise k lies within the mass of the upper score, and there is no gap
     if weights is not None:
+        # Scores whose weights are within the rounding of k may lie between both sides: search the lower one separately.
         below = key_of(lower + 0.0)
         start = tl.where(apart & (first < below), first, below)
         below, _ = select(counted, weights, start, below, total, lower_bar, lower_bar, 0.0 * near, mass, little)
@@ -605,7 +610,7 @@ def solve_tile(
     most = high > LARGEST
     high, low, reference, z_high, z_low = reference_of(high, low, tau)
     half, excess = narrowed(z_high, z_low)
-    fixed = nothing | everything | ~valid
+    fixed = nothing | everything | ~valid  # these rows need no search
     ordinary = is_ordinary(excess, tau, fixed & present)
     if ordinary:
         odds = odds_of(x, reference, z_high, z_low, tau)
@@ -614,7 +619,7 @@ def solve_tile(
     offset = search(odds, weights, half, k, fixed)
     valid = valid & (offset == offset)
     level = tl.exp(offset)
-    offset += 0.5 * (z_high + z_low)
+    offset += 0.5 * (z_high + z_low)  # the search measures it from the middle of the gap
     if mask is None:
         store_settled(
             found, flags, row, rows, present, reference, offset, z_high, z_low, nothing, everything, valid, most
@@ -845,6 +850,7 @@ def pull_tile(
         c = load_per_row(c_given, row, rows, 1, 0.0)
 
     z = log_odds(x, reference, tau, offset)
+    # The derivatives in k, tau and the weights need p exactly in a gap. The derivative in the scores underflows there.
     if (of_k is not None) | (of_tau is not None) | (of_weights is not None):
         high, low = edges_of(x, z, inside, weights)
         high, low, above, below, across_high, across_low = sides_of(high, low, reference, tau, offset)
@@ -859,7 +865,7 @@ def pull_tile(
     scaled /= larger
     weighted = weigh(weights, scaled)
     normal = safe_denominator(sum_of(weighted))
-    most = weighted > across(0.75 * normal)
+    most = weighted > across(0.75 * normal)  # the item that dominates p, if there is one
     held = max_of(most.to(tl.int32)) > 0
     rate, inverse_slope = rates(nearest, normal)
 
@@ -878,17 +884,19 @@ def pull_tile(
         level = share * across(tl.where(held, at_most, pulled / safe_denominator(sum_of(scaled * share))))
         level = tl.where(most, u, level)  # exactly u, which the rounded product need not be
     gain = gain_of(z, scaled, height, weights)
+    # p g cancels the rest of the weighted mean of u, and adds the cotangent c of the offset.
     g = c - sum_of((u - level) * gain)
     if AGAIN:
         u = load_cotangent(u_given, row, column, kept, n)
     xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
-    bad = offset != offset
+    bad = offset != offset  # an invalid row has a NaN offset, which its cotangents must show
     place = across(row.to(tl.int64)) * n + column
     if of_x is not None:
         tl.store(of_x + place, tl.where(across(bad), float("nan"), xbar), mask=inside)
     if of_k is not None:
         tl.store(of_k + row, tl.where(bad, float("nan"), hbar), mask=present)
     if of_tau is not None:
+        # Measure z from a score that has much of p, since differences of z itself are lost in its rounding.
         origin = min_of(tl.where(inside & (weighted >= across(max_of(weighted))), x, INFINITY))
         origin = tl.minimum(tl.maximum(origin, -LARGEST), LARGEST)
         taubar = -sum_of(spaced(x, origin, tau) * xbar) - c * level_of(origin, reference, tau) / tau

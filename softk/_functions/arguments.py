@@ -34,6 +34,7 @@ class Slices:
         require_array(called, x)
         arrays = {}
         for name, value in others.items():
+            # where and weights have one value per item, so they cannot be numbers, but may be absent.
             per_item = name in ("where", "weights")
             if (value is None and per_item) or (is_number(value) and not per_item):
                 continue
@@ -108,6 +109,7 @@ class Slices:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
+            # A symbol of a trace stays a symbol, because float() would make the trace depend on its value.
             number = scale * (value if self.backend.memory(value) is None else float(value))
             return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
@@ -370,6 +372,7 @@ def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
     """ceil(k) and floor(k) + 1 of a Python number, rounded to the working dtype; None for arrays and symbols."""
     if not is_number(k) or backend.memory(k) is None:
         return None
+    # struct rounds to float32 without NumPy, which need not be installed.
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
 

@@ -94,6 +94,7 @@ class Call(Generic[R]):
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
         """Convert the first outputs to the user's form. The conversion is linear, so it also converts tangents."""
+        # Further outputs of the primitive are internal.
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
@@ -115,6 +116,7 @@ def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         return call(*args, **kwargs).evaluate()
 
+    # The signature must show the type of the result instead of Call[...].
     returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")
     function.__annotations__ = {**describe.__annotations__, "return": returned}
     function.__signature__ = signature(describe).replace(return_annotation=returned)  # type: ignore[attr-defined]

@@ -94,6 +94,7 @@ def counted_number(k: Any, n: int | None, eps: float) -> Any:
         return k
     if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
         return n
+    # Only a negative k is set to 0. A positive k stays as it is, however small.
     return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
 
 

@@ -63,6 +63,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
         outputs = call.bound()(*call.inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
+    # The indices of the results that have derivatives.
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
     names = getattr(type(out), "_fields", ())
     needed = tuple(argument.pull is not None for argument in call.arguments.values())

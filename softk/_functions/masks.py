@@ -126,7 +126,7 @@ def topk(
     check_flag("hard", hard)
     primitive = primitives.hard_mask if hard else primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
-    if slices.n == 0:
+    if slices.n == 0:  # an empty slice has no threshold
         call |= {"primitive": primitives.empty_mask, "options": {}}
     if hard and weights is not None:
         raise ValueError("hard=True does not support weights, got weights; leave out one of the two")

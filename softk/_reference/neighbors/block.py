@@ -46,6 +46,7 @@ class Keys:
         if not self.few:
             return self.own + 2.0 * (queries @ transpose(xp, points))
         total = self.own
+        # One coordinate at a time, so that no array (..., q, n, d) is formed.
         for i in range(points.shape[-1]):
             difference = queries[..., i : i + 1] - transpose(xp, points[..., i : i + 1])
             total = total - difference * difference
@@ -144,6 +145,7 @@ def block_rows(queries: Array, keys: Array) -> int:
     n: int = keys.shape[-2]
     if not all(isinstance(size, int) for size in (*batch, count, n)):
         return count
+    # The smallest number of blocks within the limit, with the queries divided evenly.
     blocks: int = max(1, -(-count // max(1, CELLS // max(1, math.prod(batch) * n))))
     return max(1, -(-count // blocks))
 

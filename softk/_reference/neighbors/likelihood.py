@@ -27,13 +27,14 @@ class Shares:
             votes = targets == transpose(xp, values)
         else:
             agreement = targets @ transpose(xp, values)
-            votes = ~(agreement == 0.0)
+            votes = ~(agreement == 0.0)  # a NaN is a vote, so that it reaches the result
         z = block.z(offset, reference)
         votes = votes & ~((block.scores == -math.inf) | (block.k <= 0.0))
         self.log_mask = xp.where(z < 0.0, z, 0.0) - xp.log1p(exponential(xp, -xp.abs(z)))
         found = self.log_mask
         if not self.integers:
             found = found + xp.log(xp.where(votes, agreement, 1.0))
+        # The floor f k is another term of the sum. The largest term is the shift of the log-sum-exp.
         bottom = xp.log(floor) + xp.log(block.k)
         peak = xp.max(xp.where(votes, found, -math.inf), axis=-1, keepdims=True)
         peak = xp.maximum(peak, bottom)

@@ -82,6 +82,7 @@ def _approach_within(
     alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
     del odds
     offset = _together(xp, z, alone + middle(gap), task.weights)
+    # A saturated offset makes the shares above or below the boundary exactly 0.
     offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:

@@ -47,6 +47,7 @@ class PlanLinearisation:
         self.share = plan(xp, self.apart - offset)
         self.above, self.below = sides(xp, self.share)
         self.system = System(backend, self.share, self.above, self.below, task.weights)
+        # The scores of the largest weight at each boundary. One dominates only if it does not tie.
         weight = task.weights * (self.above * self.below)
         self.peak = (weight >= xp.max(weight, axis=-1, keepdims=True)) & (weight > 0.0)
         self.alone = self.peak & (xp.count_nonzero(self.peak, axis=-1, keepdims=True) == 1)
@@ -97,6 +98,7 @@ class PlanLinearisation:
             w = w + xp.where(self.moving(), dx, 0.0) * (unit / tau)
         if dtau is not None:
             w = w - self.apart * (dtau * (unit / tau))
+        # Measure w from the dominating score, where it is then exactly 0.
         origin = self.at_peak(w)
         w = xp.where(self.alone, 0.0, w - origin)
         change = self.weighed(w)
@@ -112,6 +114,7 @@ class PlanLinearisation:
         """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
         xp, tau, weights = self.xp, self.task.tau, self.task.weights
         difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
+        # Subtract the multiple of the weights that equals the difference at the dominating score.
         origin = self.at_peak(difference) / safe_denominator(
             xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape))
         )

@@ -50,7 +50,7 @@ def _iterate(backend: Backend, inputs: tuple[Any, ...], *, tolerance: float, lim
         found = xp.sum(task.weights * plan(xp, z - offset), axis=-1, keepdims=True)
         done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= tolerance)
         rise = xp.log(xp.where(taken, masses, 1.0)) - xp.log(xp.maximum(found, least))
-        rise = xp.where(taken, rise, math.log(least))
+        rise = xp.where(taken, rise, math.log(least))  # a finite number for log(0), since inf - inf is NaN
         move = rise[..., 1:, :] - rise[..., :-1, :]
         return (xp.where(done, offset, offset + move), xp.where(done, count, count + 1.0), done), done
 

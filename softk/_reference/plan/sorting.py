@@ -74,6 +74,7 @@ class _Means:
         least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
         most = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
         some = least <= most
+        # The reference may be a clipped infinity, so it is clipped to the range of the finite scores.
         near = clip(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
         far = limits(xp, x.dtype).largest
@@ -84,6 +85,7 @@ class _Means:
         first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
         mass = clip(xp, count - before, 0.0, unit)
         none = xp.zeros_like(mass)
+        # The infinite part of a mean: +inf for rows that get some of a +inf, -inf for rows that lack scores.
         self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
         self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
 

@@ -112,9 +112,10 @@ class System:
     def __init__(self, backend: Backend, share: Array, above: Array, below: Array, weights: Array) -> None:
         self.backend, xp = backend, backend.xp
         own = share[..., :-1, :]  # the anchor above each boundary
-        alone = xp.sum((1.0 - own) * own * weights, axis=-1, keepdims=True)
-        taken = xp.sum(weights * own, axis=-1, keepdims=True)
-        edge = xp.sum(weights * (above * below), axis=-1, keepdims=True)
+        alone = xp.sum((1.0 - own) * own * weights, axis=-1, keepdims=True)  # sum a P (1 - P)
+        taken = xp.sum(weights * own, axis=-1, keepdims=True)  # the mass of the anchor
+        edge = xp.sum(weights * (above * below), axis=-1, keepdims=True)  # sum a Q R, what the boundary shares
+        # The choice of the unknowns is a constant to every derivative.
         edge_, alone_, taken_ = (backend.constant(value) for value in (edge, alone, taken))
         previous = xp.concat([xp.zeros_like(edge_[..., :1, :]), edge_[..., :-1, :]], axis=-2)
         self.node = (alone_ > 0.5 * taken_) & (taken_ < 0.1 * xp.minimum(edge_, previous))
@@ -141,6 +142,7 @@ class System:
 
 def excess(xp: Any, above: Array, below: Array, mass: Array, weights: Array) -> Array:
     """The excess sum_i a_i Q_ij - C_j (..., m - 1, 1), without cancellation."""
+    # A score counts as above or below the boundary, whichever has its larger share; the smaller shares are the tails.
     upper = above > 0.5
     tails = xp.sum(weights * xp.where(upper, -below, above), axis=-1, keepdims=True)
     delta = xp.sum(xp.where(upper, weights, 0.0), axis=-1, keepdims=True) - mass

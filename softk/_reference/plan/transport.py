@@ -153,9 +153,11 @@ def _transport_vjp(
         ubar = problem.order.sorted_rows(ubar)
     xbar, taubar, abar, massbar = rule.pull(None if ubar is None else task.weights * ubar, c)
     massbar = massbar[..., 0]
+    # The masses are the marginals times total / sum, so the cotangents of both also have a term through the sums.
     taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
     marginalbar = problem.scale * massbar - taken / safe_denominator(xp, problem.sum)
     marginalbar = xp.where(problem.masses > 0.0, marginalbar, 0.0)
+    # tau_j is tau over the distance of two anchors: its relative change is that of tau minus that of the distance.
     growth = (taubar * task.tau)[..., 0]
     moved = xp.where(problem.fixed, 0.0, -growth / problem.distance)
     none = xp.zeros_like(moved[..., :1])
