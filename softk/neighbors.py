@@ -178,7 +178,7 @@ def weights(
     References
     ----------
     Xie, Dai, Chen, Dai, Zhao, Zha, Wei, Pfister, "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section
-    4: k-nearest neighbours through the soft top-k.
+    4: k-nearest neighbors through the soft top-k.
 
     Examples
     --------

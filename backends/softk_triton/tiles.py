@@ -743,8 +743,8 @@ def balance_of(mass, low, high, k, above, below, weights):
     middle = 0.5 * (above + below)
     unit = 0.5 * tl.exp(tl.minimum(middle, LOG_FARTHEST))
     share = asinh(delta * unit / (tl.sqrt(high) * tl.sqrt(low))) + 0.5 * tl.log(high / low)
-    # In a wider gap a fractional k puts the threshold beside one side of the gap, whose z is accurate. The same holds
-    # with weights if k misses their sum by more than a rounding. The other side may be at any distance.
+    # In a wider gap, a k that differs from the count above puts the threshold beside one side, whose z is accurate.
+    # The same holds with weights if the mass above misses k by more than a rounding. The other side may be far away.
     beside = ~exact | ((delta != 0.0) & (middle > LOG_FARTHEST))
     share = tl.where(beside, 0.5 * (above - below), share)
     less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
