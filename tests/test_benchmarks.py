@@ -131,7 +131,7 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
         "no such thing",
         "an abacus",
         "2000-01-01",
-        "not to be trusted",
+        "are unreliable",
     ):
         assert shown in text
     for peer in PEERS:

@@ -107,7 +107,7 @@ def test_the_environment_chooses(value: str, code: int, said: str) -> None:
 
 
 def test_a_second_primitive_of_one_name_is_refused(doubled: Primitive) -> None:
-    with pytest.raises(ValueError, match="name must be that of no other primitive, got 'doubled'"):
+    with pytest.raises(ValueError, match="name must be unique among the primitives, got 'doubled'"):
         Primitive("doubled", doubled.forward, doubled.forms)
 
 
