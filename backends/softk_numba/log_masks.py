@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .log_rule import pull_log_row, push_log_row
-from .masks import solve_row
+from .masks import CAREFUL, solve_row
 from .operations import EXACT, FAST, exponential
 from .rows import fill, masked_row, number_of, row_of, store_row, target_of
 from .solve import log_odds
@@ -69,7 +69,7 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
         if not valid:
             reference = offset = math.nan
             fill(out, math.nan)
-        elif way < 2:
+        elif way != CAREFUL:
             write_log_mask(values, number(reference), number(1.0 / temperature), number(offset), out)
         else:
             if nothing or everything:
