@@ -209,8 +209,15 @@ def kernels(choice: str) -> Iterator[None]:
     >>> with softk.kernels("none"):
     ...     mask = softk.topk(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
     """
+    with choosing(_require_choice("choice", choice)):
+        yield
+
+
+@contextmanager
+def choosing(choice: str) -> Iterator[None]:
+    """`kernels` without a check of the choice."""
     before = _chosen[0]
-    _chosen[0] = _require_choice("choice", choice)
+    _chosen[0] = choice
     try:
         yield
     finally:
