@@ -12,7 +12,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -166,22 +166,37 @@ class Kernel:
     compute: Callable[..., tuple[Array | None, ...]]
 
 
-#: What ``SOFTK_KERNELS`` may be.
-CHOICES = ("auto", "none", "triton")
+#: What may always be chosen: all kernels, none, or softk's own of one name. `choices` has those of others besides.
+CHOICES = ("auto", "none", "numba", "triton")
 
-
-def _require_choice(name: str, choice: Any) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    return str(choice)
-
-
-_chosen = [_require_choice("SOFTK_KERNELS", os.environ.get("SOFTK_KERNELS", "auto"))]
+#: What was chosen last.
+_chosen = [os.environ.get("SOFTK_KERNELS", "auto")]
+#: Whether the name in the environment must still be looked up: no backend is loaded yet when softk is imported.
+_unknown = [_chosen[0] not in CHOICES]
 
 
 def chosen_kernels() -> str:
     """What was chosen last, by ``SOFTK_KERNELS`` or `kernels`."""
     return _chosen[0]
+
+
+def choices() -> tuple[str, ...]:
+    """What may be chosen now: `CHOICES`, and the names of the kernels of every library that is imported."""
+    names: set[str] = set()
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            with suppress(ImportError):
+                backend = adapter.load()
+                names |= {kernel.name for kernel in (backend.kernels if backend is not None else ())}
+    return (*CHOICES, *sorted(names - set(CHOICES)))
+
+
+def _require_choice(name: str, choice: Any) -> str:
+    if choice not in CHOICES:
+        allowed = choices()
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+    return str(choice)
 
 
 @contextmanager
@@ -190,17 +205,19 @@ def kernels(choice: str) -> Iterator[None]:
 
     Parameters
     ----------
-    choice : {"auto", "none", "triton"}
-        All that serve, none (the reference computes everything), or those of one name.
+    choice : {"auto", "none", "numba", "triton"} or str
+        All that serve, none (the reference computes everything), or those of one name. The name may be that of any
+        kernel of a library that is imported.
 
     Raises
     ------
     ValueError
-        If `choice` is none of these.
+        If `choice` is none of these. The text lists what is allowed.
 
     Notes
     -----
-    What was compiled before keeps the kernels that were chosen then.
+    What was compiled before keeps the kernels that were chosen then. A name in `SOFTK_KERNELS` that is not one of
+    softk's own is looked up at the first call, when the library of the array is known, and raises the same error then.
 
     Examples
     --------
@@ -296,6 +313,9 @@ class Backend:
         tuple
             The results of that part. Of a vjp, None for every cotangent that is not needed.
         """
+        if _unknown[0]:
+            _require_choice("SOFTK_KERNELS", _chosen[0])
+            _unknown[0] = False
         compute = getattr(primitive, part)
         for kernel in self.kernels:
             serves = kernel.primitive is primitive and kernel.part == part and _chosen[0] in ("auto", kernel.name)
