@@ -114,7 +114,7 @@ def _refuses_by_value(backend: Any, inputs: Any, *_: Any, **__: Any) -> str | No
 
 def _exact_state(backend: Any, inputs: Any, **options: Any) -> Any:
     """A mask that is right, with a reference score that does not separate: the offset says the rest."""
-    found, offset, reference = MASK.forward(backend, inputs, **options)
+    found, offset, reference = HARD.forward(backend, inputs, **options)
     tau = inputs[2] + 0.0 * offset
     return found, offset + 3.0, reference - 3.0 * tau
 
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Any, Any, Any, str]] = {
     "outside": (MASK, "forward", (0, _more(2e-7)), r"the mask is not in \[0, 1\]"),
     "offset": (MASK, "forward", (1, _more(1e-3)), "the cotangent of"),
     "NaN": (MASK, "forward", (0, np.nan_to_num), "NaN is not where it must be"),
-    "separation": (MASK, "forward", _exact_state, "does not separate the k largest"),
+    "separation": (HARD, "forward", _exact_state, "does not separate the k largest"),
     "shape": (MASK, "forward", (1, lambda offset: offset[..., 0]), "result 1 has the shape"),
     "dtype": (MASK, "forward", (2, lambda reference: reference.astype("float64")), "result 2 has the dtype"),
     "count": (MASK, "forward", _keeping(_count), "it returns 2 results, the reference 3"),

@@ -23,6 +23,7 @@ MODULES = [
     "softk._native",
     "softk.testing.oracle",
     "softk.testing.problems",
+    "softk.testing.backends",
     "softk.testing.kernels",
     "softk.neighbors",
     "softk_sklearn.embedding",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from softk._native import devices, native_gradient
 
+from .backends import check_backend
 from .kernels import KernelReport, check_kernel
 from .memory import LAYOUTS, poisoned
 from .oracle import EXACT, LONG, Arithmetic, Oracle
@@ -20,6 +21,7 @@ __all__ = [
     "KernelReport",
     "Oracle",
     "Problem",
+    "check_backend",
     "check_kernel",
     "devices",
     "native_gradient",
