@@ -22,7 +22,7 @@ MODULES = [
     "softk.backend",
     "softk._native",
     "softk.testing.oracle",
-    "softk.testing.problems",
+    "softk.testing.cases",
     "softk.testing.backends",
     "softk.testing.kernels",
     "softk.neighbors",

@@ -8,10 +8,10 @@ from __future__ import annotations
 from softk._native import devices, native_gradient
 
 from .backends import check_backend
+from .cases import Problem, problems
 from .kernels import KernelReport, check_kernel
 from .memory import LAYOUTS, poisoned
 from .oracle import EXACT, LONG, Arithmetic, Oracle
-from .problems import Problem, problems
 
 __all__ = [
     "EXACT",

@@ -17,8 +17,8 @@ from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshol
 from softk._reference.threshold.solve import solver
 from softk.backend import Array, Backend, Kernel, backend_of, choosing
 
+from .cases import Problem, problems
 from .memory import LAYOUTS, UnsupportedError, address, poisoned, same_bits, values_of
-from .problems import Problem, problems
 
 __all__ = ["KernelReport", "check_kernel"]
 

@@ -59,8 +59,9 @@ EXACT = Arithmetic(_exact_array, _exactly("exp"), _exactly("log"))
 #: NumPy's long double, which has 19 digits on x86 and no more than float64 on some other processors.
 LONG = Arithmetic(lambda values: np.asarray(values, dtype=np.longdouble), np.exp, np.log)
 
-#: How many temperatures long double may span, how much of p one item may have there, and how little of the weight.
-_MOST_SPREAD, _MOST_SHARE, _LEAST_SLOPE, _MOST_RATIO = 1e4, 0.99, 1e-4, 1e6
+#: What long double suffices for: how far the scores are apart, in epsilons; how much of p one item has; how small the
+#: derivative of the weighted sum is; and how far the weights are apart.
+_LEAST_SPREAD, _MOST_SPREAD, _MOST_SHARE, _LEAST_SLOPE, _MOST_RATIO = 1e-3, 1e4, 0.99, 1e-4, 1e6
 
 
 class Oracle:
@@ -158,7 +159,8 @@ class Oracle:
             return False
         x, a = (np.asarray(part[self.kept], np.longdouble) for part in (values, weights))
         a = a[a > 0.0]
-        return bool(np.ptp(x) <= _MOST_SPREAD * np.longdouble(epsilon) and a.max() <= _MOST_RATIO * a.min())
+        spread = np.ptp(x) / np.longdouble(epsilon)
+        return bool(_LEAST_SPREAD <= spread <= _MOST_SPREAD and a.max() <= _MOST_RATIO * a.min())
 
     def _set(self, arithmetic: Arithmetic, values: Any, k: Any, epsilon: Any, weights: Any) -> bool:
         """Solve it. Whether the arithmetic was good enough, if it was long double."""
