@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import softk  # noqa: E402
 import softk_triton  # noqa: E402
+from softk.testing import check_kernel  # noqa: E402
 from softk.testing.cases import EDGES, EPSILONS, SCORES, masses  # noqa: E402
 from softk_triton import launch  # noqa: E402
 from softk_triton.tiles import deficit  # noqa: E402
@@ -190,6 +191,23 @@ def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
             assert_near(found[name], expected[name], 2e-5)
     if "epsilon" in found:  # the difference of large terms, of which each is exact to rounding
         torch.testing.assert_close(found["epsilon"].isnan(), expected["epsilon"].isnan())
+
+
+#: What the interpreter computes in seconds; a device takes all of them.
+QUICK = ("n = 2", "no batch", "NaN", "fewer than k", "no slices")
+
+
+@pytest.mark.parametrize("kernel", softk_triton.KERNELS, ids=lambda kernel: f"{kernel.primitive.name}, {kernel.part}")
+def test_contract(device: str, kernel: Any) -> None:
+    """The kit. Triton's interpreter is not for several threads."""
+    report = check_kernel(
+        kernel,
+        lambda values: torch.tensor(values, device=device),
+        dtypes=("bfloat16", "float32") if device == "cuda" else ("float32",),
+        only=None if device == "cuda" else lambda problem: problem.name in QUICK,
+        threads=4 if device == "cuda" else 1,
+    )
+    assert all(name.startswith("no slices") for name in report.refused)
 
 
 def test_other_operators_through_the_solver(device: str, rows: str, launched: list[str], rng: Any) -> None:
