@@ -13,7 +13,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -168,22 +168,37 @@ class Kernel:
     compute: Callable[..., tuple[Array | None, ...]]
 
 
-#: The allowed values of ``SOFTK_KERNELS``.
+#: The values of ``SOFTK_KERNELS`` that are always allowed. `choices` adds the names of other kernels.
 CHOICES = ("auto", "none", "numba", "triton")
 
-
-def _require_choice(name: str, choice: Any) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    return str(choice)
-
-
-_chosen = [_require_choice("SOFTK_KERNELS", os.environ.get("SOFTK_KERNELS", "auto"))]
+#: What was chosen last.
+_chosen = [os.environ.get("SOFTK_KERNELS", "auto")]
+#: Whether the name in the environment must still be looked up: no backend is loaded yet when softk is imported.
+_unknown = [_chosen[0] not in CHOICES]
 
 
 def chosen_kernels() -> str:
     """The choice in force, made by `kernels` or else by ``SOFTK_KERNELS``."""
     return _chosen[0]
+
+
+def choices() -> tuple[str, ...]:
+    """What may be chosen now: `CHOICES`, and the names of the kernels of every library that is imported."""
+    names: set[str] = set()
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            with suppress(ImportError):
+                backend = adapter.load()
+                names |= {kernel.name for kernel in (backend.kernels if backend is not None else ())}
+    return (*CHOICES, *sorted(names - set(CHOICES)))
+
+
+def _require_choice(name: str, choice: Any) -> str:
+    if choice not in CHOICES:
+        allowed = choices()
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+    return str(choice)
 
 
 @contextmanager
@@ -192,18 +207,20 @@ def kernels(choice: str) -> Iterator[None]:
 
     Parameters
     ----------
-    choice : {"auto", "none", "numba", "triton"}
+    choice : {"auto", "none", "numba", "triton"} or str
         "auto" uses every kernel that supports the arguments. "none" uses only the reference implementation. A name uses
-        only the kernels of that name.
+        only the kernels of that name. It may be the name of any kernel of an imported library.
 
     Raises
     ------
     ValueError
-        If `choice` is not one of these.
+        If `choice` is not one of these. The text lists what is allowed.
 
     Notes
     -----
-    A function that was compiled earlier keeps the kernels that were chosen at its compilation.
+    A function that was compiled earlier keeps the kernels that were chosen at its compilation. A name in
+    `SOFTK_KERNELS` that is not one of softk's own is looked up at the first call, when the library of the array is
+    known, and raises the same error then.
 
     Examples
     --------
@@ -212,8 +229,15 @@ def kernels(choice: str) -> Iterator[None]:
     >>> with softk.kernels("none"):
     ...     mask = softk.topk(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
     """
+    with choosing(_require_choice("choice", choice)):
+        yield
+
+
+@contextmanager
+def choosing(choice: str) -> Iterator[None]:
+    """`kernels` without a check of the choice."""
     before = _chosen[0]
-    _chosen[0] = _require_choice("choice", choice)
+    _chosen[0] = choice
     try:
         yield
     finally:
@@ -294,6 +318,9 @@ class Backend:
         tuple
             The results of that part. For a vjp, every cotangent that is not needed is None.
         """
+        if _unknown[0]:
+            _require_choice("SOFTK_KERNELS", _chosen[0])
+            _unknown[0] = False
         compute = getattr(primitive, part)
         for kernel in self.kernels:
             serves = kernel.primitive is primitive and kernel.part == part and _chosen[0] in ("auto", kernel.name)
