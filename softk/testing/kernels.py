@@ -283,6 +283,8 @@ class _Case:
         given = [value for group in groups for value in group if hasattr(value, "dtype")]
         copies = [self.values(value).copy() for value in given]
         with choosing(self.kernel.name), self.backend.quiet():
+            # The first call may compile, and a compiler must find the library's own functions.
+            self.kernel.compute(self.backend, *groups, **options)
             with poisoned(math.nan):
                 found = self.kernel.compute(self.backend, *groups, **options)
                 first: list[Any] = [self.values(value).copy() if hasattr(value, "dtype") else value for value in found]
