@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cache import compiled, kernel
 from .operations import EXACT, FAST, exponential
 from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_row, push_row
 from .solve import BLOCK, log_odds, solve_exactly, solve_guessed, survey_block
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def facts_of(x):
     """The extremes, the mean, the deviation and the number; the mean is not finite where a score is not."""
     n = x.shape[0]
@@ -28,7 +28,7 @@ def facts_of(x):
     return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), float(n)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def weighted_facts_of(x, weights, total):
     """The same, by weight."""
     highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
@@ -42,7 +42,7 @@ def weighted_facts_of(x, weights, total):
     return highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_mask(x, reference, inverse, offset, out):
     """sigmoid((x - reference) / tau - offset), for finite scores."""
     one = x.dtype.type(1.0)
@@ -50,14 +50,14 @@ def write_mask(x, reference, inverse, offset, out):
         out[i] = one / (one + exponential(offset - (x[i] - reference) * inverse))
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_ratio(odds, level, out):
     """The same, from exp((x - reference) / tau) and exp(offset)."""
     for i in range(out.shape[0]):
         out[i] = odds[i] / (odds[i] + level)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def write_far_mask(x, reference, tau, offset, largest, out):
     """The same, for infinite scores and any temperature: 0 for a score of -inf."""
     for i in range(x.shape[0]):
@@ -70,7 +70,7 @@ def write_far_mask(x, reference, tau, offset, largest, out):
         out[i] = found
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
     """The threshold of a row, which has -inf where nothing can be selected.
 
@@ -141,7 +141,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     )
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
@@ -176,7 +176,7 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
         offsets[row], references[row] = offset, reference
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
     """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
     n = x.shape[1]
@@ -221,7 +221,7 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
             taubar[row] = tbar
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
     """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]
@@ -266,7 +266,7 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
         doffset[row] = found
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
     """What the solver settles to: four numbers and four flags a row."""
     n = x.shape[1]
