@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from softk._reference.threshold.limits import MARGIN, STEPS
 
 from .cache import compiled
@@ -26,8 +28,9 @@ from .operations import EXACT, FAST, FORMULAS, exponential, larger, smaller
 step_size, rounded_deficit = FORMULAS.step_size, FORMULAS.deficit
 midpoint, excess_of = FORMULAS.midpoint, FORMULAS.excess_of
 
-#: How many numbers are added up in the scores' dtype: few enough for its rounding, and for an exact count.
-BLOCK = 2048
+#: How many numbers are added up in the scores' dtype: few enough for an exact count, and for ties, whose sums are all
+#: rounded the same way.
+BLOCK = 512
 #: How often a pivot is guessed before the scores between two pivots are gathered.
 GUESSES = 6
 #: A guessed reference may be that far from the threshold, in units of tau.
@@ -409,38 +412,37 @@ def fill_far_odds(x, ends, middle, half, tau, odds):
 
 
 @compiled(EXACT)
-def solve_guessed(x, weights, facts, k, tau, bound, some, odds, room):
+def solve_guessed(x, facts, k, tau, bound, some, odds):
     """The threshold from a guessed reference: it, the offset, whether `odds` are of all scores, whether it is good."""
     highest, lowest, center, spread, total = facts
     n = x.shape[0]
     number = x.dtype.type
-    little = 0.5 if weights is None else 0.5 * total / n
-    aim = rarity(k, total, little)
+    aim = rarity(k, total, 0.5)
     share = k / total
     # About the slope of the mass. Where it is small, the threshold is in a gap as a rule.
     if not (share * (1.0 - share) * 1.7 * total * tau > 0.25 * spread):
         return 0.0, 0.0, False, False
     pivot = number(min(max(center - spread * aim / 1.702, lowest), highest))
     for _ in range(3):
-        found = mass_above(x, weights, pivot)
-        if math.fabs(found - k) <= 0.25 * min(k, total - k) + 2.0 * little:
+        found = mass_above(x, None, pivot)
+        if math.fabs(found - k) <= 0.25 * min(k, total - k) + 1.0:
             break
-        pivot = number(min(max(pivot + spread * (rarity(found, total, little) - aim) / 2.2, lowest), highest))
+        pivot = number(min(max(pivot + spread * (rarity(found, total, 0.5) - aim) / 2.2, lowest), highest))
     width = tau * (math.log(n / bound[0]) + MARGIN + NEAR)
-    low, high = pivot - width, pivot + width
+    low, high = min(pivot - width, float(np.nextafter(pivot, -number(math.inf)))), pivot + width
     whole = (low < lowest) & (high >= highest)
     above = 0.0
     if whole:
         fill_odds(x, pivot, number(1.0 / tau), odds)
-        offset, slope, _ = search(odds[:n], weights, 0.0, k, 0.0, bound)
+        offset, slope, _ = search(odds[:n], None, 0.0, k, 0.0, bound)
     else:
         if high < highest:
-            above = mass_above(x, weights, number(high))
-        count = gather(x, weights, low, high, some, room)
+            above = mass_above(x, None, number(high))
+        count = gather(x, None, low, high, some, some)
         fill_odds(some[:count], pivot, number(1.0 / tau), odds)
-        offset, slope, _ = search(odds[:count], None if weights is None else room[:count], above, k, 0.0, bound)
+        offset, slope, _ = search(odds[:count], None, above, k, 0.0, bound)
     # Within the window the tails of what is left out are negligible beside those that a slope like that has.
-    return float(pivot), offset, whole, (slope > LEAST_SLOPE * total / n) & (math.fabs(offset) < NEAR)
+    return float(pivot), offset, whole, (slope > LEAST_SLOPE) & (math.fabs(offset) < NEAR)
 
 
 @compiled(EXACT)
@@ -464,6 +466,8 @@ def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, od
     above, count = 0.0, n
     for attempt in range(2):
         lowest_kept, highest_kept = low - width, high + width
+        # A window may be narrower than the spacing of floats: the lower score must be inside.
+        lowest_kept = min(lowest_kept, float(np.nextafter(number(low), -number(math.inf))))
         if attempt == 0 and (lowest_kept >= lowest or highest_kept < highest):
             if highest_kept < highest:
                 above = mass_above(x, weights, number(highest_kept))
