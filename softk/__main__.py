@@ -42,6 +42,8 @@ def main() -> int:
     if served := [row for name in _names() for row in _kernel_rows(name)]:
         print(f"\nKernels, used instead of the library's array operations. SOFTK_KERNELS is {chosen_kernels()!r}.\n")
         _print_table([("kernel", "library", "device", "computes", "serves float32"), *served])
+        for note in _notes():
+            print(f"\n{note}")
     return int(any(row[-1].startswith("failed") for row in rows))
 
 
@@ -121,6 +123,20 @@ def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
                 label = "cpu" if device is None else str(device)
                 answer = "yes" if reason is None else f"no: {reason}"
                 yield kernel.name, name, label, kernel.primitive.name, answer
+
+
+def _notes() -> list[str]:
+    """What the kernels report about themselves, each line once."""
+    found: dict[str, None] = {}
+    for name in _names():
+        try:
+            kernels = _backend(name).kernels
+        except Exception:  # the first table has a row that says so
+            continue
+        for kernel in kernels:
+            if kernel.note is not None and (note := kernel.note()) is not None:
+                found[note] = None
+    return list(found)
 
 
 def _fault(error: Exception) -> str:

@@ -159,6 +159,8 @@ class Kernel:
         arguments, or None if it does. It may read types, shapes and devices, but no values.
     compute : callable
         ``compute(backend, *groups, **options) -> tuple``.
+    note : callable, optional
+        ``note() -> str or None``: a line about all kernels of this name, which ``python -m softk`` prints.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Kernel:
     part: Part
     refuses: Callable[..., str | None]
     compute: Callable[..., tuple[Array | None, ...]]
+    note: Callable[[], str | None] | None = None
 
 
 #: The values of ``SOFTK_KERNELS`` that are always allowed. `choices` adds the names of other kernels.

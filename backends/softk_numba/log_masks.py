@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cache import compiled, kernel
 from .log_rule import pull_log_row, push_log_row
 from .masks import CAREFUL, solve_row
 from .operations import EXACT, FAST, exponential
@@ -14,7 +14,7 @@ from .rows import fill, masked_row, number_of, row_of, store_row, target_of
 from .solve import log_odds
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_log_mask(x, reference, inverse, offset, out):
     """min(z, 0) - log1p(exp(-|z|)), for finite scores.
 
@@ -47,7 +47,7 @@ def write_log_mask(x, reference, inverse, offset, out):
         out[i] = (z if z < none else none) - two * s * series
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start, stop):
     """Logarithms of the masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
@@ -85,7 +85,7 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
         offsets[row], references[row] = offset, reference
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def pull_log_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
     """The cotangents of the inputs, from those of the log mask and the offset. Those without rows are not wanted."""
     n = x.shape[1]
@@ -132,7 +132,7 @@ def pull_log_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kb
             taubar[row] = tbar
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def push_log_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
     """The tangents of the log mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from .cache import compiled
 from .operations import EXACT, FAST, exponential, larger
 from .rule import (
     LEAST_GAIN,
@@ -26,7 +25,7 @@ from .rule import (
 from .solve import BLOCK
 
 
-@njit(**FAST)
+@compiled(FAST)
 def log_gains_block(x, u, reference, inverse, offset, gains, direct):
     """v and (1 - m) u of every item; the sums of both, and the largest v."""
     number = x.dtype.type
@@ -47,14 +46,14 @@ def log_gains_block(x, u, reference, inverse, offset, gains, direct):
     return total, product, most
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_log_product(direct, factor, inverse, gains):
     """((1 - m) u + v factor) / tau, in the place of v."""
     for i in range(gains.shape[0]):
         gains[i] = (direct[i] + gains[i] * factor) * inverse
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_log_tangent(x, dx, mean, reference, inverse, offset, out):
     """(1 - m) (dx - mean) / tau."""
     one = x.dtype.type(1.0)
@@ -63,7 +62,7 @@ def write_log_tangent(x, dx, mean, reference, inverse, offset, out):
         out[i] = (dx[i] - mean) * inverse / (one + exponential(z))
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def complement_at(z, scaled, nearest, k, bound, weights):
     """1 - m: the derivative of the logarithm in z. Without weights it is rounded as p is, from which it is taken."""
     if z <= -0.5 * bound[6] or k <= 0.0:
@@ -73,7 +72,7 @@ def complement_at(z, scaled, nearest, k, bound, weights):
     return sigmoid(-z)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, direct, z, scaled):
     """Cotangents of scores and weights, from those of the log mask and the offset; returns those of k and tau."""
     n = x.shape[0]
@@ -145,7 +144,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
     return hbar, taubar
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
     """The tangent of the log mask, from those of the scores, k, tau and the weights; returns that of the offset."""
     n = x.shape[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cache import compiled, kernel
 from .operations import EXACT, FAST, exponential
 from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_row, push_row
@@ -19,7 +19,7 @@ WHOLE, GUESSED, PLAIN, CAREFUL = 0, 1, 2, 3
 ROUNDED = 12.0
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def facts_of(x):
     """The extremes, the mean, the deviation and the number; the mean is not finite where a score is not."""
     n = x.shape[0]
@@ -34,7 +34,7 @@ def facts_of(x):
     return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), float(n)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def weighted_facts_of(x, weights, total):
     """The same, by weight."""
     highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
@@ -48,7 +48,7 @@ def weighted_facts_of(x, weights, total):
     return highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_block(x, reference, inverse, offset, out):
     """sigmoid((x - reference) / tau - offset), for finite scores; the sum of it."""
     one = x.dtype.type(1.0)
@@ -60,7 +60,7 @@ def write_block(x, reference, inverse, offset, out):
     return total
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_ratio_block(odds, level, out):
     """The same, from exp((x - reference) / tau) and exp(offset)."""
     total = odds.dtype.type(0.0)
@@ -71,7 +71,7 @@ def write_ratio_block(odds, level, out):
     return total
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def write_mask(x, reference, tau, offset, way, odds, out):
     """The mask of a row of finite scores, in the way that `solve_row` names; the sum of it."""
     number = x.dtype.type
@@ -86,7 +86,7 @@ def write_mask(x, reference, tau, offset, way, odds, out):
     return total
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def write_far_mask(x, reference, tau, offset, largest, out):
     """The same, for infinite scores and any temperature: 0 for a score of -inf."""
     for i in range(x.shape[0]):
@@ -99,7 +99,7 @@ def write_far_mask(x, reference, tau, offset, largest, out):
         out[i] = found
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
     """The threshold of a row, which has -inf where nothing can be selected.
 
@@ -171,7 +171,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     )
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
@@ -208,7 +208,7 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
         offsets[row], references[row] = offset, reference
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
     """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
     n = x.shape[1]
@@ -253,7 +253,7 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
             taubar[row] = tbar
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
     """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]
@@ -298,7 +298,7 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
         doffset[row] = found
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
     """What the solver settles to: four numbers and four flags a row."""
     n = x.shape[1]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger
 from .solve import BLOCK, log_odds
 
@@ -25,7 +24,7 @@ MOST_SHARE = 0.75
 # --- ordinary rows
 
 
-@njit(**FAST)
+@compiled(FAST)
 def gains_block(x, values, reference, inverse, offset, gains):
     """v of every item; the sum of v, that of v times the values, and the largest v, once more as the largest a v."""
     number = x.dtype.type
@@ -44,7 +43,7 @@ def gains_block(x, values, reference, inverse, offset, gains):
     return total, product, most, most
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offset, gains):
     """v of every item; the sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
     number = x.dtype.type
@@ -66,7 +65,7 @@ def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offs
     return total, product, most, heaviest
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
     """v of every item, V, the product with the values, and whether the row is ordinary."""
     total = product = most = heaviest = 0.0
@@ -92,14 +91,14 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
     return total, product, ordinary
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_product(values, mean, inverse, gains):
     """v (u - mean) / tau, in the place of v."""
     for i in range(gains.shape[0]):
         gains[i] = gains[i] * (values[i] - mean) * inverse
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_weighted_product(values, weights, mean, inverse, gains):
     """v (u - a mean) / tau, in the place of v. An item without v may have any weight."""
     none = gains.dtype.type(0.0)
@@ -111,18 +110,18 @@ def write_weighted_product(values, weights, mean, inverse, gains):
 # --- rows with care
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sigmoid(z):
     decay = math.exp(-math.fabs(z))
     return (1.0 if z > 0.0 else decay) / (1.0 + decay)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def clipped_odds(value, reference, tau, farthest):
     return min(max(log_odds(value, reference, tau), -farthest), farthest)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
     """z and v' of every item; |z| of the nearest, V', and the item that dominates p, -1 where there is none.
 
@@ -214,13 +213,13 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
     return nearest, (normal if normal != 0.0 else 1.0), held
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def weighted_value(weight, value, bound):
     """weight * value; the weight of an item with next to no value may be anything."""
     return weight * value if value > 2.0 * bound[12] else 0.0
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gain_at(z, scaled, nearest, weights):
     """v. With weights v' may be clipped, and v is not in proportion to it."""
     if weights is None:
@@ -228,7 +227,7 @@ def gain_at(z, scaled, nearest, weights):
     return sigmoid(z) * sigmoid(-z)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def over_slope(factor, nearest, rate, bound):
     """A factor over V, clipped: the quotient is what is held at the largest derivative, and neither of the two."""
     farthest, log_farthest = bound[6], bound[2]
@@ -242,7 +241,7 @@ def over_slope(factor, nearest, rate, bound):
     return min(half * scale * half, most)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def origin_of(x, weights, scaled, bound):
     """The score that has the most of p: temperatures are differentiated by distances from it."""
     most, found = -1.0, math.inf
@@ -256,7 +255,7 @@ def origin_of(x, weights, scaled, bound):
     return min(max(found, -bound[5]), bound[5])
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
     """Cotangents of the scores and the weights, from those of the mask and the offset; returns those of k and tau.
 
@@ -348,7 +347,7 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
     return hbar, taubar
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def tangents_of(x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, normal, held, rate, origin, z, scaled):
     """What the tangents of all items have in common.
 
@@ -389,7 +388,7 @@ def tangents_of(x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, no
     return (at_most, mean, level, by_unit), dk - above - below, by_slope, doffset
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
     """The tangent of the mask, from those of the scores, k, tau and the weights; returns those of offset and threshold.
 
@@ -441,13 +440,13 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
 # --- the threshold
 
 
-@njit(**FAST)
+@compiled(FAST)
 def scale(values, factor):
     for i in range(values.shape[0]):
         values[i] *= factor
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
     """Cotangents of scores and weights, from those of the threshold and the offset; returns those of k and tau."""
     number = x.dtype.type

@@ -19,10 +19,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from softk._reference.threshold.limits import MARGIN, STEPS
 
+from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger, smaller
 
 step_size, rounded_deficit = FORMULAS.step_size, FORMULAS.deficit
@@ -44,7 +44,7 @@ SHORT = 24
 # --- passes over a row
 
 
-@njit(**FAST)
+@compiled(FAST)
 def survey_block(x, origin):
     """The largest and the smallest number, the sum of what they are above `origin`, and the sum of its squares."""
     number = x.dtype.type
@@ -58,7 +58,7 @@ def survey_block(x, origin):
     return most, least, total, squares
 
 
-@njit(**FAST)
+@compiled(FAST)
 def count_block(x, level):
     number = x.dtype.type
     found = number(0.0)
@@ -67,7 +67,7 @@ def count_block(x, level):
     return found
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weigh_block(x, weights, level):
     number = x.dtype.type
     found = number(0.0)
@@ -76,7 +76,7 @@ def weigh_block(x, weights, level):
     return found
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def mass_above(x, weights, level):
     """The number of the scores above a level, or their weight."""
     found = 0.0
@@ -88,7 +88,7 @@ def mass_above(x, weights, level):
     return found
 
 
-@njit(**FAST)
+@compiled(FAST)
 def sweep_block(odds, level):
     number = odds.dtype.type
     above = both = upper = curved = number(0.0)
@@ -103,7 +103,7 @@ def sweep_block(odds, level):
     return above, both, upper, curved
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weighted_sweep_block(odds, weights, level):
     number = odds.dtype.type
     above = both = upper = curved = number(0.0)
@@ -119,7 +119,7 @@ def weighted_sweep_block(odds, weights, level):
     return above, both, upper, curved
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sweep(odds, weights, level):
     """The mass above the threshold, both tails and the slope of the mass, from exp(z) beside exp(offset)."""
     above = both = upper = curved = 0.0
@@ -136,7 +136,7 @@ def sweep(odds, weights, level):
     return above, max(both - upper, 0.0), upper, both - curved
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gather(x, weights, low, high, into, weights_into):
     """Copy the scores in (low, high] and return their number."""
     count = 0
@@ -153,13 +153,13 @@ def gather(x, weights, low, high, into, weights_into):
 # --- the scores at the gap
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def rarity(mass, total, little):
     """The log-odds of a mass, finite at both ends: nearly linear in the score where scores are bell-shaped."""
     return math.log((mass + little) / (total - mass + little))
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sort_descending(x, weights, n):
     for i in range(1, n):
         value, j = x[i], i
@@ -174,7 +174,7 @@ def sort_descending(x, weights, n):
             weights[j] = weight
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def ends_beside(x, weights, n, level, mass, least, most):
     """The same for a level that separates the two: the mass above it is neither less than `least` nor above `most`."""
     high, low = math.inf, -math.inf
@@ -210,7 +210,7 @@ def ends_beside(x, weights, n, level, mass, least, most):
     return high, low
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def ends_among(x, weights, n, mass, least, most):
     """The scores at which the mass, from the largest, reaches `least` and exceeds `most`.
 
@@ -295,7 +295,7 @@ def ends_among(x, weights, n, mass, least, most):
     return high, low
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def find_ends(x, weights, extremes, center, spread, total, k, least, most, some_x, some_weights):
     """The scores on either side of the gap: at which the mass, from the largest, reaches `least` and exceeds `most`.
 
@@ -336,7 +336,7 @@ def find_ends(x, weights, extremes, center, spread, total, k, least, most, some_
 # --- Newton's steps
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def search(odds, weights, above, k, half, bound):
     """The offset from the middle of the gap, the slope of the mass there, and both tails.
 
@@ -368,20 +368,20 @@ def search(odds, weights, above, k, half, bound):
     return offset, slope, tails
 
 
-@njit(**FAST)
+@compiled(FAST)
 def fill_odds(x, reference, inverse, odds):
     """exp((x - reference) / tau), clipped to what `exponential` can hold."""
     for i in range(x.shape[0]):
         odds[i] = exponential((x[i] - reference) * inverse)
 
 
-@njit(**FAST)
+@compiled(FAST)
 def shift_odds(odds, factor):
     for i in range(odds.shape[0]):
         odds[i] *= factor
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def log_odds(value, reference, tau):
     """(value - reference) / tau in float64, for any temperature: neither the difference nor its quotient overflows."""
     if math.fabs(value) > 1e300 or math.fabs(reference) > 1e300:
@@ -393,7 +393,7 @@ def log_odds(value, reference, tau):
     return (value - reference) / tau
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def fill_far_odds(x, ends, middle, half, tau, odds):
     """The same for a gap that is narrowed to `half` on either side, and for any temperature.
 
@@ -411,7 +411,7 @@ def fill_far_odds(x, ends, middle, half, tau, odds):
         odds[i] = exponential(x.dtype.type(z))
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_guessed(x, facts, k, tau, bound, some, odds):
     """The threshold from a guessed reference: it, the offset, whether `odds` are of all scores, whether it is good."""
     highest, lowest, center, spread, total = facts
@@ -445,7 +445,7 @@ def solve_guessed(x, facts, k, tau, bound, some, odds):
     return float(pivot), offset, whole, (slope > LEAST_SLOPE) & (math.fabs(offset) < NEAR)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, odds, room):
     """The threshold from the scores at the gap: reference, offset, both sides of the gap in z, and the upper score."""
     highest, lowest, center, spread, total = facts

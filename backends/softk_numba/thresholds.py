@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cache import kernel
 from .operations import EXACT
 from .rows import fill, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_threshold_row, push_row
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def pull_threshold_rows(
     x, weights, where, k, tau, offsets, references, b, c, xbar, kbar, taubar, abar, bound, start, stop
 ):
@@ -58,7 +58,7 @@ def pull_threshold_rows(
             taubar[row] = tbar
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def push_threshold_rows(
     x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, dt, doffset, bound, start, stop
 ):
