@@ -346,24 +346,6 @@ class Backend:
         """The same values, cut off from automatic differentiation."""
         return x
 
-    def gather_above(self, x: Array, level: Array) -> Array | None:
-        """The scores that are not below a level, in a shorter array. Asked only for an array that has `memory`.
-
-        Parameters
-        ----------
-        x : array
-            Scores, shape (..., n), of which some may be NaN.
-        level : array
-            Shape (..., 1).
-
-        Returns
-        -------
-        array or None
-            Shape (..., m): of each slice the scores ``~(x < level)``, in any order, and then -inf. None where it would
-            not be much shorter, or to look at values would wait for a device.
-        """
-        return None
-
     def sigmoid(self, z: Array) -> Array:
         """1 / (1 + exp(-z)): 0 and 1 at the infinities, and differentiable there operation by operation."""
         upper = z > 0.0

@@ -145,20 +145,6 @@ class NumpyBackend(Backend):
         blocks = np.vecdot(_in_blocks(x), _in_blocks(y))
         return found + blocks.sum(axis=-1, keepdims=True)
 
-    def gather_above(self, x: Array, level: Array) -> Array | None:
-        flat = x.reshape(-1, x.shape[-1])
-        found = np.flatnonzero(~(flat < level.reshape(-1, 1)))
-        if found.size > flat.size // 2:
-            return None
-        ends = np.searchsorted(found, np.arange(1, len(flat) + 1) * flat.shape[-1])
-        counts = np.diff(ends, prepend=0)[:, None]
-        width = int(counts.max(initial=1))
-        if width > flat.shape[-1] // 2:
-            return None
-        gathered = np.full((len(flat), width), -np.inf, x.dtype)
-        gathered[np.arange(width) < counts] = flat.reshape(-1).take(found)
-        return gathered.reshape(*x.shape[:-1], width)
-
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if isinstance(ranks, tuple):

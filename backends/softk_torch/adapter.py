@@ -91,21 +91,6 @@ class TorchBackend(Backend):
     def sigmoid(self, z: Array) -> Array:
         return torch.sigmoid(z)
 
-    def gather_above(self, x: Array, level: Array) -> Array | None:
-        if x.device.type != "cpu" or x.numel() == 0:
-            return None
-        flat = x.reshape(-1, x.shape[-1])
-        chosen = (flat < level.reshape(-1, 1)).logical_not_()
-        counts = torch.count_nonzero(chosen, dim=-1)[:, None]
-        width = max(int(counts.max()), 1)
-        if 2 * width > flat.shape[-1]:
-            return None
-        gathered = flat.new_full((len(flat), width), -torch.inf)
-        # Faster than by the booleans themselves.
-        found = flat.reshape(-1).index_select(0, chosen.reshape(-1).nonzero()[:, 0])
-        gathered.masked_scatter_(torch.arange(width, device=x.device) < counts, found)
-        return gathered.reshape(*x.shape[:-1], width)
-
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple):
             ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])

@@ -10,7 +10,7 @@ tau. So t = r + tau s: the reference r is the k-th largest *score*, or for a who
 and x_i - r is exact or nearly so for the scores that matter; the offset s, in units of tau, is the unknown.
 
 `limits` has what a dtype can hold, and the tolerances; `formulas` what is computed once per slice; `problem` the scores
-in units of tau and the weights; `ends` the gap in which the threshold lies; `newton` the steps to it; `solve` puts them
-together.
+in units of tau and the weights; `ends` the gap in which the threshold lies; `newton` the steps to it; `window` the scores
+near it; `solve` puts them together.
 `rule` is the derivative, and `masks` and `quantile` are the operators that are made of a threshold.
 """

@@ -11,8 +11,6 @@ from softk.backend import Array
 STEPS = 11
 #: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
 CORRECTIONS = 2
-#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
-MARGIN = 4.0
 #: A mass is rounded by as many units of its last digit: that close to 0, n or a sum of weights, it counts as that.
 ROUNDINGS = 8.0
 

@@ -1,8 +1,4 @@
-"""The threshold in its two parts: the gap, then Newton's steps.
-
-**A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
-array, `window` says which these are, and the solver checks from the result that what was left out had no say.
-"""
+"""The threshold in its two parts: the gap, then Newton's steps."""
 
 from __future__ import annotations
 
@@ -12,9 +8,10 @@ from typing import Any, NamedTuple
 from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
 from .ends import Gap, find_ends, middle, narrow_gap, reference_of
-from .limits import CORRECTIONS, MARGIN, limits
+from .limits import CORRECTIONS, limits
 from .newton import correction, search
 from .problem import effective_weights, logits, selectable
+from .window import MARGIN, window
 
 
 class Solution(NamedTuple):
@@ -144,24 +141,3 @@ solver = Primitive(
     _forms,
     constants=("reference", "offset", "high", "low", "nothing", "everything", "settled", "infinite"),
 )
-
-
-def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
-    """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
-
-    Of the maxima of blocks, the one of a rank is a lower bound of the score of that rank: that many scores are at least
-    as large. Everything that is log(n / eps) and a margin, in units of tau, below the bound has, all together, no part
-    in a tail.
-    """
-    xp, n, rank = backend.xp, x.shape[-1], max(ranks)
-    if not isinstance(n, int) or backend.memory(x) is None:
-        return None
-    size = n // (8 * rank)
-    if size < 4:
-        return None
-    blocks = n // size
-    maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
-    level = backend.select(maxima, (rank,))
-    bound = limits(xp, x.dtype)
-    level = xp.minimum(level, bound.largest) - (math.log(n / bound.eps) + MARGIN) * tau  # of finite scores beside +inf
-    return backend.gather_above(x, level)
