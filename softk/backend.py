@@ -332,33 +332,17 @@ class Backend:
         """Whether the framework may, just now, differentiate a primitive's own operations and not ask for its rule."""
         return False
 
-    @property
-    def overwriting(self) -> Any:
-        """The namespace's elementwise functions, which may write the result over their first argument.
-
-        It is softk's own, of the shape of the result, and nobody reads it again: an array less to be had from the
-        system, which costs more than what is computed. Under batched gradients the first must be batched whenever
-        another one is.
-        """
-        return self.xp
-
     def constant(self, x: Array) -> Array:
         """The same values, cut off from automatic differentiation."""
         return x
 
     def sigmoid(self, z: Array) -> Array:
-        """1 / (1 + exp(-z)): 0 and 1 at the infinities, and differentiable there operation by operation."""
-        upper = z > 0.0
+        """1 / (1 + exp(-z)): exactly 0 and 1 at the infinities, where its operations must have derivatives too.
+
+        The standard has no such function, but many frameworks do.
+        """
         decay = self.xp.exp(-self.xp.abs(z))
-        return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
-
-    def indicator(self, x: Array, level: Array | float) -> Array:
-        """1 where a number is above the level and 0 elsewhere, as numbers of its own dtype."""
-        return self.xp.astype(x > level, x.dtype)
-
-    def dot(self, x: Array, y: Array) -> Array:
-        """The sum of the products along the last axis, which is kept; rounded as the dtype rounds, and no coarser."""
-        return self.xp.sum(x * y, axis=-1, keepdims=True)
+        return self.xp.where(z > 0.0, 1.0, decay) / (1.0 + decay)
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.

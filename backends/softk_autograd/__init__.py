@@ -109,18 +109,6 @@ class AutogradBackend(NumpyBackend):
     def memory(self, x: Any) -> Any:
         return None if isbox(x) else x
 
-    # In operations that the tape knows:
-
-    @property
-    def overwriting(self) -> Any:
-        return self.xp
-
-    def dot(self, x: Array, y: Array) -> Array:
-        return Backend.dot(self, x, y)
-
-    def sigmoid(self, z: Array) -> Array:
-        return Backend.sigmoid(self, z)
-
 
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:

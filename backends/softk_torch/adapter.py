@@ -75,19 +75,6 @@ class TorchBackend(Backend):
         """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
         return bool(torch.compiler.is_compiling())
 
-    @property
-    def overwriting(self) -> Any:
-        """Not where autograd may need what is overwritten, nor under a transform or a trace."""
-        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        return self.xp if differentiated or transformed else _OVERWRITING
-
-    def indicator(self, x: Array, level: Array | float) -> Array:
-        """Compared into numbers: PyTorch is slow with booleans."""
-        if self.overwriting is self.xp or type(x) is not torch.Tensor:
-            return super().indicator(x, level)
-        return torch.gt(x, level, out=torch.empty_like(x))
-
     def sigmoid(self, z: Array) -> Array:
         return torch.sigmoid(z)
 
@@ -279,31 +266,6 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
     found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
     return found
 
-
-class _Overwriting:
-    """The methods of a tensor that end in an underscore, by the names of the standard."""
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(torch.Tensor, f"{name}_")
-        setattr(self, name, method)
-        return method
-
-    @staticmethod
-    def maximum(x: torch.Tensor, other: Any) -> torch.Tensor:
-        return x.clamp_(min=other)
-
-    @staticmethod
-    def minimum(x: torch.Tensor, other: Any) -> torch.Tensor:
-        return x.clamp_(max=other)
-
-    @staticmethod
-    def exp(x: torch.Tensor) -> torch.Tensor:
-        """By powers of 2, three times as fast. At -d it is off by d roundings, of which e^-d leaves less than one."""
-        return x.mul_(_LOG2_E).exp2_()
-
-
-_LOG2_E = 1.4426950408889634
-_OVERWRITING = _Overwriting()
 
 #: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
 #: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.

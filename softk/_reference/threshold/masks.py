@@ -91,8 +91,9 @@ def _like_scores(name: str, result: str, forward: Any, jvp: Any, vjp: Any) -> Pr
 
 def _mask_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
     x, k, tau, weights, where = inputs
+    xp = backend.xp
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
-    z = logits(backend, selectable(backend.xp, x, where), reference, tau, offset)
+    z = logits(backend, selectable(xp, x, where), reference, tau, offset)
     return backend.sigmoid(z), offset, reference
 
 

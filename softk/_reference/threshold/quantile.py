@@ -13,6 +13,7 @@ from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .limits import clip
 from .masks import threshold_forward
+from .problem import total
 from .rule import Linearisation
 
 Arrays = tuple[Array, ...]
@@ -75,7 +76,7 @@ def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: I
     dx, dq, dtau, da, _ = tangents
     q, where = inputs[1], inputs[4]
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
-    dn = None if da is None else one.total(da if where is None else backend.xp.where(where, da, 0.0))
+    dn = None if da is None else total(backend.xp, da if where is None else backend.xp.where(where, da, 0.0))
     _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
     _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
     value = one_push + place.fraction * (two_push - one_push)

@@ -17,7 +17,7 @@ from .window import MARGIN, window
 class Solution(NamedTuple):
     """The threshold reference + tau * offset + extreme of every slice."""
 
-    reference: Array  # a score or the middle of a gap, a constant to every derivative
+    reference: Array  # a score or the middle of a gap; a constant for every derivative
     offset: Array
     extreme: Array  # +inf where nothing is selected, -inf where everything is, else 0
 
@@ -49,13 +49,13 @@ def solve(
     Returns
     -------
     Solution
-        Three arrays of shape (..., 1). A slice that the contract answers with NaN has a NaN offset. Where nothing
-        (everything) is selected the offset saturates every sigmoid at 0 (at 1).
+        Three arrays of shape (..., 1). A slice without an answer has a NaN offset. Where nothing is selected the offset
+        is so large that every sigmoid is 0; where everything is selected, every sigmoid is 1.
     """
     xp = backend.xp
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
-    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
+    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # the result of an invalid value is NaN, set at the end
     if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
         ranks = None  # symbols of a trace
     constants = tuple(None if value is None else backend.constant(value) for value in (x, k, tau, weights, where))
@@ -65,12 +65,12 @@ def solve(
     if backend.differentiates_operations:
         gap = Gap(high, low)
         x = selectable(xp, x, where)
-        held = None if weights is None else effective_weights(xp, x, weights)
+        weights = None if weights is None else effective_weights(xp, x, weights)
         odds, half = narrow_gap(backend, logits(backend, x, reference, tau), gap)
         wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
         offset = offset - middle(gap)
         for _ in range(CORRECTIONS):
-            offset = offset + correction(backend, odds, offset, half, wider, k, held)
+            offset = offset + correction(backend, odds, offset, half, wider, k, weights)
         offset = offset + middle(gap)
     offset = xp.where(everything, -bound.saturated, offset)
     offset = xp.where(nothing, bound.saturated, offset)
@@ -80,7 +80,7 @@ def solve(
 
 
 def _approach(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Array, ...]:
-    """What the solver settles to, without a derivative."""
+    """What the solver converges to, without a derivative."""
     x, k, tau, weights, where = inputs
     xp = backend.xp
     if weights is None:
@@ -103,7 +103,7 @@ def _approach_within(
     ranks: tuple[int, ...] | None,
     n: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """What the solver settles to, from all n scores or those of a window; and whether a window was wide enough."""
+    """What the solver converges to, from all n scores or from a window; and whether the window was wide enough."""
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
@@ -114,7 +114,8 @@ def _approach_within(
     odds, half = narrow_gap(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
     offset, tails = search(backend, odds, half, k, weights, fixed)
     settled = ends.valid & ~xp.isnan(tails.lower)
-    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
+    # The scores outside a window are at least log(n / eps) and the margin below the lower side of the gap. Together
+    # they add less than eps exp(-half - offset - margin) to the lower tail.
     sure = fixed | ~settled | (xp.exp(-half - offset - MARGIN) <= tails.lower + tails.upper)
     return (
         reference,
@@ -133,8 +134,8 @@ def _forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -
     return (number,) * 4 + (flag,) * 4
 
 
-#: The iteration, as one operation of a graph. Its outputs: the threshold in its two parts; both sides of the gap;
-#: whether nothing is selected, everything, there is an answer, and whether the last score that is selected is +inf.
+#: The iteration, as one operation of a graph. Its outputs are the threshold in its two parts, both sides of the gap,
+#: and flags: nothing is selected, everything is selected, there is an answer, the last score that is selected is +inf.
 solver = Primitive(
     "solve_threshold",
     _approach,
