@@ -22,7 +22,7 @@ go back. No step goes beyond the middle of the bracket.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend
 
@@ -51,11 +51,21 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
         weight_above = xp.astype(xp.count_nonzero(is_above, axis=-1, keepdims=True), odds.dtype)
     else:
         weight_above = total(xp, xp.where(is_above, weights, 0.0))
+    tail, square = _tail_and_square(xp, odds, level, weights, smaller)
+    upper_tail = xp.where(is_above, tail, 0.0)
+    upper, lower = total(xp, upper_tail), total(xp, tail - upper_tail)  # the difference of an item is exact
+    return Tails(weight_above, lower, upper, lower + upper - square)
+
+
+def _tail_and_square(
+    xp: Any, odds: Array, level: Array, weights: Array | None, smaller: Array | None
+) -> tuple[Array, Array]:
+    """The weighted tail of every item, and the weighted sum of the squares of the tails."""
     tail = (xp.minimum(odds, level) if smaller is None else smaller) / (odds + level)
-    weighted_tail = tail if weights is None else weights * tail
-    upper = total(xp, xp.where(is_above, weighted_tail, 0.0))
-    lower = total(xp, xp.where(is_above, 0.0, weighted_tail))
-    return Tails(weight_above, lower, upper, lower + upper - dot(xp, weighted_tail, tail))
+    if weights is None:
+        return tail, dot(xp, tail, tail)
+    weighted_tail = weights * tail
+    return weighted_tail, dot(xp, weighted_tail, tail)
 
 
 def deficit(backend: Backend, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
