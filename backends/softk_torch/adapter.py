@@ -244,11 +244,6 @@ def _minimum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
     return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
 
 
-def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> torch.Tensor:
-    found = torch.count_nonzero(x, dim=axis)
-    return found.unsqueeze(axis) if keepdims else found
-
-
 def _argsort(x: torch.Tensor, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> torch.Tensor:
     """An exported program asks for no stable order, which ONNX cannot say; its own keeps ties in order."""
     if not stable or torch.compiler.is_exporting():
@@ -267,8 +262,12 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
     return found
 
 
-#: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
-#: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.
+#: torch as the standard has it, but for what its transforms and compilers need:
+#: - `concat`, because batched gradients do not know `torch.concat`;
+#: - `maximum` and `minimum` of a number, which stays a number: a graph holds no tensor for it, and the derivative at
+#:   the bound is not halved;
+#: - `argsort`, `take_along_axis` and `full`, because an exported program has symbols for sizes and no stable order;
+#: - `linalg.solve`, which does not wait for the device.
 xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
 vars(linalg).update({**vars(compat.linalg), "solve": _solve})
 _own = {
@@ -277,7 +276,6 @@ _own = {
     "full": _full,
     "maximum": _maximum,
     "minimum": _minimum,
-    "count_nonzero": _count_nonzero,
     "take_along_axis": _take_along_axis,
     "linalg": linalg,
 }
