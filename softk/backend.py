@@ -366,51 +366,18 @@ class Backend:
         """Whether the framework may currently differentiate a primitive's own operations instead of using its rule."""
         return False
 
-    @property
-    def overwriting(self) -> Any:
-        """The namespace's elementwise functions, which may write their result into their first argument.
-
-        Pass only a temporary array of the shape of the result that is not read again. This saves an allocation, which
-        costs more than the arithmetic. Under batched gradients, the first argument must be batched if another one is.
-        """
-        return self.xp
-
     def constant(self, x: Array) -> Array:
         """The same values, detached from automatic differentiation."""
         return x
 
-    def gather_above(self, x: Array, level: Array) -> Array | None:
-        """The scores that are not below a level, in a shorter array. Called only if ``memory(x)`` is not None.
-
-        Parameters
-        ----------
-        x : array
-            Scores, shape (..., n). They may contain NaN.
-        level : array
-            Shape (..., 1).
-
-        Returns
-        -------
-        array or None
-            Shape (..., m): the scores of each slice with ``~(x < level)``, in any order, padded with -inf. None if the
-            array would not be much shorter, or if reading values would synchronize with a device.
-        """
-        return None
-
     def sigmoid(self, z: Array) -> Array:
-        """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there."""
+        """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there.
+
+        The standard has no such function, but many frameworks do.
+        """
         # The argument of exp is never positive, so it cannot overflow.
-        upper = z > 0.0
         decay = self.xp.exp(-self.xp.abs(z))
-        return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
-
-    def indicator(self, x: Array, level: Array | float) -> Array:
-        """1 where x is above the level and 0 elsewhere, in the dtype of x."""
-        return self.xp.astype(x > level, x.dtype)
-
-    def dot(self, x: Array, y: Array) -> Array:
-        """The sum of the products along the last axis, which is kept, in the full precision of the dtype."""
-        return self.xp.sum(x * y, axis=-1, keepdims=True)
+        return self.xp.where(z > 0.0, 1.0, decay) / (1.0 + decay)
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.

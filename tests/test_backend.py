@@ -1,4 +1,4 @@
-"""What a framework does in its own way does what the base class says: selection, sums, comparisons, overwriting."""
+"""What a framework does in its own way does what the base class says: it selects, has a sigmoid, overwrites nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import softk
+from softk._reference.threshold.problem import dot, total
 from softk.backend import backend_of
 
 from .libraries import Library
@@ -47,21 +48,32 @@ def test_select(eager: Library, dtype: str, kind: str, shape: tuple[int, ...], r
 
 @pytest.mark.parametrize("n", [1, 1000, 1024, 5000])
 def test_sums(eager: Library, n: int, rng: Any) -> None:
+    """Sums and sums of products are rounded as their dtype is."""
     x, y = rng.normal(size=(2, 3, n)).astype("float32")
     one = rng.normal(size=(1, n)).astype("float32")
     given, other, row = (eager.array(value, "float32") for value in (x, y, one))
-    backend = backend_of(given)
-    side = backend.indicator(given, 0.25)
-    np.testing.assert_array_equal(eager.numpy(side), x > 0.25)
+    xp = backend_of(given).xp
     pairs = [
-        (backend.dot(given, other), x.astype(float) * y),
-        (backend.dot(row, given), one.astype(float) * x),
-        (backend.dot(other, side), np.where(x > 0.25, y, 0.0).astype(float)),
+        (total(xp, given), x.astype(float)),
+        (dot(xp, given, other), x.astype(float) * y),
+        (dot(xp, row, given), one.astype(float) * x),
     ]
     for found, terms in pairs:
         exact = terms.sum(axis=-1, keepdims=True)
         bound = 8.0 * np.finfo("float32").eps * np.abs(terms).sum(axis=-1, keepdims=True)
         assert np.all(np.abs(eager.numpy(found) - exact) <= bound)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sigmoid(eager: Library, dtype: str, rng: Any) -> None:
+    z = np.concatenate([rng.normal(size=1000) * 20.0, [0.0, -1e4, 1e4, -np.inf, np.inf]]).astype(dtype)
+    given = eager.array(z, dtype)
+    backend = backend_of(given)
+    with backend.quiet(given), np.errstate(over="ignore"):
+        found = eager.numpy(backend.sigmoid(given))
+        exact = 1.0 / (1.0 + np.exp(-z.astype(float)))
+    np.testing.assert_allclose(found, exact, rtol=0.0, atol=4.0 * np.finfo(dtype).eps)
+    np.testing.assert_array_equal(found[-4:], [0.0, 1.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("plain", [False, True])

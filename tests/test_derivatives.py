@@ -453,6 +453,32 @@ def test_the_rule_is_one() -> None:
     )
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("kind", ["Linearisation", "LogLinearisation"])
+def test_a_rule_may_be_used_twice(kind: str, balanced: bool, weighted: bool, rng: np.random.Generator) -> None:
+    """Neither direction changes what the other one, or the same one with another cotangent, computes."""
+    backend = softk.backend.backend_of(np.ones(1))
+    x, weights, where = rng.normal(size=(3, 40)), rng.uniform(0.5, 2.0, size=(3, 40)), rng.uniform(size=(3, 40)) < 0.9
+    given = (x, np.full((3, 1), 6.5), np.full((3, 1), 0.2), *((weights, where) if weighted else (None, None)))
+    solve = importlib.import_module("softk._reference.threshold.solve").solve
+    reference, offset, _ = solve(backend, *given, None)
+
+    def linearise() -> Any:
+        return getattr(softk._reference.threshold.rule, kind)(backend, given, reference, offset, balanced=balanced)
+
+    rule, needed = linearise(), (True, True, True, weighted)
+    for _ in range(2):
+        cotangents = rng.normal(size=(3, 40)), rng.normal(size=(3, 1)), rng.normal(size=(3, 1))
+        before = [value.copy() for value in cotangents]
+        for found, wanted in zip(rule.pull(*cotangents, needed), linearise().pull(*cotangents, needed), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        for found, wanted in zip(rule.push(*cotangents, None), linearise().push(*cotangents, None), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        for value, kept in zip(cotangents, before, strict=True):
+            np.testing.assert_array_equal(value, kept)
+
+
 def test_what_stands_at_a_removed_item_does_no_harm() -> None:
     """A NaN in a tangent or a cotangent there is nobody's, as one in the scores is."""
     x, where = np.asarray([1.0, 2.0, 3.0, np.nan]), np.asarray([True, True, True, False])

@@ -1,8 +1,8 @@
 """A third party's backend: found through its entry point, and here it counts the passes over the data.
 
 `Loop` is an array type that softk has never heard of: NumPy's arrays in a class of another top-level module. Its
-backend counts the comparisons of scores to a threshold, of which every sweep of the solver has one; its namespace
-counts the exponentials.
+array counts the comparisons of scores to a threshold, of which every sweep of the solver has one; its namespace counts
+the exponentials.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def _operator(name: str) -> None:
     f = getattr(operator, f"__{name}__")
 
     def forward(self: Loop, *others: Any) -> Loop:
+        if name == "gt" and isinstance(others[0], Loop):
+            NAMESPACE.comparisons.append(self.size)
         return Loop(np.asarray(f(self.inner, *map(_inner, others))))
 
     def backward(self: Loop, other: Any) -> Loop:
@@ -124,10 +126,6 @@ class LoopBackend(Backend):
     def __init__(self) -> None:
         super().__init__(NAMESPACE)
         self.early = False
-
-    def indicator(self, x: Loop, level: Any) -> Any:
-        NAMESPACE.comparisons.append(x.size)
-        return super().indicator(x, level)
 
     def quiet(self, x: Any = None) -> Any:
         return np.errstate(all="ignore")

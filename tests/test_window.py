@@ -5,6 +5,7 @@ A k in an array is solved from all scores, a k that is a number from those in th
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,18 @@ def lib(request: pytest.FixtureRequest) -> Library:
 
 
 @pytest.fixture
-def gathered(lib: Library, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The share of the scores that each window keeps."""
-    backend = softk.backend.backend_of(lib.array(np.ones(3)))
-    whole, shares = backend.gather_above, []
+    solver = importlib.import_module("softk._reference.threshold.solve")
+    shares: list[float] = []
+    window = solver.window
 
-    def gather_above(x: Any, level: Any) -> Any:
-        near = whole(x, level)
+    def observed(backend: Any, x: Any, *given: Any) -> Any:
+        near = window(backend, x, *given)
         shares.append(1.0 if near is None else near.shape[-1] / x.shape[-1])
         return near
 
-    monkeypatch.setattr(backend, "gather_above", gather_above)
+    monkeypatch.setattr(solver, "window", observed)
     return shares
 
 

@@ -110,18 +110,6 @@ class AutogradBackend(NumpyBackend):
     def memory(self, x: Any) -> Any:
         return None if isbox(x) else x
 
-    # Array operations that autograd can record, instead of NumpyBackend's faster versions:
-
-    @property
-    def overwriting(self) -> Any:
-        return self.xp
-
-    def dot(self, x: Array, y: Array) -> Array:
-        return Backend.dot(self, x, y)
-
-    def sigmoid(self, z: Array) -> Array:
-        return Backend.sigmoid(self, z)
-
 
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:

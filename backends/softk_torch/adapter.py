@@ -76,36 +76,8 @@ class TorchBackend(Backend):
         """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
         return bool(torch.compiler.is_compiling())
 
-    @property
-    def overwriting(self) -> Any:
-        """Not where autograd may need what is overwritten, nor under a transform or a trace."""
-        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        return self.xp if differentiated or transformed else _OVERWRITING
-
-    def indicator(self, x: Array, level: Array | float) -> Array:
-        """Compared into numbers: PyTorch is slow with booleans."""
-        if self.overwriting is self.xp or type(x) is not torch.Tensor:
-            return super().indicator(x, level)
-        return torch.gt(x, level, out=torch.empty_like(x))
-
     def sigmoid(self, z: Array) -> Array:
         return torch.sigmoid(z)
-
-    def gather_above(self, x: Array, level: Array) -> Array | None:
-        if x.device.type != "cpu" or x.numel() == 0:
-            return None
-        flat = x.reshape(-1, x.shape[-1])
-        chosen = (flat < level.reshape(-1, 1)).logical_not_()
-        counts = torch.count_nonzero(chosen, dim=-1)[:, None]
-        width = max(int(counts.max()), 1)
-        if 2 * width > flat.shape[-1]:
-            return None
-        gathered = flat.new_full((len(flat), width), -torch.inf)
-        # Faster than by the booleans themselves.
-        found = flat.reshape(-1).index_select(0, chosen.reshape(-1).nonzero()[:, 0])
-        gathered.masked_scatter_(torch.arange(width, device=x.device) < counts, found)
-        return gathered.reshape(*x.shape[:-1], width)
 
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple):
@@ -273,11 +245,6 @@ def _minimum(x: torch.Tensor, y: torch.Tensor | float, /) -> torch.Tensor:
     return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
 
 
-def _count_nonzero(x: torch.Tensor, /, *, axis: int, keepdims: bool = False) -> torch.Tensor:
-    found = torch.count_nonzero(x, dim=axis)
-    return found.unsqueeze(axis) if keepdims else found
-
-
 def _argsort(x: torch.Tensor, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> torch.Tensor:
     """An exported program asks for no stable order, which ONNX cannot say; its own keeps ties in order."""
     if not stable or torch.compiler.is_exporting():
@@ -296,33 +263,12 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
     return found
 
 
-class _Overwriting:
-    """The methods of a tensor that end in an underscore, by the names of the standard."""
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(torch.Tensor, f"{name}_")
-        setattr(self, name, method)
-        return method
-
-    @staticmethod
-    def maximum(x: torch.Tensor, other: Any) -> torch.Tensor:
-        return x.clamp_(min=other)
-
-    @staticmethod
-    def minimum(x: torch.Tensor, other: Any) -> torch.Tensor:
-        return x.clamp_(max=other)
-
-    @staticmethod
-    def exp(x: torch.Tensor) -> torch.Tensor:
-        """By powers of 2, three times as fast. At -d it is off by d roundings, of which e^-d leaves less than one."""
-        return x.mul_(_LOG2_E).exp2_()
-
-
-_LOG2_E = 1.4426950408889634
-_OVERWRITING = _Overwriting()
-
-#: torch as the standard has it, with a concatenation that batched gradients know, bounds that are numbers without a
-#: tensor made of them, a count in fewer operations, and systems of equations solved without waiting.
+#: torch as the standard has it, but for what its transforms and compilers need:
+#: - `concat`, because batched gradients do not know `torch.concat`;
+#: - `maximum` and `minimum` of a number, which stays a number: a graph holds no tensor for it, and the derivative at
+#:   the bound is not halved;
+#: - `argsort`, `take_along_axis` and `full`, because an exported program has symbols for sizes and no stable order;
+#: - `linalg.solve`, which does not wait for the device.
 xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
 vars(linalg).update({**vars(compat.linalg), "solve": _solve})
 _own = {
@@ -331,7 +277,6 @@ _own = {
     "full": _full,
     "maximum": _maximum,
     "minimum": _minimum,
-    "count_nonzero": _count_nonzero,
     "take_along_axis": _take_along_axis,
     "linalg": linalg,
 }

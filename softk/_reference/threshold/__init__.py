@@ -9,8 +9,15 @@ Entropic optimal transport between n scores and the two anchors 0 and 1 has one 
 tau. So t = r + tau s: the reference r is the k-th largest *score*, or for a whole k the middle between it and the next,
 and x_i - r is exact or nearly so for the scores that matter; the offset s, in units of tau, is the unknown.
 
-`limits` has what a dtype can hold, and the tolerances; `formulas` what is computed once per slice; `problem` the scores
-in units of tau and the weights; `ends` the gap in which the threshold lies; `newton` the steps to it; `solve` puts them
-together.
-`rule` is the derivative, and `masks` and `quantile` are the operators that are made of a threshold.
+The modules, from the ground up:
+
+- `limits`: what a dtype can hold, and the tolerances;
+- `formulas`: what is computed once per slice;
+- `problem`: the scores in units of tau, the weights, and sums over a slice;
+- `ends`: the gap in which the threshold lies;
+- `newton`: the steps to it;
+- `window`: the scores near it;
+- `solve`: the threshold, from all of these;
+- `rule`: the derivative;
+- `masks`, `quantile`: the operators that are made of a threshold.
 """

@@ -29,18 +29,19 @@ def is_rounding(delta: Number, k: Number, unit: Number) -> Number:
 
 
 def deficit(delta: Number, offset: Number, half: Number, k: Number, unit: Number) -> Number:
-    """delta, what the weights above the threshold lack of k. Within the gap a rounding of their sum counts as 0."""
+    """delta = k less the weight above the threshold. Within the gap it counts as 0 if it is a rounding of that sum."""
     return xp.where((xp.abs(offset) < half) & is_rounding(delta, k, unit), 0.0, delta)
 
 
 def step_size(lower: Number, upper: Number, slope: Number, delta: Number, eps: Number, smallest: Number) -> Number:
-    """Newton's step for log A = log B, A = L + max(-delta, 0) and B = U + max(delta, 0).
+    """Newton's step for log A = log B, A = L + max(-delta, 0) and B = U + max(delta, 0), L and U being the tails.
 
-    Both slopes are taken as the share of the tail in A, or in B, times the slope of the mass per tail.
+    The slopes of log A and log B are approximated: each is the share of its tail in A or B, times the slope of the mass
+    over the sum of both tails.
     """
     both = lower + upper
-    # A tail may be 0 in floating point, and weights may be as small as the dtype can hold. A mass is never below the
-    # floor, however small it is.
+    # A tail may underflow to 0, and its logarithm must be finite. The floor is below every mass, even if the weights
+    # are as small as the dtype can hold.
     floor = xp.minimum(both * eps, smallest)
     more = xp.maximum(delta, 0.0)
     rising = xp.maximum(upper + more, floor)
@@ -56,12 +57,12 @@ def midpoint(high: Number, low: Number) -> Number:
 
 
 def excess_of(half: Number, widest: Number) -> Number:
-    """By how much both sides of a gap of half the width `half` come closer, so that its tails are numbers."""
+    """By how much each side of a gap moves inwards, so that its tails do not underflow; `half` is half its width."""
     return xp.maximum(half - widest, 0.0)
 
 
 def asinh(values: Number, most: Number) -> Number:
-    """The inverse of sinh, for sizes clipped to `most`, by functions that every runtime has in float64."""
+    """The inverse of sinh, for sizes clipped to `most`. It uses functions that every runtime has in float64."""
     size = xp.minimum(xp.abs(values), most)
     found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
     return xp.where(values < 0.0, -found, found)
@@ -80,11 +81,11 @@ def balance(
 
 
 def is_beside(exact: Number, delta: Number, middle: Number, log_farthest: Number) -> Number:
-    """Whether one side of the gap is so near that the offset says its distance, and `balance` does not apply.
+    """Whether one side of the gap is so near that the offset is accurate for it, and `balance` does not apply.
 
-    It is so without an exact deficit, and in a gap whose other side is farther than a derivative sees.
+    This is so if the deficit is not exact, and if the other side of the gap is farther than a derivative sees.
     """
-    # `exact` may be one number, of which ~ is an integer.
+    # Not ~exact: within a kernel `exact` may be a Python bool, and ~ of that is an integer.
     return (exact == False) | ((delta != 0.0) & (middle > log_farthest))  # noqa: E712
 
 

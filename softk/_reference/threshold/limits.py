@@ -1,4 +1,4 @@
-"""What a dtype can hold, the tolerances of the solver, and arithmetic that stays within both."""
+"""What a dtype can hold, the tolerances of the solver, and arithmetic that stays within what a dtype can hold."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array
 
-#: Steps before the correction, at most.
+#: Newton steps at most, before the correction.
 STEPS = 11
-#: Newton corrections where a framework differentiates the operations themselves: two make that exact to second order.
+#: Newton corrections where a framework differentiates the operations themselves: with two of them second derivatives
+#: are exact.
 CORRECTIONS = 2
-#: How far below the lower side of a gap, about and in units of tau, a threshold may come until a window is too short.
-MARGIN = 4.0
-#: A mass is rounded by as many units of its last digit: that close to 0, n or a sum of weights, it counts as that.
+#: A mass is rounded to this many units of its last digit: if it is that close to 0, n or the sum of the weights, it
+#: counts as that number.
 ROUNDINGS = 8.0
 
 
@@ -21,10 +21,10 @@ class Limits(NamedTuple):
     """What a dtype can hold, as Python numbers."""
 
     eps: float
-    largest: float  # finite score; +inf counts as this one
-    farthest: float  # |z| beyond which a score has no part in any derivative
-    saturated: float  # offset at which a sigmoid is exactly 0 or 1
-    reach: float  # |z| of which exp(z) and exp(-z) are numbers, with room for products
+    largest: float  # the largest finite number; a score of +inf counts as this one
+    farthest: float  # the largest |z| that a derivative sees, and the largest derivative
+    saturated: float  # the offset at which a sigmoid is exactly 0 or 1
+    reach: float  # the largest |z| such that exp(z), exp(-z) and their products with small factors are normal numbers
 
 
 def limits(xp: Any, dtype: Any) -> Limits:
@@ -40,35 +40,32 @@ def negligible(xp: Any, dtype: Any) -> float:
 
 
 def widest_gap(bound: Limits) -> float:
+    """Half the width of a gap, in units of tau, that is not narrowed: within eps both its tails are exponentials."""
     return 2.0 - math.log(bound.eps)
 
 
 def clip(xp: Any, values: Array, least: Any, most: Any) -> Array:
-    """Clip; the namespaces' own clip is slow or restricted where the bounds are arrays."""
+    """The values clipped to an interval. Some namespaces' own clip is slow, or takes no arrays as bounds."""
     values = xp.maximum(values, least)
     return xp.minimum(values, most)
 
 
-def exponential(xp: Any, exponent: Array, over: Any = None) -> Array:
-    """exp of numbers of at most 0, not below what is negligible beside 1: processors are slow with subnormal numbers.
-
-    `over` is the namespace that overwrites, for an exponent that nobody reads again.
-    """
-    over = over or xp
-    return over.exp(over.maximum(exponent, math.log(negligible(xp, exponent.dtype))))
+def exponential(xp: Any, exponent: Array) -> Array:
+    """exp of numbers of at most 0, or what is negligible: processors are slow with subnormal numbers."""
+    return xp.exp(xp.maximum(exponent, math.log(negligible(xp, exponent.dtype))))
 
 
 def safe_denominator(xp: Any, values: Array) -> Array:
-    """The values, with 1 in the place of 0: for a quotient whose numerator is 0 there."""
+    """The values, with 1 in place of 0, for a quotient whose numerator is 0 there."""
     return xp.where(values == 0.0, 1.0, values)
 
 
 def counted(xp: Any, k: Array, n: Any) -> Array:
-    """What to add to a mass k of n items, so that it is the end, 0 or n, that it misses by its rounding.
+    """What to add to a mass k of n items that misses 0 or n by a rounding, so that it is 0 or n; else 0.
 
-    `n` may be a symbol of a trace, which is only compared. Above 0 there is nothing to add, however small k is.
+    `n` may be a symbol of a trace, which is only compared. A k above 0 is never rounded to 0, however small it is.
     """
-    unit = ROUNDINGS * limits(xp, k.dtype).eps  # of numbers of the size of n; a power of 2
+    unit = ROUNDINGS * limits(xp, k.dtype).eps  # a power of 2: k / unit is exact
     over = k - n
     found = xp.where((k < 0.0) & (-k / unit <= n), -k, 0.0)
     return xp.where(xp.abs(over) / unit <= n, -over, found)

@@ -1,9 +1,9 @@
-"""The operators as primitives: what each one reads off the solved threshold, and its derivative in both directions.
+"""The operators as primitives: how each result follows from the threshold, and its derivative in both directions.
 
 Inputs, in this order: scores x (..., n), mass k and temperature tau (..., 1) or (), item weights (..., n) or None, and
 where (..., n) or None, the items that are not removed, which has no derivative.
-Every primitive ends its outputs with the offset, which is differentiable and from which its rule is built, so that
-rules nest, and the reference, which is a constant.
+The last two outputs of every primitive are the offset, which is differentiable, and the reference, which is a constant.
+The rule is built from them, so that rules nest.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Needed = tuple[bool, ...]
 
 
 def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, balanced: bool = True) -> Linearisation:
-    """The rule; the mask's needs no balance where only the derivative in the scores is asked for."""
+    """The rule. The mask's derivative in the scores alone does not need an accurate p in a gap."""
     *_, offset, reference = outputs
     return Linearisation(backend, inputs, reference, offset, balanced=balanced)
 
 
-# --- scores narrower than what is computed in
+# --- scores in float16 or bfloat16, which are computed in float32
 
 
 def _widening(forward: Any, jvp: Any, vjp: Any) -> tuple[Any, Any, Any]:
-    """The three functions of a primitive whose result is like the scores, for scores narrower than k.
+    """The three functions of a primitive whose result has the scores' dtype, for scores narrower than k.
 
-    They are converted within, so that what is kept for the derivative is no larger than the scores.
+    The functions convert the scores themselves, so that a framework keeps the narrow scores for the derivative.
     """
 
     def convert(backend: Backend, values: Array | None, like: Any) -> Array | None:
@@ -91,8 +91,9 @@ def _like_scores(name: str, result: str, forward: Any, jvp: Any, vjp: Any) -> Pr
 
 def _mask_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
     x, k, tau, weights, where = inputs
+    xp = backend.xp
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
-    z = logits(backend, selectable(backend.xp, x, where), reference, tau, offset)
+    z = logits(backend, selectable(xp, x, where), reference, tau, offset)
     return backend.sigmoid(z), offset, reference
 
 
@@ -112,7 +113,7 @@ def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inp
 mask = _like_scores("topk_mask", "mask", _mask_forward, _mask_jvp, _mask_vjp)
 
 
-# --- the logarithm of the mask: it neither underflows nor rounds to 0 before the mask does
+# --- the logarithm of the mask, accurate where the mask underflows or rounds to 1
 
 
 def _log_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
@@ -121,7 +122,7 @@ def _log_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int,
     x = selectable(xp, x, where)
     reference, offset, extreme = solve(backend, x, k, tau, weights, None, ranks)
     z = logits(backend, x, reference, tau, offset)
-    # As far below as it is, and not only as far as a derivative sees.
+    # Without the clipping of z, which is for derivatives only.
     lower = xp.where(z < 0.0, (xp.minimum(x, limits(xp, x.dtype).largest) - reference) / tau - offset, 0.0)
     found = lower - xp.log1p(xp.exp(-xp.abs(z)))
     never = (x == -math.inf) | (k <= 0.0) | ((extreme == math.inf) & (x < math.inf))
@@ -153,7 +154,7 @@ log_mask = _like_scores("topk_log_mask", "log_mask", _log_forward, _log_jvp, _lo
 
 def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> Arrays:
     x, k, tau, weights, where, *rest = inputs
-    count = rest[0] if rest else None  # an integer of which k has a rounding
+    count = rest[0] if rest else None  # k as an integer, exact where k is rounded
     xp = backend.xp
     x = selectable(xp, x, where)
     reference, offset, _ = solve(backend, x, k, tau, weights, None, ranks)
@@ -161,21 +162,21 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     whole = (k == xp.floor(k)) & ~xp.isnan(offset)
     wanted = xp.astype(xp.where(whole, k, 0.0), index)
     if ranks is not None:
-        wanted = xp.full_like(wanted, ranks[0])  # of which the scores' dtype may have a rounding
+        wanted = xp.full_like(wanted, ranks[0])  # exact where k is rounded to the scores' dtype
     if count is not None:
         wanted = xp.where(whole, count, 0)
-    # The reference separates the k largest scores from the others, or is the score that both sides share; an infinite
-    # score has a finite stand-in.
+    # The reference lies between the k largest scores and the others, or it is the k-th score if others equal it.
+    # It is finite even if the k-th score is infinite.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
     level = reference if count is None else backend.select(x, clip(xp, wanted, 1, x.shape[-1]))
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, level)
     above, tied = x > level, x == level
-    # Of the scores equal to it, as many as are still wanted, the lowest indices first.
+    # Of the scores equal to it, those with the lowest indices are chosen, as many as are still wanted.
     place = xp.cumulative_sum(xp.astype(tied, index), axis=-1)
     place = place + xp.count_nonzero(above, axis=-1, keepdims=True)
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
-    # Where a framework differentiates the operations themselves, they are those of the soft mask.
+    # A framework that differentiates the operations themselves gets the derivative of the soft mask.
     soft = backend.sigmoid(logits(backend, x, reference, tau, offset))
     return chosen + (soft - backend.constant(soft)), offset, reference
 
@@ -183,7 +184,7 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
 hard_mask = _like_scores("topk_hard_mask", "mask", _hard_forward, _mask_jvp, _mask_vjp)
 
 
-# --- the mask of no scores at all: nothing to solve, and nothing depends on anything
+# --- the mask of no scores at all, which is constant
 
 
 def _empty_forward(backend: Backend, inputs: Inputs) -> Arrays:

@@ -1,33 +1,34 @@
-r"""Newton's method for the offset of a threshold, a pass over the scores each step.
+r"""Newton's method for the offset of a threshold, with one pass over the scores per step.
 
-With z_i = (x_i - r) / tau, `search` looks for the s at which sum_i a_i sigmoid(z_i - s) = k.
+With z_i = (x_i - r) / tau, `search` finds the s with sum_i a_i sigmoid(z_i - s) = k.
 
-**Tails, not totals.** sum mask - k is formed without cancellation from the number of scores above the threshold,
-which is exact, and the two tails:
+**Tails, not totals.** sum mask - k is formed without cancellation, from the two tails and the number of scores above
+the threshold, which is exact:
 
     sum mask - k = L - U - delta,   L = sum_{z <= s} sigmoid(z - s),   U = sum_{z > s} sigmoid(s - z),
     delta = k - #{z > s}.
 
-**One exponential a score.** With E_i = exp(z_i), taken once, and c = exp(s) every tail is min(E_i, c) / (E_i + c): a
-sweep is a dozen cheap operations.
+**One exponential per score.** E_i = exp(z_i) is computed once. With c = exp(s) every tail is min(E_i, c) / (E_i + c).
+A pass needs no further exponentials of scores.
 
-**The step.** At the root A = L + max(-delta, 0) and B = U + max(delta, 0) are equal. `step_size` is Newton's for
-log A = log B. A falls with s and B rises, each at most as fast as an exponential and the one that is a tail alone at
-least half as fast, so that the step is right by a factor of two or so wherever it starts; near the root it is
-Newton's step for the mass. From the middle of the gap at the k-th score three such steps are usual. A bracket guards
-it: a tail whose slope grows from a half to a whole may be overshot, past a score and back again, so no step goes beyond
-the middle of the bracket.
+**The step.** At the root A = L + max(-delta, 0) and B = U + max(delta, 0) are equal. `step_size` is Newton's step for
+log A = log B. A falls with s and B rises. Neither changes faster than an exponential, and the one that is only a tail
+changes at least half as fast. Therefore the step is right within a factor of about two wherever it starts. Near the
+root it is Newton's step for the mass. From the middle of the gap three steps are usual. A bracket safeguards them: the
+slope of a tail grows from a half to a whole as the threshold passes a score, so a step may overshoot and the next one
+go back. No step goes beyond the middle of the bracket.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
 from .limits import ROUNDINGS, STEPS, clip, limits, safe_denominator
+from .problem import dot, total
 
 
 class Tails(NamedTuple):
@@ -36,28 +37,39 @@ class Tails(NamedTuple):
     above: Array  # weight of the scores above the threshold
     lower: Array  # L
     upper: Array  # U
-    slope: Array  # sum of sigmoid' over all scores
+    slope: Array  # the weighted sum of sigmoid' over all scores
 
 
 def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, smaller: Array | None = None) -> Tails:
-    """The one pass over the scores that every step of the solver is made of: E = exp(z) beside c = exp(s).
+    """One pass over the scores, as every step of the solver makes it.
 
-    `smaller` is min(E, c), where its derivative matters.
+    `odds` is E = exp(z) and `level` is c = exp(s). `smaller` is min(E, c), where its derivative matters.
     """
-    xp, over = backend.xp, backend.overwriting
-    side = backend.indicator(odds, level)  # products split a sum faster than choices, which processors must guess
-    tail = xp.minimum(odds, level) if smaller is None else smaller
-    tail = over.divide(tail, odds + level)
-    weighted = tail if weights is None else weights * tail
-    curved = backend.dot(weighted, tail)
-    del tail
-    count = xp.sum(side, axis=-1, keepdims=True) if weights is None else backend.dot(weights, side)
-    upper, lower = backend.dot(weighted, side), backend.dot(weighted, 1.0 - side)
-    return Tails(count, lower, upper, lower + upper - curved)
+    xp = backend.xp
+    is_above = odds > level
+    if weights is None:
+        weight_above = xp.astype(xp.count_nonzero(is_above, axis=-1, keepdims=True), odds.dtype)
+    else:
+        weight_above = total(xp, xp.where(is_above, weights, 0.0))
+    tail, square = _tail_and_square(xp, odds, level, weights, smaller)
+    upper_tail = xp.where(is_above, tail, 0.0)
+    upper, lower = total(xp, upper_tail), total(xp, tail - upper_tail)  # the difference of an item is exact
+    return Tails(weight_above, lower, upper, lower + upper - square)
+
+
+def _tail_and_square(
+    xp: Any, odds: Array, level: Array, weights: Array | None, smaller: Array | None
+) -> tuple[Array, Array]:
+    """The weighted tail of every item, and the weighted sum of the squares of the tails."""
+    tail = (xp.minimum(odds, level) if smaller is None else smaller) / (odds + level)
+    if weights is None:
+        return tail, dot(xp, tail, tail)
+    weighted_tail = weights * tail
+    return weighted_tail, dot(xp, weighted_tail, tail)
 
 
 def deficit(backend: Backend, tails: Tails, offset: Array, half: Array, k: Array, weights: Array | None) -> Array:
-    """delta: what the scores above the threshold lack of k. Sums of weights are rounded: within the gap it is 0."""
+    """delta = k less the weight above the threshold. Within the gap, a rounding of a sum of weights counts as 0."""
     delta = k - tails.above
     if weights is None:
         return delta
@@ -67,7 +79,7 @@ def deficit(backend: Backend, tails: Tails, offset: Array, half: Array, k: Array
 def search(
     backend: Backend, odds: Array, half: Array, k: Array, weights: Array | None, fixed: Array
 ) -> tuple[Array, Tails]:
-    """The offset from the middle of the gap, and the tails at it but for a last correction.
+    """The offset from the middle of the gap, and the tails before its last step.
 
     Parameters
     ----------
@@ -78,13 +90,13 @@ def search(
     k, weights : array
         Mass (..., 1) and item weights (..., n), None for all 1.
     fixed : array
-        The slices that are left as they are.
+        The slices whose offset stays 0.
     """
     xp = backend.xp
     bound = limits(xp, odds.dtype)
     smallest = float(xp.finfo(odds.dtype).smallest_normal)
-    tolerance = bound.eps**0.25  # two steps of second order away from eps: the last, and one more
-    # Beyond it on either side all tails are exponentials, of which the last step is exact, and they are numbers still.
+    tolerance = bound.eps**0.25  # two quadratically convergent steps follow a smaller step: the error is then eps
+    # Beyond the ceiling all tails are exponentials, for which one step is exact, and they do not underflow yet.
     ceiling = math.log(bound.farthest)
 
     def measure(offset: Array) -> tuple[Tails, Array]:
@@ -97,7 +109,7 @@ def search(
         _, size = measure(offset)
         least, most = xp.where(size > 0.0, offset, least), xp.where(size < 0.0, offset, most)
         small = ~(xp.abs(size) > tolerance)
-        half_width = 0.5 * (most - least)  # the offset is at one end, and goes as far as the middle
+        half_width = 0.5 * (most - least)  # the offset is at one end, and goes at most to the middle
         size = clip(xp, size, -half_width, half_width)
         offset = xp.where(done, offset, clip(xp, offset + size, -ceiling, ceiling))
         done = done | small
@@ -113,13 +125,13 @@ def search(
 def correction(
     backend: Backend, odds: Array, offset: Array, half: Array, wider: Array, k: Array, weights: Array | None
 ) -> Array:
-    """Newton's step for the mass, in operations whose own derivative is that of the solution."""
+    """Newton's step for the mass, in operations whose derivative is the derivative of the solution."""
     xp = backend.xp
     level = xp.exp(offset)
-    smaller = xp.where(odds > level, level, odds)  # a minimum's derivative at a tie is half of each
+    smaller = xp.where(odds > level, level, odds)  # not a minimum, whose derivative at a tie is halved
     tails = sweep(backend, odds, level, weights, smaller)
     delta = k - tails.above
     value = backend.constant(deficit(backend, tails, offset, half, k, weights))
-    # delta less its value is zero and carries the derivative, which the narrowing of a gap made too small.
+    # delta less its value is 0. It carries the derivative, which is too small by the factor `wider` in a narrowed gap.
     change = wider * (delta - backend.constant(delta))
     return (tails.lower - tails.upper - (value + change)) / safe_denominator(xp, tails.slope)

@@ -11,37 +11,48 @@ from .limits import clip, limits, negligible
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
-    """The scores, with -inf for the items that are removed. Formed where it is asked for: nobody holds on to a copy."""
+    """The scores, with -inf for the items that are removed. Formed where it is needed, and not kept, to save memory."""
     return x if where is None else xp.where(where, x, -math.inf)
 
 
 def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Array | None = None) -> Array:
-    """(x - reference) / tau, clipped to the farthest distance that a derivative still sees, less the offset.
+    """(x - reference) / tau, clipped to the farthest distance that a derivative sees, minus the offset.
 
-    +inf counts as the largest score: many of them tie, and share k when they are more than k. Beside a tau so large
-    that what clips them would overflow, scores are made smaller first, by a power of two.
+    +inf counts as the largest finite score: several of them tie, and share k if they are more than k.
     """
-    xp, over = backend.xp, backend.overwriting
+    xp = backend.xp
     bound = limits(xp, x.dtype)
-    # Only there: the second derivative of a quotient has the square of its denominator.
-    large = bound.largest / bound.farthest
-    part = xp.where(tau > large, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
-    tau = tau * part
-    reach = bound.farthest * tau
-    x = xp.minimum(x, bound.largest)  # one step at a time: each lets go of the array before it
-    x = x * part
-    x = x - reference * part
-    z = over.divide(clip(over, x, -reach, reach), tau)
-    return z if offset is None else over.subtract(z, offset)
+    # For a tau so large that farthest * tau overflows, all numbers are scaled down by a power of 2. For other tau they
+    # are not: the second derivative of the quotient contains 1 / tau^2, which may overflow.
+    is_large = tau > bound.largest / bound.farthest
+    factor = xp.where(is_large, 2.0 ** -math.ceil(math.log2(bound.farthest)), xp.ones_like(tau))
+    scaled_tau = tau * factor
+    reach = bound.farthest * scaled_tau
+    scaled_x = xp.minimum(x, bound.largest) * factor
+    z = clip(xp, scaled_x - reference * factor, -reach, reach) / scaled_tau
+    return z if offset is None else z - offset
 
 
 def effective_weights(xp: Any, x: Array, weights: Array | None) -> Array:
-    """The user's weights, or 1; but 0 where the score is -inf, where the user's weight is ignored, even NaN."""
+    """The user's weights, or 1; but 0 where the score is -inf: there the user's weight is ignored, even NaN."""
     if weights is None:
         return xp.astype(~(x == -math.inf), x.dtype)
     return xp.where(x == -math.inf, 0.0, weights)
 
 
-def weigh(xp: Any, weights: Array, values: Array) -> Array:
-    """weights * values, where the weight of an item with next to no value may be anything: an item that was removed."""
+def weighted(xp: Any, weights: Array, values: Array) -> Array:
+    """weights * values, and 0 where the value is negligible: the weight of a removed item may be any number or NaN."""
     return xp.where(values > 2.0 * negligible(xp, values.dtype), weights, 0.0) * values
+
+
+def total(xp: Any, values: Array) -> Array:
+    """The sum over a slice, shape (..., 1)."""
+    return xp.sum(values, axis=-1, keepdims=True)
+
+
+def dot(xp: Any, one: Array, other: Array) -> Array:
+    """The sum of the products over a slice, shape (..., 1).
+
+    It is no matrix product: processors and frameworks may round the factors of those more coarsely than their dtype.
+    """
+    return total(xp, one * other)

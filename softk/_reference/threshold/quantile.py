@@ -1,7 +1,7 @@
-"""The quantile: linear interpolation between the thresholds of two neighbouring ranks, half-way between their counts.
+"""The quantile: linear interpolation between the thresholds at two neighbouring half-integer masses.
 
 Inputs, in this order: scores x (..., n), the probability q and temperature tau (..., 1) or (), item weights (..., n) or
-None, and where (..., n) or None. The outputs end with the offsets of both thresholds and with their references.
+None, and where (..., n) or None. The last outputs are the offsets of both thresholds and their references.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .limits import clip
 from .masks import threshold_forward
+from .problem import total
 from .rule import Linearisation
 
 Arrays = tuple[Array, ...]
@@ -32,8 +33,8 @@ class _Place:
             counted = weights if where is None else xp.where(where, weights, 0.0)
             n = xp.sum(xp.where(counted >= 0.0, counted, math.nan), axis=-1, keepdims=True)
             items = xp.astype(xp.count_nonzero(counted > 0.0, axis=-1, keepdims=True), q.dtype)
-            # The place (n - 1) q tells no q from another unless there is more than one observation: several items that
-            # are one together, or less, have no quantiles. Probabilities sum to 1 but for a rounding an item.
+            # The position (n - 1) q depends on q only if there is more than one observation. So several items whose
+            # weights sum to 1 or less have no quantiles. The sum of probabilities is 1 up to a rounding per item.
             sampled = (n - 1.0 > float(xp.finfo(q.dtype).eps) * items) | ((n > 0.0) & (items == 1.0))
         position = (n - 1.0) * q
         index = clip(xp, xp.floor(position), 0.0, xp.maximum(xp.ceil(n) - 2.0, 0.0))
@@ -41,7 +42,7 @@ class _Place:
         self.n = n
         self.first = clip(xp, n - index - 0.5, margin, n - margin)
         self.second = clip(xp, n - index - 1.5, margin, n - margin)
-        # Both follow n, but where they are held at the margin.
+        # Their derivatives in n: 1, except where they are clipped to the margin.
         held = xp.where(n < 1.0, 0.5, xp.zeros_like(n))
         self.first_rate = xp.where(n - index - 0.5 >= margin, 1.0, held)
         self.second_rate = xp.where(n - index - 1.5 >= margin, 1.0, held)
@@ -55,7 +56,7 @@ def _quantile_forward(backend: Backend, inputs: tuple[Any, ...]) -> Arrays:
     one, first, first_reference = threshold_forward(backend, (x, place.first, tau, weights, where), ranks=None)
     two, second, second_reference = threshold_forward(backend, (x, place.second, tau, weights, where), ranks=None)
     value = (1.0 - place.fraction) * one + place.fraction * two
-    value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # no 0 * inf
+    value = xp.where(place.fraction == 0.0, one, xp.where(place.fraction == 1.0, two, value))  # not 0 * inf
     return value, first, second, first_reference, second_reference
 
 
@@ -75,7 +76,7 @@ def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: I
     dx, dq, dtau, da, _ = tangents
     q, where = inputs[1], inputs[4]
     place, one, two, apart = _quantile_parts(backend, inputs, outputs)
-    dn = None if da is None else one.total(da if where is None else backend.xp.where(where, da, 0.0))
+    dn = None if da is None else total(backend.xp, da if where is None else backend.xp.where(where, da, 0.0))
     _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
     _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
     value = one_push + place.fraction * (two_push - one_push)

@@ -1,8 +1,4 @@
-"""The threshold in its two parts: the gap, then Newton's steps.
-
-**A window.** Scores far below the k-th add next to nothing. Where a framework can gather the others into a shorter
-array, `window` says which these are, and the solver checks from the result that what was left out had no say.
-"""
+"""The threshold in its two parts: the gap, then Newton's steps."""
 
 from __future__ import annotations
 
@@ -12,15 +8,16 @@ from typing import Any, NamedTuple
 from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
 from .ends import Gap, find_ends, middle, narrow_gap, reference_of
-from .limits import CORRECTIONS, MARGIN, limits
+from .limits import CORRECTIONS, limits
 from .newton import correction, search
 from .problem import effective_weights, logits, selectable
+from .window import MARGIN, window
 
 
 class Solution(NamedTuple):
     """The threshold reference + tau * offset + extreme of every slice."""
 
-    reference: Array  # a score or the middle of a gap, a constant to every derivative
+    reference: Array  # a score or the middle of a gap; a constant for every derivative
     offset: Array
     extreme: Array  # +inf where nothing is selected, -inf where everything is, else 0
 
@@ -52,13 +49,13 @@ def solve(
     Returns
     -------
     Solution
-        Three arrays of shape (..., 1). A slice that the contract answers with NaN has a NaN offset. Where nothing
-        (everything) is selected the offset saturates every sigmoid at 0 (at 1).
+        Three arrays of shape (..., 1). A slice without an answer has a NaN offset. Where nothing is selected the offset
+        is so large that every sigmoid is 0; where everything is selected, every sigmoid is 1.
     """
     xp = backend.xp
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
-    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # a bad value is answered with NaN in the end
+    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # the result of an invalid value is NaN, set at the end
     if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
         ranks = None  # symbols of a trace
     constants = tuple(None if value is None else backend.constant(value) for value in (x, k, tau, weights, where))
@@ -68,12 +65,12 @@ def solve(
     if backend.differentiates_operations:
         gap = Gap(high, low)
         x = selectable(xp, x, where)
-        held = None if weights is None else effective_weights(xp, x, weights)
+        weights = None if weights is None else effective_weights(xp, x, weights)
         odds, half = narrow_gap(backend, logits(backend, x, reference, tau), gap)
         wider = xp.exp(xp.minimum(0.5 * (high - low) - half, math.log(bound.farthest)))
         offset = offset - middle(gap)
         for _ in range(CORRECTIONS):
-            offset = offset + correction(backend, odds, offset, half, wider, k, held)
+            offset = offset + correction(backend, odds, offset, half, wider, k, weights)
         offset = offset + middle(gap)
     offset = xp.where(everything, -bound.saturated, offset)
     offset = xp.where(nothing, bound.saturated, offset)
@@ -83,7 +80,7 @@ def solve(
 
 
 def _approach(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Array, ...]:
-    """What the solver settles to, without a derivative."""
+    """What the solver converges to, without a derivative."""
     x, k, tau, weights, where = inputs
     xp = backend.xp
     if weights is None:
@@ -106,7 +103,7 @@ def _approach_within(
     ranks: tuple[int, ...] | None,
     n: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """What the solver settles to, from all n scores or those of a window; and whether a window was wide enough."""
+    """What the solver converges to, from all n scores or from a window; and whether the window was wide enough."""
     xp = backend.xp
     bound = limits(xp, x.dtype)
     ends = find_ends(backend, x, where, k, weights, ranks, n)
@@ -117,7 +114,8 @@ def _approach_within(
     odds, half = narrow_gap(backend, logits(backend, selectable(xp, x, where), reference, tau), gap)
     offset, tails = search(backend, odds, half, k, weights, fixed)
     settled = ends.valid & ~xp.isnan(tails.lower)
-    # What a window leaves out is log(n / eps) and the margin below the lower side of the gap.
+    # The scores outside a window are at least log(n / eps) and the margin below the lower side of the gap. Together
+    # they add less than eps exp(-half - offset - margin) to the lower tail.
     sure = fixed | ~settled | (xp.exp(-half - offset - MARGIN) <= tails.lower + tails.upper)
     return (
         reference,
@@ -136,32 +134,11 @@ def _forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -
     return (number,) * 4 + (flag,) * 4
 
 
-#: The iteration, as one operation of a graph. Its outputs: the threshold in its two parts; both sides of the gap;
-#: whether nothing is selected, everything, there is an answer, and whether the last score that is selected is +inf.
+#: The iteration, as one operation of a graph. Its outputs are the threshold in its two parts, both sides of the gap,
+#: and flags: nothing is selected, everything is selected, there is an answer, the last score that is selected is +inf.
 solver = Primitive(
     "solve_threshold",
     _approach,
     _forms,
     constants=("reference", "offset", "high", "low", "nothing", "everything", "settled", "infinite"),
 )
-
-
-def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Array | None:
-    """The scores that can have a say in the threshold, in a shorter array that ends in -inf; None for all of them.
-
-    Of the maxima of blocks, the one of a rank is a lower bound of the score of that rank: that many scores are at least
-    as large. Everything that is log(n / eps) and a margin, in units of tau, below the bound has, all together, no part
-    in a tail.
-    """
-    xp, n, rank = backend.xp, x.shape[-1], max(ranks)
-    if not isinstance(n, int) or backend.memory(x) is None:
-        return None
-    size = n // (8 * rank)
-    if size < 4:
-        return None
-    blocks = n // size
-    maxima = xp.max(xp.reshape(x[..., : size * blocks], (*x.shape[:-1], size, blocks)), axis=-2)
-    level = backend.select(maxima, (rank,))
-    bound = limits(xp, x.dtype)
-    level = xp.minimum(level, bound.largest) - (math.log(n / bound.eps) + MARGIN) * tau  # of finite scores beside +inf
-    return backend.gather_above(x, level)
