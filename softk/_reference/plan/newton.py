@@ -15,10 +15,10 @@ import math
 from typing import Any
 
 from softk._reference.threshold.ends import Ends, find_ends, middle, narrow_gap, reference_of
-from softk._reference.threshold.limits import CORRECTIONS, limits, safe_denominator
+from softk._reference.threshold.limits import CORRECTIONS, MARGIN, limits, safe_denominator
 from softk._reference.threshold.newton import search
 from softk._reference.threshold.problem import effective_weights
-from softk._reference.threshold.window import MARGIN, window
+from softk._reference.threshold.window import window
 from softk.backend import Array, Backend, Form, Primitive, peek
 
 from .system import Boundaries, System, Task, excess, log_odds, plan, running, sides

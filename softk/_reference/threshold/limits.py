@@ -12,6 +12,8 @@ STEPS = 11
 #: Newton corrections where a framework differentiates the operations themselves: with two of them second derivatives
 #: are exact.
 CORRECTIONS = 2
+#: How far below the k-th largest score, in units of tau, the threshold may lie before a window must be rejected.
+MARGIN = 4.0
 #: A mass is rounded to this many units of its last digit: if it is that close to 0, n or the sum of the weights, it
 #: counts as that number.
 ROUNDINGS = 8.0

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from softk.backend import Array, Backend, Form, Primitive, broadcast_like, peek
 
 from .ends import Gap, find_ends, middle, narrow_gap, reference_of
-from .limits import CORRECTIONS, limits
+from .limits import CORRECTIONS, MARGIN, limits
 from .newton import correction, search
 from .problem import effective_weights, logits, selectable
-from .window import MARGIN, window
+from .window import window
 
 
 class Solution(NamedTuple):

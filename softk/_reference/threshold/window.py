@@ -14,10 +14,8 @@ from typing import Any
 
 from softk.backend import Array, Backend, is_in_host_memory
 
-from .limits import limits
+from .limits import MARGIN, limits
 
-#: How far below the k-th largest score, in units of tau, the threshold may lie before a window must be rejected.
-MARGIN = 4.0
 #: A window is taken only where it has at most this part of the scores.
 LARGEST_PART = 0.5
 
