@@ -132,7 +132,7 @@ class Linearisation:
         return distance, tail * xp.where(upper, factor_above, factor_below) / one_and_tail
 
     def decay_from_each_side(self, upper: Array) -> tuple[Array, Array, Array]:
-        """|z| of the nearest items above and below the threshold; and exp of |z| less that of the nearest, negated."""
+        """|z| of the nearest items above and below the threshold; and exp(d - |z|), with the d of that side."""
         xp = self.xp
         bound = limits(xp, self.x.dtype)
         high, low = self.nearest_on_each_side(upper)
@@ -229,7 +229,7 @@ class Linearisation:
 
     def dmask_dz(self) -> Array:
         """v, the derivative of the mask in z."""
-        if self.weights is None:  # d is not clipped then, and v must be in proportion to p exactly
+        if self.weights is None:  # v' is not clipped then, and v must be exactly in proportion to p
             return self.scale * self.scaled_slope
         tail = self.xp.exp(-self.xp.abs(self.log_odds()))
         tail = tail / (1.0 + tail)
