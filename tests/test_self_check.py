@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -26,6 +27,8 @@ def test_every_installed_library_passes() -> None:
         assert rows[name].endswith("passed")
     refused = r"triton +torch +cpu +topk_mask +no: the scores must be on a CUDA device, got cpu"
     assert re.search(refused, done.stdout), "the kernels, and why they do not serve"
+    assert re.search(r"numba +numpy +cpu +topk_mask +(yes|no: Numba is not installed .*)", done.stdout)
+    assert done.stdout.count("Compiled kernels are") == (importlib.util.find_spec("numba") is not None)
 
 
 def test_without_a_library_it_says_what_to_install() -> None:
