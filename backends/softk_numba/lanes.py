@@ -92,22 +92,63 @@ def take(x, first, count, room, columns):
 
 @overload(take)
 def _take(x, first, count, room, columns):
-    def copied(x, first, count, room, columns):
-        last = x.shape[0] - 1
-        for i in range(room.shape[0]):
-            copy_row(x[min(first + min(i, count - 1), last)], room[i])
-        transpose(room, 0, columns)
+    in_place = x.layout == "C" and x.dtype == room.dtype
 
     def direct(x, first, count, room, columns):
-        if count == room.shape[0] and x.shape[0] > 1:
-            transpose(x, first, columns)
-        else:
-            last = x.shape[0] - 1
-            for i in range(room.shape[0]):
-                copy_row(x[min(first + min(i, count - 1), last)], room[i])
-            transpose(room, 0, columns)
+        rows, row = x, first
+        if count < room.shape[0] or x.shape[0] == 1:
+            rows, row = copied_rows(x, first, count, room), 0
+        transpose(rows, row, columns)
 
-    return direct if x.layout == "C" and x.dtype == room.dtype else copied
+    def by_copy(x, first, count, room, columns):
+        transpose(copied_rows(x, first, count, room), first - first, columns)
+
+    return direct if in_place else by_copy
+
+
+@njit(**EXACT)
+def copied_rows(x, first, count, room):
+    last = x.shape[0] - 1
+    for i in range(room.shape[0]):
+        copy_row(x[min(first + min(i, count - 1), last)], room[i])
+    return room
+
+
+def place_of(out, first, count, room):
+    """Where the rows of a block are computed: in their place, or in `room`; and the first row there."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(place_of)
+def _place_of(out, first, count, room):
+    def direct(out, first, count, room):
+        if count == room.shape[0]:
+            return out, first
+        return room, first - first
+
+    def elsewhere(out, first, count, room):
+        return room, first - first
+
+    return direct if out.dtype == room.dtype else elsewhere
+
+
+def give(out, first, count, room):
+    """Copy or round the rows of a block that were computed in `room`."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(give)
+def _give(out, first, count, room):
+    def copied(out, first, count, room):
+        if count < room.shape[0]:
+            for i in range(count):
+                copy_row(room[i], out[first + i])
+
+    def rounded(out, first, count, room):
+        for i in range(count):
+            store_row(room[i], out, first + i)
+
+    return copied if out.dtype == room.dtype else rounded
 
 
 @njit(**EXACT)
@@ -162,7 +203,8 @@ def search(scores, facts, k, least, most, usable, bound):
     eps, smallest = bound[0], bound[1]
     none = k - k
     aim = rarity(k, n)
-    at_low, at_high = rarity(none + n, n), rarity(none, n)
+    at_low = none + math.log(2.0 * n + 1.0)
+    at_high = -at_low
     # Both are in [low, high], the ends of which are scores.
     low, high = lowest, highest
     pivot = minimum(maximum(center - deviation * aim / 1.702, lowest), highest)
@@ -227,7 +269,7 @@ def sweep(odds, level):
 @njit(**EXACT)
 def solve(odds, k, usable, bound):
     """The offset and the slope of the mass there: `solve.search`, of which every row ends by itself."""
-    eps, smallest, ceiling, tolerance = bound[0], bound[1], bound[2], bound[3]
+    eps, smallest, ceiling, tolerance = bound[0], bound[1], bound[2], 3.0 * bound[3]
     offset = k - k
     slope, least, most = offset, offset - math.inf, offset + math.inf
     running = usable
@@ -311,29 +353,6 @@ def solve_block(scores, odds, numbers, bound):
     return exp(offset)
 
 
-def give_mask(odds, level, mask, first, count, room):
-    """Write the masks of a block to their place, or by way of `room`."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(give_mask)
-def _give_mask(odds, level, mask, first, count, room):
-    def rounded(odds, level, mask, first, count, room):
-        write_ratio(odds, level, room, 0)
-        for i in range(count):
-            store_row(room[i], mask, first + i)
-
-    def direct(odds, level, mask, first, count, room):
-        if count == room.shape[0]:
-            write_ratio(odds, level, mask, first)
-        else:
-            write_ratio(odds, level, room, 0)
-            for i in range(count):
-                copy_row(room[i], mask[first + i])
-
-    return direct if mask.dtype == room.dtype else rounded
-
-
 def mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the short rows from `start` to `stop`; returns which of them are done."""
     raise NotImplementedError("compiled code only")
@@ -360,7 +379,9 @@ def _mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, sta
             take(x, first, count, room, scores)
             parameters(k, tau, first, count, n, bound, numbers)
             level = solve_block(scores, odds, numbers, bound)
-            give_mask(odds, level, mask, first, count, room)
+            rows, row = place_of(mask, first, count, room)
+            write_ratio(odds, level, rows, row)
+            give(mask, first, count, room)
             for i in range(count):
                 done[first + i - start] = numbers[6, i] > 0.0
                 offsets[first + i], references[first + i] = numbers[4, i], numbers[5, i]
@@ -374,14 +395,14 @@ def _mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, sta
 
 @njit(**EXACT)
 def gains_of(scores, values, numbers, gains):
-    """v of every item and V; of the item with the largest v, this, its value and its score; G, the sum of v times u.
+    """v of every item; of the item with the largest v its value and its score; the second largest v; V; <v, u>.
 
-    Values, u, are measured from that of the item with the largest v.
+    u, the values, are measured from that of the item with the largest v.
     """
     n = scores.shape[0]
     reference, offset, inverse = load(numbers, 0), load(numbers, 1), load(numbers, 2)
     none = inverse - inverse
-    most, level, origin, total, product = none - 1.0, none, none, none, none
+    most, second, level, origin = none - 1.0, none, none, none
     for i in range(n):
         score, value = load(scores, i), load(values, i)
         z = (score - reference) * inverse - offset
@@ -390,8 +411,10 @@ def gains_of(scores, values, numbers, gains):
         larger = 1.0 / (decay + 1.0)
         gain = decay * larger * larger
         store(gain, gains, i)
+        second = maximum(second, minimum(most, gain))
         better = gain > most
         most, level, origin = where(better, gain, most), where(better, value, level), where(better, score, origin)
+    total, product = none, none
     for start in range(0, n, PART):
         part_total, part_product = none, none
         for i in range(start, min(start + PART, n)):
@@ -400,7 +423,7 @@ def gains_of(scores, values, numbers, gains):
             part_product += gain * (load(values, i) - level)
         total += part_total
         product += part_product
-    return most, level, origin, total, product
+    return level, origin, second, total, product
 
 
 @njit(**EXACT)
@@ -425,29 +448,6 @@ def write_product(values, gains, level, mean, inverse, rows, first):
         c = load(gains, j + 2) * (load(values, j + 2) - level - mean) * inverse
         d = load(gains, j + 3) * (load(values, j + 3) - level - mean) * inverse
         store_columns((a, b, c, d), rows, first, j)
-
-
-def give_product(values, gains, level, mean, inverse, xbar, first, count, room):
-    """Write the cotangents of a block to their place, or by way of `room`."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(give_product)
-def _give_product(values, gains, level, mean, inverse, xbar, first, count, room):
-    def rounded(values, gains, level, mean, inverse, xbar, first, count, room):
-        write_product(values, gains, level, mean, inverse, room, 0)
-        for i in range(count):
-            store_row(room[i], xbar, first + i)
-
-    def direct(values, gains, level, mean, inverse, xbar, first, count, room):
-        if count == room.shape[0]:
-            write_product(values, gains, level, mean, inverse, xbar, first)
-        else:
-            write_product(values, gains, level, mean, inverse, room, 0)
-            for i in range(count):
-                copy_row(room[i], xbar[first + i])
-
-    return direct if xbar.dtype == room.dtype else rounded
 
 
 @njit(**EXACT)
@@ -490,17 +490,19 @@ def _pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, t
             take(u, first, count, room, values)
             state(tau, offsets, references, c, first, count, bound, numbers)
             inverse, cotangent = load(numbers, 2), load(numbers, 3)
-            most, level, origin, total, product = gains_of(scores, values, numbers, gains)
+            level, origin, second, total, product = gains_of(scores, values, numbers, gains)
             mean = (product - cotangent) / total
             if xbar.shape[0] > 0:
-                give_product(values, gains, level, mean, inverse, xbar, first, count, room)
+                rows, row = place_of(xbar, first, count, room)
+                write_product(values, gains, level, mean, inverse, rows, row)
+                give(xbar, first, count, room)
             if taubar.shape[0] > 0:
                 found = moment(scores, values, gains, level, mean, origin, inverse)
                 found = found + cotangent * ((origin - load(numbers, 0)) * inverse) * inverse
                 store(-found, numbers, 4)
             store(level + mean, numbers, 5)
             finite = (product - product == 0.0) & (level - level == 0.0)
-            good = finite & (inverse > 0.0) & (most > LEAST_GAIN)
+            good = finite & (inverse > 0.0) & (second > LEAST_GAIN)
             store(vectors.where(good, mean - mean + 1.0, 0.0), numbers, 6)
             for i in range(count):
                 row = first + i
