@@ -1,6 +1,7 @@
-"""How fast softk is, beside softmax, the hard top-k and its peers, and how accurate: `make bench`.
+"""Benchmarks of softk's speed and accuracy, compared with softmax, the hard top-k and other libraries: `make bench`.
 
-`cases` says what is measured, `candidates_*` what is timed, `timing` how, `truth` what the right answer is, `memory`
-what is held. `worker` measures one framework in a process of its own, `__main__` runs them all, and `report` and
-`plots` show the result. `machine` and `processes` are shared with `benchmarks.gpu`, which measures a CUDA device.
+`cases` has the problems, `candidates_*` the functions that are timed, `timing` the clock, `truth` the exact solutions,
+and `memory` the memory measurements. `worker` measures one framework in its own process, `__main__` runs all workers,
+and `report` and `plots` write the results. `benchmarks.gpu`, which measures a CUDA device, also uses `machine` and
+`processes`.
 """

@@ -1,4 +1,4 @@
-"""Measures everything, prints the tables, and renews docs/benchmarks.md: `make bench`, or `python -m benchmarks`."""
+"""Run all benchmarks, print the tables, and update docs/benchmarks.md: `make bench`, or `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .machine import ROOT, processor, versions
 from .worker import FRAMEWORKS, cases_of, environment
 
 RESERVES = {"numpy": 15.0, "torch": 40.0, "jax": 60.0, "compiled": 90.0}
-"""Seconds that are left to each process by those before it, come what may."""
+"""Seconds reserved for each process; earlier processes must not use them."""
 LARGEST_SHARE = 0.35
-"""Of the whole run's time, for one process."""
+"""The largest share of the time of the whole run that one process may use."""
 VERSIONS = ("numpy", "scipy", "torch", "jax", "jaxlib")
 
 
 def run_worker(framework: str, threads: str, seconds: float, options: argparse.Namespace, bar: Any) -> list[Any]:
-    """The records of one framework on one number of threads, measured in a process of its own."""
+    """The records of one framework with one number of threads, measured in its own process."""
 
     def watch(case: str) -> None:
         bar.set_description_str(f"{framework}, {threads}: {case}")
@@ -48,7 +48,7 @@ def run_worker(framework: str, threads: str, seconds: float, options: argparse.N
 
 
 def split_peers(records: list[Any]) -> dict[str, Any]:
-    """What the workers say of their peers, apart from what they measured; other peers by their metadata."""
+    """Split the records of the workers into peers and measurements. Peers without a record get their metadata."""
     found = {record["peer"]: record["status"] for record in records if record["group"] == "peers"}
     peers = {
         peer.distribution: {
@@ -61,7 +61,7 @@ def split_peers(records: list[Any]) -> dict[str, Any]:
 
 
 def busy_seconds() -> float:
-    """Processor time that all processes together have used, where the system tells; else NaN."""
+    """The processor time used by all processes together, or NaN if the system does not provide it."""
     try:
         user, nice, system = (int(field) for field in Path("/proc/stat").read_text().split()[1:4])
         return (user + nice + system) / os.sysconf("SC_CLK_TCK")
@@ -70,13 +70,13 @@ def busy_seconds() -> float:
 
 
 def own_seconds() -> float:
-    """Processor time of this process and of those that it has waited for."""
+    """The processor time of this process and of its finished children."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The environment of the measurement."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": processor(),
@@ -91,18 +91,18 @@ def machine(device: str) -> dict[str, Any]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and no torch.compile: proves that it runs")
-    parser.add_argument("--minutes", type=float, default=11.5, help="of measurement at most (default: 11.5)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes without torch.compile, to test that it runs")
+    parser.add_argument("--minutes", type=float, default=11.5, help="time limit of the measurement (default: 11.5)")
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch and JAX (default: cpu)")
-    parser.add_argument("--output", type=Path, help="a folder for the results, instead of the documentation")
-    parser.add_argument("--redraw", action="store_true", help="measure nothing: page and pictures from results.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for PyTorch and JAX (default: cpu)")
+    parser.add_argument("--output", type=Path, help="folder for the results, instead of the documentation")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing; page and figures from results.json")
     options = parser.parse_args(argv)
     if options.device == "cuda":
         options.threads = ["all"]
         options.frameworks = [name for name in options.frameworks if name != "numpy"]
-        options.output = options.output or ROOT / "benchmarks" / "cuda"  # the page is about a processor
+        options.output = options.output or ROOT / "benchmarks" / "cuda"  # the page in the documentation is for the CPU
     if options.quick:
         options.threads = ["all"]
     if options.quick and options.output is None:
@@ -111,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the workers one after the other, then write everything."""
+    """Run the workers one after the other, then write the results."""
     options = parse(argv)
     if options.redraw:
         publish(json.loads(((options.output or ROOT / "benchmarks") / "results.json").read_text()), options)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def publish(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the tables, and write them with the JSON and the pictures."""
+    """Print the tables, and write them with the JSON file and the figures."""
     static = options.output or ROOT / "docs" / "_static"
     results = (options.output or ROOT / "benchmarks") / "results.json"
     report.write_json(results, result)

@@ -1,4 +1,4 @@
-"""What every candidate supplies, and the paper's own algorithm for all of them."""
+"""The interface of the timed candidates, and the paper's algorithm for all frameworks."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ SINKHORN_ITERATIONS = 200
 SETTLED = "Sinkhorn until it settles"
 MOST_ITERATIONS = 1000
 MEMORY_SHARE = 0.3
-"""A candidate that would need more than this share of the machine's memory is not run."""
+"""A candidate that needs more than this share of the machine's memory is skipped."""
 
 
 class Prepared(NamedTuple):
-    """A candidate on one case. Both calls are warm after one call, and return what they computed, finished."""
+    """A candidate on one case. One call warms up each function. Both wait until their result is computed."""
 
     forward: Callable[[], Array]
-    both: Callable[[], tuple[Array, Array]] | None  # output and derivative; None if it has no useful one
+    both: Callable[[], tuple[Array, Array]] | None  # output and derivative; None without a useful derivative
     numpy: Callable[[Array], np.ndarray]
 
 
 Prepare = Callable[[Case, np.ndarray, np.ndarray], Prepared]
-"""From (case, scores, cotangent)."""
+"""Takes (case, scores, cotangent)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute something like a top-k mask."""
+    """A function that is timed, such as a top-k mask of some library."""
 
     name: str
     framework: Literal["NumPy", "PyTorch", "torch.compile", "JAX jit"]
-    kind: Literal["soft", "hard", "other"]  # the same operator as softk.topk; the indicator; another operator
+    kind: Literal["soft", "hard", "other"]  # the operator of softk.topk, the exact indicator, a different function
     prepare: Prepare
     peer: bool = False
-    power: int = 1  # time grows as this power of n
-    arrays: float = 0.0  # of n x n numbers a slice, held at once
-    obstacle: Callable[[Case], str | None] = lambda case: None  # why it cannot do a case, if so
+    power: int = 1  # the time grows as this power of n
+    arrays: float = 0.0  # the number of n x n arrays per slice held at once
+    obstacle: Callable[[Case], str | None] = lambda case: None  # the reason if it cannot compute a case
 
     def belongs(self, case: Case) -> bool:
-        """Whether a case is for it."""
+        """Whether the candidate is measured on a case."""
         if not self.peer:
             return self.obstacle(case) is None
         if case.peers == "all":
@@ -62,17 +62,17 @@ class Candidate:
         return case.peers == "sinkhorn" and self.name == SINKHORN and self.framework == "NumPy"
 
     def refuses(self, case: Case) -> str | None:
-        """Why it cannot be run on a case, from what is known beforehand."""
+        """The reason why the candidate is skipped on a case, or None."""
         if obstacle := self.obstacle(case):
             return obstacle
         needed = self.arrays * case.rows * case.n**2 * np.dtype(case.dtype).itemsize
         if needed > MEMORY_SHARE * total_memory():
-            return f"needs {needed / 2**30:,.0f} GiB for n x n numbers a slice"
+            return f"needs {needed / 2**30:,.0f} GiB for n x n numbers per slice"
         return None
 
 
 def few(entries: float) -> Callable[[Case], str | None]:
-    """Refuses where the number of plan entries makes one call take minutes."""
+    """Refuse cases whose plan has so many entries that one call would take minutes."""
 
     def obstacle(case: Case) -> str | None:
         needed = case.rows * case.n * (case.k + 1)
@@ -82,12 +82,12 @@ def few(entries: float) -> Callable[[Case], str | None]:
 
 
 def finished(call: Callable[[], Array], wait: Callable[[Array], Any]) -> Call:
-    """A call that waits for the device."""
+    """The call, followed by waiting for the device."""
     return lambda: wait(call())
 
 
 def total_memory() -> float:
-    """Bytes of the machine."""
+    """The memory of the machine in bytes."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -98,10 +98,11 @@ def total_memory() -> float:
 
 
 def sinkhorn(xp: Any, x: Array, k: int, epsilon: float, loop: Callable[..., Any]) -> Array:
-    """n times the plan's column of anchor 1 after 200 iterations, from cost (x - anchor)^2 and marginals 1/n, k/n.
+    """The mask by Sinkhorn's algorithm: n times the column of anchor 1 of the plan.
 
-    `loop(step, state)` takes the steps. For an epsilon large enough for its exponentials it is the multiplicative form,
-    which needs none within the loop, each row of the kernel in units of its largest entry; else in the logarithms.
+    The cost is (x - anchor)^2 and the marginals are 1/n and k/n. `loop(step, state)` runs the iterations. If epsilon is
+    large enough, the multiplicative form is used, with each row of the kernel scaled by its largest entry. It needs no
+    exponentials in the loop. Otherwise the iteration runs in the log domain.
     """
     n = x.shape[-1]
     cost0, cost1 = x * x, (x - 1.0) * (x - 1.0)
@@ -138,7 +139,7 @@ def sinkhorn(xp: Any, x: Array, k: int, epsilon: float, loop: Callable[..., Any]
 
 
 def implicit(mask: Array, u: Array, epsilon: float) -> Array:
-    """The paper's derivative: of the transport problem's solution, taking the last iterate for it."""
+    """The paper's implicit derivative at the solution, for which it takes the last iterate."""
     slope = mask * (1.0 - mask)
     mean = (slope * u).sum(-1, keepdims=True) / (slope.sum(-1, keepdims=True) + 1e-30)
     return slope * (u - mean) / (epsilon / 2)
@@ -148,13 +149,13 @@ def implicit(mask: Array, u: Array, epsilon: float) -> Array:
 
 
 class Peer(NamedTuple):
-    """Another project, whether it is here or not."""
+    """Another project, installed or not."""
 
     distribution: str
     module: str
     framework: str
     computes: str
-    absent: str = ""  # why a plain `pip install` does not bring it
+    absent: str = ""  # the reason why `pip install` does not provide it
     python: tuple[int, int] = (3, 11)
 
 
@@ -179,7 +180,7 @@ PEERS = (
         "difftopk",
         "PyTorch",
         "`SoftSort` and the bitonic `DiffTopkNet` (n a power of two), whose rows for the first k places are added up: "
-        "relaxed permutation matrices, n x n numbers a slice",
+        "relaxed permutation matrices, n x n numbers per slice",
     ),
     Peer(
         "torchsort",
@@ -213,7 +214,7 @@ def installed(framework: str) -> set[str]:
 
 
 def availability(peer: Peer, *, load: bool = True) -> str:
-    """The installed version, or why there is none, beginning with "absent"; `load` tries whether it imports."""
+    """The installed version, or "absent" with the reason. `load` also tests whether it can be imported."""
     if sys.version_info[:2] < peer.python:
         return f"absent: needs Python {peer.python[0]}.{peer.python[1]}, this is {sys.version.split()[0]}"
     try:
@@ -223,15 +224,15 @@ def availability(peer: Peer, *, load: bool = True) -> str:
     if not load:
         return version
     try:
-        with redirect_stdout(io.StringIO()):  # one of them talks
+        with redirect_stdout(io.StringIO()):  # some print at their import
             import_module(peer.module)
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"absent: {version} is installed, its import fails: {type(error).__name__}: {error}"
     return version
 
 
 def _build_log(peer: Peer) -> str | None:
-    """The last error that pip left where the Makefile keeps its output."""
+    """The first error in pip's output, which the Makefile saves."""
     log = Path(sys.prefix) / f"{peer.distribution}.log"
     if not log.exists():
         return None

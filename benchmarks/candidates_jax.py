@@ -1,4 +1,4 @@
-"""JAX under jit: softk, what the framework itself has, and the peers that are written for it."""
+"""JAX under jit: softk, the functions of the framework, and the peers written for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepa
 from .cases import Case
 
 Operator = Callable[[Case, Any], Any]
-"""From (case, scores) to something of the scores' shape, or of k values a slice."""
+"""Takes (case, scores). Returns an array of the shape of the scores, or with k values per slice."""
 
 
 def both(operator: Operator, case: Case) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Output and derivative in one function, to be compiled as a whole."""
+    """A function that computes output and derivative, to be compiled as a whole."""
 
     def function(x: Any, u: Any) -> tuple[Any, Any]:
         out, pullback = jax.vjp(partial(operator, case), x)
@@ -31,7 +31,7 @@ def both(operator: Operator, case: Case) -> Callable[[Any, Any], tuple[Any, Any]
 
 def _prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepare:
     def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
-        # Switched case by case: with doubles allowed, a peer that makes its constants itself would use them always.
+        # Enable float64 only for float64 cases: a peer that creates its own constants would otherwise always use it.
         jax.config.update("jax_enable_x64", case.dtype == "float64")
         place = jax.devices("gpu" if device == "cuda" else device)[0]
         scores, cotangent = jax.device_put(x, place), jax.device_put(u, place)
@@ -92,8 +92,8 @@ def _sinkhorn(case: Case, x: Any) -> Any:
     return _iterated(x, case.k, case.epsilon)
 
 
-# Without squashing it is the same operator; without its implicit derivative, which raises with today's lineax, the
-# iterations are differentiated one by one.
+# Without squashing it is the operator of softk.topk. Its implicit derivative raises an error with the current lineax,
+# so the iterations are unrolled and differentiated.
 OTT_OPTIONS = {"squashing_fun": lambda values: values, "implicit_diff": None}
 
 
@@ -117,7 +117,7 @@ def _softjax(case: Case, x: Any) -> Any:
 
 
 def candidates(device: str) -> list[Candidate]:
-    """softk and the framework, and those peers that are installed."""
+    """softk, the functions of the framework, and the installed peers."""
     here = installed("JAX")
     found = [
         Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),

@@ -1,4 +1,4 @@
-"""NumPy: softk, and what the library itself has, with derivatives by hand."""
+"""NumPy: softk and the functions of NumPy and SciPy, with hand-written derivatives."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _loop(step: Any, state: Any) -> Any:
 
 
 def _settle(step: Any, state: Any) -> Any:
-    """Until no marginal's scale changes by more than roundings: the accuracy of the solution, where it gets there."""
+    """Iterate until the scales change only by rounding, or up to the limit of iterations."""
     for _ in range(MOST_ITERATIONS):
         before, state = state, step(state)
         if all(
@@ -104,7 +104,7 @@ def _sinkhorn(loop: Any) -> Prepare:
 
 
 def candidates(device: str) -> list[Candidate]:
-    """All of them; NumPy has one device."""
+    """All candidates. The device is ignored, because NumPy has only one."""
     return [
         Candidate("softk.topk", "NumPy", "soft", _softk),
         Candidate("softk.sorted_topk", "NumPy", "other", _sorted, obstacle=few(1.5e6)),

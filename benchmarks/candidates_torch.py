@@ -1,4 +1,4 @@
-"""PyTorch, eager and compiled: softk, what the framework itself has, and the peers that are written for it."""
+"""PyTorch, eager and compiled: softk, the functions of the framework, and the peers written for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepa
 from .cases import Case
 
 Operator = Callable[[Case, torch.Tensor], torch.Tensor]
-"""From (case, scores) to something of the scores' shape, or of k values a slice."""
+"""Takes (case, scores). Returns an array of the shape of the scores, or with k values per slice."""
 
 
 def _prepare(operator: Operator, device: str, *, compiled: bool = False, gradient: bool = True) -> Prepare:
-    """Eager autograd over an operator, or over its compiled form."""
+    """Prepare an operator, or its compiled form, with autograd."""
 
     def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
         scores, cotangent = torch.asarray(x, device=device), torch.asarray(u, device=device)
@@ -33,7 +33,7 @@ def _prepare(operator: Operator, device: str, *, compiled: bool = False, gradien
             function = torch.compile(function, dynamic=False)
 
         def forward() -> torch.Tensor:
-            if compiled:  # the graph that is trained: one for inference would be compiled a second time
+            if compiled:  # reuse the training graph, since a graph for inference would be compiled separately
                 result = function(leaf)
             else:
                 with torch.no_grad():
@@ -85,7 +85,7 @@ def _loop(step: Any, state: Any) -> Any:
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """The paper's forward and its implicit backward."""
+    """The paper's forward iterations, with its implicit derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
@@ -151,11 +151,11 @@ def _softtorch(case: Case, x: torch.Tensor) -> torch.Tensor:
 
 
 def _power_of_two(case: Case) -> str | None:
-    return None if case.n & (case.n - 1) == 0 else "takes a power of two only"
+    return None if case.n & (case.n - 1) == 0 else "supports only powers of two"
 
 
 def candidates(device: str) -> list[Candidate]:
-    """softk and the framework, and those peers that are installed."""
+    """softk, the functions of the framework, and the installed peers."""
     here = installed("PyTorch")
     found = [
         Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
@@ -184,8 +184,8 @@ def candidates(device: str) -> list[Candidate]:
 
 
 def compiled(device: str) -> list[Candidate]:
-    """softk and the framework under torch.compile."""
-    # Every case compiles the same few functions anew; beyond the usual limit of 8 they would silently run eagerly.
+    """softk and the functions of the framework under torch.compile."""
+    # Every case recompiles the same functions. Beyond the default limit of 8 they would silently run eagerly.
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     return [

@@ -1,4 +1,4 @@
-"""Newton against Sinkhorn on the sorted top-k: iterations, time and marginal error at every epsilon.
+"""Newton's method and Sinkhorn's algorithm on the sorted top-k: iterations, time and marginal error for each epsilon.
 
 ``python -m benchmarks.convergence`` prints the table, writes it into ``docs/transport.md`` and draws the picture there.
 """
@@ -23,7 +23,7 @@ SEEDS = 5
 
 
 def solve(x: np.ndarray, k: int, epsilon: float, method: str, limit: int | None) -> tuple[softk.Plan, float]:
-    """The plan of the sorted top-k, anchors k, ..., 1, 0, and the seconds it took."""
+    """The plan of the sorted top-k, with the anchors k, ..., 1, 0, and the time in seconds."""
     anchors = np.arange(k, -1.0, -1.0)
     marginals = np.ones(k + 1)
     marginals[-1] = x.shape[-1] - k
@@ -35,7 +35,7 @@ def solve(x: np.ndarray, k: int, epsilon: float, method: str, limit: int | None)
 
 
 def measure(n: int, k: int) -> list[list[tuple[float, float, float]]]:
-    """Medians over the seeds of iterations, milliseconds and marginal error, by method and epsilon."""
+    """Median iterations and milliseconds, and the largest marginal error, over the seeds, by method and epsilon."""
     scores = [np.random.default_rng(seed).uniform(size=n) for seed in range(SEEDS)]
     table = []
     for method, limit in METHODS:
@@ -59,7 +59,7 @@ def name(method: str, limit: int | None) -> str:
 
 def tabulate(table: list[list[tuple[float, float, float]]], n: int, k: int) -> str:
     lines = [
-        f"{n} scores, uniform in [0, 1], k = {k}, float64; medians of {SEEDS} seeds, of the errors the largest.",
+        f"{n} scores, uniform in [0, 1], k = {k}, float64; medians over {SEEDS} seeds, the largest error of all seeds.",
         "",
         "| epsilon | " + " | ".join(f"{name(*m)}: iterations | ms | error" for m in METHODS) + " |",
         "|---:|" + "---:|" * (3 * len(METHODS)),
@@ -96,9 +96,9 @@ def draw(table: list[list[tuple[float, float, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=1000, help="scores")
-    parser.add_argument("--k", type=int, default=10, help="how many are selected")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page and the picture are")
+    parser.add_argument("--n", type=int, default=1000, help="number of scores")
+    parser.add_argument("--k", type=int, default=10, help="number of selected scores")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page and the figure")
     options = parser.parse_args()
     table = measure(options.n, options.k)
     text = tabulate(table, options.n, options.k)

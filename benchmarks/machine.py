@@ -1,4 +1,4 @@
-"""What the numbers depend on: processor, versions, commit. Imports no framework."""
+"""The environment of a measurement: processor, versions, commit. It imports no framework."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of Python, of softk with its commit, and of those distributions that are installed."""
+    """The versions of Python, of softk with its commit, and of the installed distributions among `names`."""
     here = commit()
     own = {"Python": platform.python_version(), "softk": softk.__version__ + (f" ({here})" if here else "")}
     return own | installed(names)
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those distributions that are installed."""
+    """The versions of the installed distributions among `names`."""
     found = {}
     for name in names:
         try:
@@ -33,7 +33,7 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The short hash of what is checked out, where git tells."""
+    """The short hash of the checked-out commit, or None without git."""
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
@@ -41,7 +41,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """The model's name, where the system tells."""
+    """The model name of the processor, if the system provides it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

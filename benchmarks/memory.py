@@ -1,4 +1,4 @@
-"""What is held: at the peak of forward + backward, and between the two; in arrays of the scores' size."""
+"""Memory at the peak of forward + backward and between the two passes, in arrays of the size of the scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS_OF_IMPORT = "import time, {first}; t = time.perf_counter(); import {seco
 
 
 def numpy_peak(candidate: Candidate, case: Case) -> float:
-    """The peak of NumPy's own allocations beyond scores and cotangent, results included."""
+    """The peak of NumPy's allocations, including the results but not the scores and the cotangent."""
     x, u = case.scores(), case.cotangent()
     both = candidate.prepare(case, x, u).both
     assert both is not None
@@ -26,23 +26,23 @@ def numpy_peak(candidate: Candidate, case: Case) -> float:
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        held = both()
+        result = both()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    del held
+    del result
     return (peak - before) / x.nbytes
 
 
 def torch_saved(candidate: Candidate, case: Case) -> float:
-    """What autograd keeps from the forward pass for the backward pass; the scores themselves count if they are kept."""
+    """The tensors that autograd saves for the backward pass, including the scores if they are saved."""
     import torch
 
     saved: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage  # held, so that no address comes twice
+        saved[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     x = case.scores()
@@ -54,7 +54,7 @@ def torch_saved(candidate: Candidate, case: Case) -> float:
 
 
 def jax_temporary(candidate: Candidate, case: Case) -> float:
-    """Temporary and output buffers of the compiled forward + backward, as XLA plans them."""
+    """The temporary and output buffers of the compiled forward + backward, according to XLA."""
     import jax
 
     from . import candidates_jax
@@ -75,7 +75,7 @@ MEASURES = {
 
 
 def import_seconds(repeats: int) -> float:
-    """Median seconds of `import softk` once NumPy is imported, each time in a new process."""
+    """The median time of `import softk` in a new process after `import numpy`, in seconds."""
     code = SECONDS_OF_IMPORT.format(first="numpy", second="softk")
     found = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

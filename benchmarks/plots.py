@@ -1,4 +1,4 @@
-"""The two pictures of docs/benchmarks.md: time against n, and time and error against epsilon."""
+"""The two figures of docs/benchmarks.md: time against n, and time and error against epsilon."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), SINKHORN: (
 
 
 SHOWN = "NumPy"
-"""The framework whose Sinkhorn iterations are drawn; the others' are in the tables."""
+"""The framework whose Sinkhorn iterations are drawn. The tables have those of the others."""
 
 
 def series(records: list[Record], group: str, axis: str) -> dict[tuple[str, str], list[tuple[float, Record]]]:
-    """For each (framework, candidate), its measured records along an axis."""
+    """The measured records of each (framework, candidate), sorted along an axis."""
     found: dict[tuple[str, str], list[tuple[float, Record]]] = {}
     for record in records:
         usable = record["group"] == group and record["status"] == "measured" and record["dtype"] == "float32"
@@ -37,7 +37,7 @@ def series(records: list[Record], group: str, axis: str) -> dict[tuple[str, str]
 
 
 def label_ends(axes: plt.Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right end of the lines, moved apart so that none covers another. Takes (x, y, text, colour)."""
+    """Label the right ends of the lines, given as (x, y, text, color), without overlap."""
     axes.figure.canvas.draw()
     height = axes.get_window_extent().height
     gap = 13.5 / height * axes.figure.dpi / 100  # of the axes' height
@@ -61,7 +61,7 @@ def label_ends(axes: plt.Axes, ends: list[tuple[float, float, str, str]]) -> Non
 
 
 def times(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]]]) -> list[Any]:
-    """Draw medians with quartile bands; returns where the lines end."""
+    """Draw medians with quartile bands. Returns (x, y, text, color) of each line, for its label."""
     ends = []
     for (framework, name), points in found.items():
         if framework not in COLOURS or name not in STYLES or len(points) < 2:
@@ -94,14 +94,14 @@ def dress(axes: plt.Axes) -> None:
 
 
 def draw_lengths(records: list[Record], path: Path) -> None:
-    """Forward + backward of one slice of n scores."""
+    """Draw the time of forward + backward of one slice against n."""
     figure, axes = plt.subplots(figsize=(8.2, 4.6), layout="constrained")
     axes.set(xscale="log", yscale="log")
     ends = times(axes, series(records, "lengths", "n"))
     axes.set(xlabel="n, scores in the slice", ylabel="forward + backward, milliseconds")
     axes.set_title("One slice, k = n / 100, ε = 0.1, float32", loc="left", fontsize=11)
     dress(axes)
-    # A line that stops early is named where it stops.
+    # A line that ends early is labeled at its end.
     last = max((where[-1] for where, _, _, _ in ends), default=1)
     for where, middle, text, colour in ends:
         if where[-1] < last:
@@ -112,7 +112,7 @@ def draw_lengths(records: list[Record], path: Path) -> None:
 
 
 def draw_epsilons(records: list[Record], path: Path) -> None:
-    """Time of all solvers of the same problem, and what they get wrong, against epsilon."""
+    """Draw the time and the mask error of all solvers of the same problem against epsilon."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.3), layout="constrained")
     found = series(records, "epsilon", "epsilon")
     for axes in (left, right):

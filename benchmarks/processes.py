@@ -1,4 +1,4 @@
-"""A worker in a process of its own: its records, one a line of a file, and why it ended if it should not have."""
+"""Run a worker in its own process, and collect its records and the reason if it failed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from .machine import ROOT
 
 GRACE = 45.0
-"""Seconds for a process to stop by itself after its time; then it is stopped."""
+"""Seconds after the time limit for a process to stop by itself, before it is killed."""
 
 
 class Finished(NamedTuple):
-    """What a worker leaves behind."""
+    """The results of a finished worker."""
 
     records: list[dict[str, Any]]
     code: int
-    reason: str  # the line of its errors that says most; empty if it ended well
+    reason: str  # the most informative line of its error output; empty if it succeeded
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     watch: Callable[[str], None] = lambda case: None,
     variables: Mapping[str, str] | None = None,
 ) -> Finished:
-    """Run a module that writes its records into `--output` and says `case<tab>label` before each case."""
+    """Run a module that writes one record per line to `--output` and prints `case<tab>label` before each case."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "records.jsonl"
         with subprocess.Popen(
@@ -64,12 +64,12 @@ def run(
 
 
 def short(error: Exception) -> str:
-    """A message in one line, for some are pages long."""
+    """Shorten an error message, which may be pages long, to one line."""
     return f"{type(error).__name__}: {telling(str(error), last=False)}"[:200]
 
 
 def telling(text: str, *, last: bool = True) -> str:
-    """The line that says most: the last that names an error, else the last or the first of all."""
+    """The most informative line: the last one that names an error, else the last or the first line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line]
     return (errors or (lines if last else lines[:1]) or [""])[-1][:200]

@@ -1,4 +1,4 @@
-"""The result as text: tables in Markdown, for the terminal and for docs/benchmarks.md, and the JSON file."""
+"""The results as Markdown tables, for the terminal and for docs/benchmarks.md, and as a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTHING = "-"
 
 
 def table(header: list[str], rows: Iterable[list[str]], text: int = 1) -> str:
-    """A table in Markdown with aligned columns: the first `text` of them to the left, numbers to the right."""
+    """A Markdown table. The first `text` columns are aligned to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     sides = ["<" if i < text else ">" for i in range(len(header))]
@@ -29,13 +29,13 @@ def table(header: list[str], rows: Iterable[list[str]], text: int = 1) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, whatever the size."""
+    """Format a time with three significant digits, in milliseconds."""
     value = 1e3 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def spread(phase: Record | None) -> str:
-    """Median and quartiles, in milliseconds."""
+    """Format the median and the quartiles, in milliseconds."""
     if phase is None:
         return NOTHING
     median, first, third = (milliseconds(phase[name]) for name in ("median", "q1", "q3"))
@@ -47,42 +47,42 @@ def spread(phase: Record | None) -> str:
 
 
 def ratio(phase: Record | None) -> str:
-    """Times softmax."""
+    """Format the ratio to the time of softmax."""
     if phase is None or phase["over_softmax"] is None:
         return NOTHING
     return factor(phase["over_softmax"])
 
 
 def factor(value: float) -> str:
-    """Two digits, or all before the point."""
+    """Format a factor with two significant digits, or without decimals if it is large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def error(record: Record, name: str) -> str:
-    """An error of a candidate of the same operator; what another operator computes is not wrong, but another thing."""
+    """Format an error of a candidate. It applies only to candidates that compute the operator of softk.topk."""
     if record["kind"] == "hard":
         return "indicator"
     if record["kind"] == "other":
-        return "another operator"
+        return "n/a"
     if record["errors"] is None or (name == "gradient" and record["both"] is None):
         return NOTHING
-    value = record["errors"][name]  # null in JSON if it was no number
+    value = record["errors"][name]  # None, which is null in JSON, if it was NaN
     return "NaN" if value is None or not math.isfinite(value) else f"{value:.0e}"
 
 
 def shape(record: Record) -> str:
-    """The shape and k of a case."""
+    """Format the shape and k of a case."""
     size = f"10^{round(math.log10(record['n']))}" if record["n"] >= 10**6 else str(record["n"])
     return f"({record['rows']}, {size}) k={record['k']}"
 
 
 def of(records: list[Record], **wanted: Any) -> list[Record]:
-    """Those records that have all of the given values."""
+    """The records that have all of the given values."""
     return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
 
 
 def headline(records: list[Record]) -> str:
-    """softk over softmax, forward + backward: a row for each case, dtype and number of threads."""
+    """The table of softk over softmax, forward + backward: one row per case, dtype and number of threads."""
     ours = of(records, group="shapes", candidate="softk.topk", status="measured")
     keys: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in ours:
@@ -101,7 +101,7 @@ def headline(records: list[Record]) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """All candidates on one case."""
+    """The table of all candidates on one case."""
     rows = []
     for framework in ORDER:
         for record in of(records, framework=framework):
@@ -119,7 +119,7 @@ def details(records: list[Record]) -> str:
 
 
 def epsilons(records: list[Record]) -> str:
-    """softk and the other solvers of the same problem against epsilon: time, and the errors beside it."""
+    """The table of time and errors against epsilon, for softk and the other solvers of the same problem."""
     rows = []
     for record in of(records, group="epsilon", status="measured", kind="soft"):
         cells = [spread(record["both"]), *(error(record, name) for name in ("mass", "mask", "gradient"))]
@@ -130,7 +130,7 @@ def epsilons(records: list[Record]) -> str:
 
 
 def compilation(records: list[Record]) -> str:
-    """How long the first call of softk takes where it compiles, a range over all cases."""
+    """A sentence about the time of softk's first call, which compiles: the range over all cases."""
     parts = []
     for framework in ("torch.compile", "JAX jit"):
         found = of(records, candidate="softk.topk", framework=framework, status="measured")
@@ -141,7 +141,7 @@ def compilation(records: list[Record]) -> str:
 
 
 def skipped(records: list[Record]) -> str:
-    """Everything that was asked for and not measured, with the reason; the same reason is given once."""
+    """The table of all candidates and cases that were not measured, with the reasons."""
     found = []
     for record in records:
         if "reason" in record:
@@ -153,7 +153,7 @@ def skipped(records: list[Record]) -> str:
 
 
 def reasons(header: list[str], found: Iterable[tuple[str, str, str]]) -> str:
-    """Who was not measured, why and where, those together that are so for the same reason."""
+    """A table of (candidate, reason, case), with the cases of the same candidate and reason in one row."""
     places: dict[tuple[str, str], list[str]] = {}
     for who, reason, where in found:
         places.setdefault((who, reason), []).append(where)
@@ -162,7 +162,7 @@ def reasons(header: list[str], found: Iterable[tuple[str, str, str]]) -> str:
 
 
 def memory(records: list[Record]) -> str:
-    """What is held, in arrays of the scores' size."""
+    """The table of memory use, in arrays of the size of the scores."""
     rows = [
         [record["candidate"], record["framework"], record["what"], f"{record['arrays']:.2f}"]
         for record in of(records, group="memory", status="measured")
@@ -171,18 +171,18 @@ def memory(records: list[Record]) -> str:
 
 
 def peers(found: dict[str, dict[str, str]]) -> str:
-    """What each peer computes, and its version or why it is absent."""
+    """The table of peers: the version, or why it is absent, and what is timed."""
     rows = [[name, peer["status"], peer["computes"]] for name, peer in found.items()]
     return table(["peer", "version", "what is timed"], rows, text=3)
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Where, when and with what."""
+    """A paragraph about the environment of the measurement."""
     others = ""
     if environment["others"] is not None:
         others = f", and other processes used {100 * environment['others']:.0f} % of the machine meanwhile"
         if environment["others"] > 0.1:
-            others += ": the times on all threads are not to be trusted"
+            others += ", so the times on all threads are unreliable"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
         f"{environment['date']}: {environment['processor']}, {environment['cores']} cores, "
@@ -193,7 +193,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def page(result: dict[str, Any]) -> str:
-    """Everything, as sections of a page."""
+    """All results, as sections of a page."""
     records = result["records"]
     parts = ["## Machine", machine(result["environment"])]
     parts += ["## softk over softmax", "Forward + backward, epsilon 0.1.", headline(records)]
@@ -207,32 +207,32 @@ def page(result: dict[str, Any]) -> str:
     parts += [compilation(records)]
     parts += ["## Against epsilon", "(128, 1000) k=10." if not result["quick"] else "", epsilons(records)]
     parts += ["## Memory", memory(records)]
-    parts += [f"`import softk` takes {1e3 * result['import_seconds']:.0f} ms where NumPy is imported already."]
+    parts += [f"`import softk` takes {1e3 * result['import_seconds']:.0f} ms if NumPy is already imported."]
     parts += ["## The peers", peers(result["peers"])]
     parts += ["## What was not measured", skipped(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_page(path: Path, result: dict[str, Any]) -> None:
-    """Put the tables between the markers of a page."""
+    """Write the results between the markers of a page."""
     path.write_text(between(path.read_text(), page(result)))
 
 
 def between(text: str, measured: str) -> str:
-    """A page with something else between its markers; the rest of it stays as it is."""
+    """Replace the text between the markers of a page."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n\n{measured}\n{END}{after}"
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Every record; numbers that JSON does not have become null."""
+    """Write all records. NaN and infinity, which JSON does not have, become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(result), indent=1) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """NaN and infinity as None, at any depth."""
+    """Replace NaN and infinity by None, at any depth."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Forward + backward for the history that pytest-benchmark keeps: `make bench-history` saves a run and compares it."""
+"""Forward + backward for pytest-benchmark: `make bench-history` saves a run and compares it with earlier ones."""
 
 from __future__ import annotations
 

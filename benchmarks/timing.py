@@ -1,4 +1,4 @@
-"""Times of several candidates side by side: round after round, each gets its turn."""
+"""Interleaved timing of several candidates: in every round, each candidate is timed once."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from typing import NamedTuple
 import numpy as np
 
 Call = Callable[[], object]
-"""Does the work once and returns when it is done, device included, unless the clock waits for the device."""
+"""Does the work once. It waits for the device, unless the clock does so."""
 
 
 Clock = Callable[[Call, int], float]
-"""Seconds a call, of so many calls one after the other; it returns when their work is done."""
+"""The seconds per call of `count` consecutive calls. It returns when their work is done."""
 
 
 class Plan(NamedTuple):
     """How long to measure."""
 
     rounds: int = 15
-    sample: float = 0.002  # seconds a sample lasts at least: faster calls are repeated within it
-    budget: float = 1.0  # seconds for one candidate, all rounds together; a slow one takes part in fewer
+    sample: float = 0.002  # minimum duration of a sample in seconds; faster calls are repeated in it
+    budget: float = 1.0  # seconds for all rounds of one candidate; slow candidates get fewer rounds
 
 
 QUICK = Plan(rounds=3, sample=0.0005, budget=0.05)
 
 
 class Times(NamedTuple):
-    """Seconds a call, one number for each round that the candidate took part in, NaN for the others."""
+    """Seconds per call, one number per round; NaN for rounds in which the candidate did not take part."""
 
     seconds: np.ndarray
 
     def quartiles(self) -> tuple[float, float, float]:
-        """First quartile, median, third quartile."""
+        """The first quartile, the median and the third quartile."""
         first, median, third = np.nanquantile(self.seconds, (0.25, 0.5, 0.75))
         return float(first), float(median), float(third)
 
     def ratio(self, other: Times) -> float:
-        """Median of the ratios round by round: what slows the machine for a while slows both."""
+        """The median of the ratios per round. A temporary slowdown of the machine affects both times of a round."""
         return float(np.nanmedian(self.seconds / other.seconds))
 
     @property
     def count(self) -> int:
-        """In how many rounds it took part."""
+        """The number of rounds in which the candidate took part."""
         return int(np.count_nonzero(~np.isnan(self.seconds)))
 
 
 def host(call: Call, count: int) -> float:
-    """The clock of the processor."""
+    """Time calls with the clock of the host."""
     before = time.perf_counter()
     for _ in range(count):
         call()
@@ -64,9 +64,9 @@ def interleaved(
     deadline: float = math.inf,
     clock: Clock = host,
 ) -> dict[str, Times]:
-    """Time all of them in turns. `estimates` are seconds a call, from calls that have warmed up everything.
+    """Time all calls in turns. `estimates` are seconds per call after a warm-up.
 
-    After the deadline, on the monotonic clock, no new round begins but the first.
+    After the deadline, on the monotonic clock, no round starts except the first.
     """
     names = list(calls)
     repeats, wanted = {}, {}
@@ -76,7 +76,7 @@ def interleaved(
         wanted[name] = max(1, min(plan.rounds, int(plan.budget / (repeats[name] * estimate))))
     seconds = {name: np.full(plan.rounds, np.nan) for name in names}
     for name in names:
-        if estimates[name] > plan.budget:  # the estimate is a time too, and enough of so slow a call
+        if estimates[name] > plan.budget:  # for so slow a call the estimate itself is the measurement
             seconds[name][0] = estimates[name]
     names = [name for name in names if estimates[name] <= plan.budget]
     gc.collect()
@@ -85,7 +85,7 @@ def interleaved(
         for turn in range(plan.rounds):
             if turn and time.monotonic() > deadline:
                 break
-            # A different one begins every round, so that no candidate always comes after the same other one's debris.
+            # Rotate the order, so that no candidate always runs with the cache left by the same other one.
             start = turn % len(names) if names else 0
             for name in names[start:] + names[:start]:
                 if turn % math.ceil(plan.rounds / wanted[name]):
@@ -97,5 +97,5 @@ def interleaved(
 
 
 def once(call: Call) -> float:
-    """Seconds of one call."""
+    """The seconds of one call."""
     return host(call, 1)

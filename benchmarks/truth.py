@@ -1,4 +1,4 @@
-"""The right answer, found without softk: bisection on the threshold, and the error of a candidate against it."""
+"""The exact solution, computed without softk by bisection on the threshold, and the errors of a candidate."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import numpy as np
 
 
 class Truth(NamedTuple):
-    """The mask and the derivative of sum(u * mask) by the scores, each (rows, n)."""
+    """The mask and the derivative of sum(u * mask) with respect to the scores, each (rows, n)."""
 
     mask: np.ndarray
     gradient: np.ndarray
 
 
 class Errors(NamedTuple):
-    """How far a candidate is from the truth."""
+    """The errors of a candidate."""
 
-    mass: float  # largest |sum mask - k| over k
-    mask: float  # largest absolute error of the mask
-    gradient: float | None  # largest absolute error over the largest entry of the derivative
+    mass: float  # the largest |sum mask - k| / k
+    mask: float  # the largest absolute error of the mask
+    gradient: float | None  # the largest absolute error, relative to the largest entry of the derivative
 
 
 def solve(x: np.ndarray, u: np.ndarray, k: int, epsilon: float) -> Truth:
-    """The mask sigmoid((x - t) / tau), tau = epsilon / 2, that sums to k in every row, in more digits than x has.
+    """The mask sigmoid((x - t) / tau), tau = epsilon / 2, that sums to k in every row, in a higher precision than x.
 
-    The inputs are as the candidates see them: rounded to the dtype of x, epsilon too.
+    The inputs, including epsilon, are rounded to the dtype of x, as for the candidates.
     """
     number = np.float64 if x.dtype == np.float32 else np.longdouble
     tau = number(x.dtype.type(epsilon)) / 2
@@ -33,7 +33,7 @@ def solve(x: np.ndarray, u: np.ndarray, k: int, epsilon: float) -> Truth:
     mask = np.where(z > 0, 1 / (1 + tail), tail / (1 + tail))
     slope = tail / (1 + tail) ** 2
     direct = slope * u
-    # The derivative of the threshold is the mean of the scores' with the slopes as weights.
+    # The tangent of the threshold is the mean of the tangents of the scores, weighted with the slopes.
     total = np.sum(slope, axis=-1, keepdims=True)
     mean = np.sum(direct, axis=-1, keepdims=True) / np.where(total > 0, total, 1)
     return Truth(mask, (direct - slope * mean) / tau)
@@ -43,7 +43,7 @@ def _distances(x: np.ndarray, k: int, tau: np.floating) -> tuple[np.ndarray, np.
     """z = (x - t) / tau and exp(-|z|) at the threshold t of each row."""
 
     def excess(t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The mass less k, from the tails on both sides of t, and its slope."""
+        """The excess sum mask - k, computed from the tails on both sides of t, and the slope of the mass."""
         z = (x - t) / tau
         tail = np.exp(-np.abs(z))
         outside = tail / (1 + tail)
@@ -53,7 +53,7 @@ def _distances(x: np.ndarray, k: int, tau: np.floating) -> tuple[np.ndarray, np.
         slope = np.sum(outside / (1 + tail), axis=-1, keepdims=True) / tau
         return signed + (count - k), slope, z, tail
 
-    # If all scores were the least (the greatest) of them, the threshold would be here.
+    # The threshold if all scores were equal to the smallest (largest) score: a bracket.
     shift = tau * np.log(x.dtype.type(x.shape[-1] - k) / k)
     low = np.min(x, axis=-1, keepdims=True) + shift
     high = np.max(x, axis=-1, keepdims=True) + shift
@@ -62,7 +62,7 @@ def _distances(x: np.ndarray, k: int, tau: np.floating) -> tuple[np.ndarray, np.
         too_much = excess(middle)[0] > 0
         low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
     t = (low + high) / 2
-    for _ in range(8):  # within a quarter of tau of the root, every step squares the error
+    for _ in range(8):  # the start is within tau / 4 of the root, where Newton converges quadratically
         value, slope, _, _ = excess(t)
         step = value / np.where(slope > 0, slope, 1)
         t = np.clip(t + step, low, high)
@@ -73,7 +73,7 @@ def _distances(x: np.ndarray, k: int, tau: np.floating) -> tuple[np.ndarray, np.
 
 
 def errors(mask: np.ndarray, gradient: np.ndarray | None, truth: Truth, k: int) -> Errors:
-    """What is wrong with a mask and a derivative."""
+    """The errors of a mask and a derivative."""
     mass = np.max(np.abs(np.sum(mask.astype(np.longdouble), axis=-1) - k)) / k
     apart = np.max(np.abs(mask - truth.mask))
     if gradient is None:

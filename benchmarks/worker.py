@@ -1,6 +1,6 @@
-"""Measures one framework in a process of its own: `python -m benchmarks.worker`, started by the command.
+"""Measure one framework in its own process: `python -m benchmarks.worker`, started by `python -m benchmarks`.
 
-One record, a dictionary, is written for every candidate and case, whether it was measured, skipped, or failed.
+It writes one record, a dictionary, per candidate and case, whether it was measured, skipped, or failed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .cases import Case, plan, quick_plan
 from .processes import short
 
 FRAMEWORKS = ("numpy", "torch", "jax", "compiled")
-"""What gets a process of its own: `compiled` is torch.compile, last since it compiles for minutes."""
+"""Each has its own process. `compiled` is torch.compile, which comes last because it compiles for minutes."""
 TOO_LONG = 3.0
-"""Seconds for one call; a candidate that would take longer is not run."""
+"""A peer that would take more than this many seconds per call is skipped."""
 OVER = "the time for the whole run was over"
 Record = dict[str, Any]
 
 
 def environment(framework: str, threads: str) -> dict[str, str]:
-    """The variables that fix the number of threads; they count only before the framework is imported."""
+    """The environment variables that set the number of threads. They must be set before the framework is imported."""
     if threads == "all":
         return {}
     found = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -40,31 +40,31 @@ def environment(framework: str, threads: str) -> dict[str, str]:
 
 
 def on_one_core() -> None:
-    """Pin this process to a core, which no thread pool gets around; on systems that cannot, the variables must do."""
+    """Pin this process to one core, which limits every thread pool. Some systems only have the variables."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def cases_of(framework: str, threads: str, *, quick: bool) -> list[Case]:
-    """What a worker measures."""
+    """The cases that a worker measures."""
     cases = (quick_plan if quick else plan)(threads)
     return [case for case in cases if case.compiled or framework != "compiled"]
 
 
 class Pace:
-    """What a candidate has taken so far, to tell beforehand what it would take."""
+    """The times of the candidates so far, to predict the time of the next case."""
 
     def __init__(self) -> None:
         self.rates: dict[tuple[str, str], float] = {}  # seconds by rows * n^power
         self.compiling = 0.0  # the longest first call of torch.compile
 
     def expected(self, candidate: Candidate, case: Case) -> float:
-        """Seconds a call, extrapolated from the case before; 0 if there was none."""
+        """Seconds per call, extrapolated from the previous case; 0 if there was none."""
         rate = self.rates.get((candidate.framework, candidate.name), 0.0)
         return rate * case.rows * float(case.n) ** candidate.power
 
     def learn(self, candidate: Candidate, case: Case, seconds: float) -> None:
-        """Note what a call took."""
+        """Record the time of a call."""
         rate = seconds / (case.rows * float(case.n) ** candidate.power)
         self.rates[candidate.framework, candidate.name] = rate
 
@@ -77,7 +77,7 @@ def measure(
     deadline: float = math.inf,
     watch: Callable[[Case], None] = lambda case: None,
 ) -> Iterator[Record]:
-    """Records of all candidates on all cases, case by case. What has not begun at the deadline is skipped."""
+    """The records of all candidates on all cases, case by case. Cases after the deadline are skipped."""
     pace = Pace()
     for case in cases:
         watch(case)
@@ -91,7 +91,7 @@ def measure(
 def measure_case(
     case: Case, candidates: list[Candidate], times: timing.Plan, threads: str, deadline: float, pace: Pace
 ) -> Iterator[Record]:
-    """All candidates on one case."""
+    """Measure all candidates on one case."""
     x, u = case.scores(), case.cotangent()
     right = truth.solve(x, u, case.k, case.epsilon)
     records: list[Record] = []
@@ -113,16 +113,16 @@ def measure_case(
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the candidates; their errors are recorded
+                warnings.simplefilter("ignore")  # only the errors of candidates are recorded
                 prepared = candidate.prepare(case, x, u)
                 found = warm_up(candidate, case, prepared, record, pace)
             record |= {"status": "measured", "errors": None}
             if candidate.kind == "soft":
                 record["errors"] = truth.errors(*found, right, case.k)._asdict()
-        except Exception as error:  # whatever a candidate raises is its result
+        except Exception as error:  # a candidate may raise anything; the error is its result
             record |= {"status": "failed", "reason": short(error)}
             continue
-        if not candidate.peer:  # what the page is about gets its three rounds, whatever the machine did meanwhile
+        if not candidate.peer:  # limit the estimate, so that softk and its framework get at least three rounds
             record["second_call"] = {name: min(s, times.budget / 3) for name, s in record["second_call"].items()}
         key = f"{candidate.framework}|{candidate.name}"
         if prepared.both is not None and "both" in record["second_call"]:
@@ -139,7 +139,7 @@ def measure_case(
 
 
 def describe(case: Case, threads: str) -> Record:
-    """What identifies a case in a record."""
+    """The fields that identify a case in a record."""
     return {
         "group": case.group,
         "rows": case.rows,
@@ -162,7 +162,7 @@ def _too_long(candidate: Candidate, case: Case, deadline: float, pace: Pace) -> 
 
 
 def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record, pace: Pace) -> tuple[Any, Any]:
-    """A few calls of each phase: the first compiles, the others say how long one takes. Returns the results."""
+    """Make a few calls of each phase. The first one compiles, the others estimate the time. Returns the results."""
     record |= {"first_call": {}, "second_call": {}}
     output = gradient = None
     for phase in ("both", "forward"):
@@ -187,14 +187,14 @@ def warm_up(candidate: Candidate, case: Case, prepared: Prepared, record: Record
         elif output is None:
             output = prepared.numpy(result)
         del result
-        # The faster of two, on a machine that does other things as well; and a compiler may want to compile twice.
+        # Take the faster of two calls, since other processes may interfere, and a compiler may compile twice.
         slow = seconds > 0.3 * TOO_LONG
         eager = candidate.framework in ("NumPy", "PyTorch")
         times = [seconds] if slow and eager else [timing.once(call)]
         if times[0] < 0.3 * TOO_LONG or candidate.framework == "torch.compile":
             times.append(timing.once(call))
         elif phase == "both":
-            record["first_call"]["forward"] = None  # its time is not worth the wait
+            record["first_call"]["forward"] = None  # too slow: the forward pass is not timed separately
         record["second_call"][phase] = min(times)
     again = record["second_call"]
     pace.learn(candidate, case, again.get("both", again.get("forward", 0.0)))
@@ -219,7 +219,7 @@ def summarise(record: Record, measured: dict[str, timing.Times]) -> None:
 
 
 def memory_records(candidates: list[Candidate], case: Case) -> Iterator[Record]:
-    """What softk and softmax, and the Sinkhorn iterations, hold on one case."""
+    """The memory records of softk, softmax and the Sinkhorn iterations on one case."""
     for candidate in candidates:
         if candidate.framework not in memory.MEASURES:
             continue
@@ -237,8 +237,8 @@ def memory_records(candidates: list[Candidate], case: Case) -> Iterator[Record]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the records as they come, one a line."""
-    parser = argparse.ArgumentParser(description="Measure one framework; the command starts this.")
+    """Measure one framework, and write one record per line as soon as it is measured."""
+    parser = argparse.ArgumentParser(description="Measure one framework; started by python -m benchmarks.")
     parser.add_argument("framework", choices=FRAMEWORKS)
     parser.add_argument("--threads", choices=("one", "all"), required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with options.output.open("w") as file:
         times = timing.QUICK if options.quick else timing.Plan()
-        for peer in PEERS:  # of "PyTorch" in "torch", and so on
+        for peer in PEERS:  # the framework "torch" has the peers of "PyTorch"
             if peer.framework.lower() in (options.framework, f"py{options.framework}"):
                 record = {"group": "peers", "peer": peer.distribution, "status": availability(peer)}
                 file.write(json.dumps(record) + "\n")

@@ -1,4 +1,4 @@
-"""Writes the table of what works where, from the very tags by which the tests choose what to run on a library."""
+"""Write the table of capabilities, from the tags by which the tests choose what to run on a library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = {
 
 
 def table() -> str:
-    """One row a library of the test suite."""
+    """One row per configuration of a library in the test suite."""
     lines = [
         "| library | `softk.vjp`, `softk.jvp` | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Write the table where the page on backends includes it."""
+    """Write the table to the file that the page on backends includes."""
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(table())
 

@@ -1,4 +1,4 @@
-"""Sphinx configuration: the pictures and the capability table are made by the build itself."""
+"""Sphinx configuration. The build also draws the figures and writes the capability table."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Sees ten digits in two dimensions: a linear embedding learned through a soft k-nearest-neighbour classifier.
+"""Embed handwritten digits in two dimensions, by a linear map trained through a soft k-nearest-neighbor classifier.
 
-Run it with `make demo`, or `python docs/demo.py --help`. In three steps:
+Run it with `make demo`, or `python docs/demo.py --help`. It has three parts:
 
-1. `objective` is the whole model. Every query selects its k nearest neighbours with `softk.topk`, the neighbours vote,
+1. `objective` is the whole model. Every query selects its k nearest neighbors with `softk.topk`, the neighbors vote,
    and the loss is the negative log likelihood of the query's own class. It is written once, for any array library.
-2. `differentiate` is its gradient: the framework's own autodiff on PyTorch and JAX; on NumPy, which has none,
-   `softk.vjp` for the selection and the chain rule by hand for the few lines around it.
-3. `compare` asks an ordinary nearest-neighbour classifier what the embedding is worth on digits it has never seen,
-   beside principal components (PCA) and scikit-learn's neighbourhood components analysis (NCA).
+2. `differentiate` is its gradient. PyTorch and JAX use their own autodiff. NumPy has none, so `softk.vjp`
+   differentiates the selection, and the few lines around it are differentiated by hand.
+3. `compare` evaluates the embedding with an ordinary nearest-neighbor classifier on test digits, compared with
+   principal components (PCA) and scikit-learn's neighborhood components analysis (NCA).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import numpy as np
 import softk
 
 Array = Any
-"""An array of whichever library trains."""
+"""An array of the library that is used for training."""
 
 DIMENSIONS = 2
 UNITS = (0.5, 1.0, 2.0, 4.0)
-"""Candidates for the squared distance that counts as one: epsilon for softk.topk, the initial scale for NCA."""
+"""Candidates for the unit of squared distance: epsilon for softk.topk, the initial scale for NCA."""
 FLOOR = 1e-3
-"""Added to every probability, so that one hopeless digit among strangers does not outweigh all the others."""
+"""Added to every probability, which bounds the loss of outliers."""
 PICTURE = Path(__file__).parent / "_static" / "digits.png"
 NAMESPACES = {"numpy": "array_api_compat.numpy", "torch": "array_api_compat.torch", "jax": "jax.numpy"}
 COLOURS = (
@@ -42,22 +42,22 @@ COLOURS = (
 
 
 class Problem(NamedTuple):
-    """What stays the same while the embedding is learned."""
+    """The constants of a training."""
 
-    xp: Any  # the array namespace: NumPy's, PyTorch's or JAX's
+    xp: Any  # the array namespace of NumPy, PyTorch or JAX
     data: Array  # (n, pixels)
     one_hot: Array  # (n, classes)
     k: int
     epsilon: float
 
 
-# The model, once for every array library -----------------------------------------------------------------------------
+# The model, written once for every array library ---------------------------------------------------------------------
 
 
 def similarities(problem: Problem, embedding: Array, queries: Array) -> tuple[Array, Array]:
-    """Minus the squared distances from some embedded digits to all, (queries, n), and which of these may vote.
+    """The negative squared distances of the queries to all digits, (queries, n), and which digits may vote.
 
-    A digit is its own nearest neighbour and knows the answer, so it is left out of the vote.
+    A digit is its own nearest neighbor and would give away its class, so it is left out of the vote.
     """
     xp = problem.xp
     points = problem.data @ embedding
@@ -69,7 +69,7 @@ def similarities(problem: Problem, embedding: Array, queries: Array) -> tuple[Ar
 
 
 def surprise(problem: Problem, mask: Array, queries: Array) -> Array:
-    """Negative log likelihood of the queries' own classes when the selected neighbours vote."""
+    """Negative log likelihood of the queries' own classes under the vote of the selected neighbors."""
     xp = problem.xp
     votes = (mask @ problem.one_hot) / problem.k
     own = xp.sum(votes * xp.take(problem.one_hot, queries, axis=0), axis=-1)
@@ -77,7 +77,7 @@ def surprise(problem: Problem, mask: Array, queries: Array) -> Array:
 
 
 def objective(problem: Problem, embedding: Array, queries: Array) -> Array:
-    """Loss of the soft k-nearest-neighbour classifier on some of the digits, all others being the reference."""
+    """The loss of the soft k-nearest-neighbor classifier on some digits, with all other digits as neighbors."""
     scores, others = similarities(problem, embedding, queries)
     mask = softk.topk(scores, problem.k, epsilon=problem.epsilon, where=others)
     return surprise(problem, mask, queries)
@@ -87,7 +87,7 @@ def objective(problem: Problem, embedding: Array, queries: Array) -> Array:
 
 
 def differentiate(backend: str, problem: Problem) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """A function of (embedding, queries) that returns the loss and its gradient by the embedding."""
+    """A function of (embedding, queries) that returns the loss and its gradient with respect to the embedding."""
     if backend == "numpy":
         return lambda embedding, queries: by_hand(problem, embedding, queries)
     if backend == "jax":
@@ -107,7 +107,7 @@ def differentiate(backend: str, problem: Problem) -> Callable[[Array, Array], tu
 
 
 def by_hand(problem: Problem, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chain rule on NumPy: `softk.vjp` differentiates the selection, the lines around it are written out."""
+    """The gradient on NumPy: `softk.vjp` differentiates the selection, and the chain rule is applied by hand."""
     data, one_hot, k = problem.data, problem.one_hot, problem.k
     scores, others = similarities(problem, embedding, queries)
     mask, pullback = softk.vjp(softk.topk, scores, k, epsilon=problem.epsilon, where=others)
@@ -128,24 +128,24 @@ def by_hand(problem: Problem, embedding: np.ndarray, queries: np.ndarray) -> tup
     return loss, data[queries].T @ by_asked + data.T @ by_points
 
 
-# Learning ------------------------------------------------------------------------------------------------------------
+# Training ------------------------------------------------------------------------------------------------------------
 
 
 def namespace(backend: str) -> Any:
-    """The array namespace of a framework, or a clear way out if it is not installed."""
+    """The array namespace of a framework. Exits with a message if it is not installed."""
     try:
         xp = importlib.import_module(NAMESPACES[backend])
     except ModuleNotFoundError:
-        raise SystemExit(f"--backend {backend} needs {backend}, which is not here: pip install {backend}") from None
+        raise SystemExit(f"--backend {backend} needs {backend}; install it: pip install {backend}") from None
     if backend == "jax":
         import jax
 
-        jax.config.update("jax_enable_x64", True)  # as precise as the others, which makes the three comparable
+        jax.config.update("jax_enable_x64", True)  # float64, as on the other backends
     return xp
 
 
 def principal_axes(data: np.ndarray) -> np.ndarray:
-    """The linear embedding of PCA, (pixels, 2): where learning starts, for NCA too."""
+    """The linear embedding of PCA, (pixels, 2), from which softk and NCA start."""
     axes: np.ndarray = np.linalg.svd(data - data.mean(axis=0), full_matrices=False)[2][:DIMENSIONS].T
     return axes
 
@@ -174,10 +174,10 @@ def train(
     seed: int = 0,
     watch: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, list[float]]:
-    """Learn the embedding (pixels, 2); also returns the loss at every step.
+    """Train the embedding (pixels, 2). Returns it and the loss of every step.
 
-    Each step asks `batch` random digits about all the others. The seed alone decides which, so that every backend sees
-    the same ones. `watch` is called with the loss after each step.
+    The queries of a step are `batch` random digits. They depend only on the seed, so they are the same on every
+    backend. `watch` is called with the loss after each step.
     """
     xp = namespace(backend)
     one_hot = (labels[:, None] == np.unique(labels)).astype(data.dtype)
@@ -198,11 +198,11 @@ def train(
     return np.asarray(embedding), losses
 
 
-# What it is worth ----------------------------------------------------------------------------------------------------
+# Evaluation ----------------------------------------------------------------------------------------------------------
 
 
 class Digits(NamedTuple):
-    """Digits to learn from and digits to be judged by."""
+    """Training digits and test digits."""
 
     data: np.ndarray
     labels: np.ndarray
@@ -211,7 +211,7 @@ class Digits(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A method on one split."""
+    """The result of a method on one split."""
 
     embedding: np.ndarray
     accuracy: float
@@ -224,7 +224,7 @@ Learner = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 def split(data: np.ndarray, labels: np.ndarray, share: float, seed: int) -> Digits:
-    """Set aside a share of the digits, with all classes in proportion."""
+    """Split off a share of the digits for testing, stratified by class."""
     from sklearn.model_selection import train_test_split
 
     kept, aside, kept_labels, aside_labels = train_test_split(
@@ -234,15 +234,15 @@ def split(data: np.ndarray, labels: np.ndarray, share: float, seed: int) -> Digi
 
 
 def accuracy(digits: Digits, embedding: np.ndarray, k: int) -> float:
-    """Share of the test digits that the ordinary, hard k nearest neighbours in the embedding get right."""
+    """The test accuracy of the ordinary (hard) k nearest neighbors in the embedding."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    neighbours = KNeighborsClassifier(k).fit(digits.data @ embedding, digits.labels)
-    return float(neighbours.score(digits.test_data @ embedding, digits.test_labels))
+    neighbors = KNeighborsClassifier(k).fit(digits.data @ embedding, digits.labels)
+    return float(neighbors.score(digits.test_data @ embedding, digits.test_labels))
 
 
 def judge(learn: Learner, units: Sequence[float], digits: Digits, k: int, seed: int) -> Result:
-    """Choose the unit on a quarter of the training digits, learn from all of them, look at the test digits once."""
+    """Choose the unit on a quarter of the training digits, train on all of them, and test once."""
     unit = units[0]
     if len(units) > 1:
         inner = split(digits.data, digits.labels, 0.25, seed)
@@ -257,7 +257,8 @@ def judge(learn: Learner, units: Sequence[float], digits: Digits, k: int, seed: 
 def neighbourhood_components(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
     """scikit-learn's NCA, run to convergence.
 
-    It is a softmax of minus the squared distances, without a temperature: the unit is set by the scale of the start.
+    It uses a softmax of the negative squared distances without a temperature, so the scale of the initial map sets the
+    unit.
     """
     from sklearn.neighbors import NeighborhoodComponentsAnalysis
 
@@ -268,7 +269,7 @@ def neighbourhood_components(data: np.ndarray, labels: np.ndarray, unit: float) 
 
 
 def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[Result]]]:
-    """All three methods on every split, with a progress bar on a terminal and silence elsewhere."""
+    """Run all three methods on every split. On a terminal, show a progress bar."""
     from sklearn.datasets import load_digits
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
     from tqdm import tqdm
@@ -279,7 +280,7 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
     fits = len(units) + 1 if len(units) > 1 else 1
     results: dict[str, list[Result]] = {"PCA": [], "NCA (scikit-learn)": [], "softk.topk": []}
     bar = tqdm(total=len(splits) * fits * options.steps, unit="step", disable=None, leave=False, dynamic_ncols=True)
-    # The arrays are small: a second thread costs more than it brings, above all on a busy machine.
+    # The arrays are so small that a second thread costs more than it gains, especially on a busy machine.
     with bar, threadpool_limits(1):
         average = math.nan
 
@@ -314,13 +315,13 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
 
 
 def mean_and_error(values: Sequence[float], sign: str = "") -> str:
-    """A mean with its standard error, as text; the error needs at least two values."""
+    """Format a mean with its standard error, which needs at least two values."""
     mean = f"{np.mean(values):{sign}.3f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
 
 
 def table(results: dict[str, list[Result]]) -> str:
-    """Test accuracies: a row for every method, a column for every split; the seconds are those of one fit."""
+    """Format the test accuracies, with one row per method and one column per split. Seconds are for one fit."""
     count = len(next(iter(results.values())))
     rows = [["", *(f"split {i + 1}" for i in range(count)), "mean" if count < 2 else "mean ± s.e.", "seconds"]]
     for name, found in results.items():
@@ -336,7 +337,10 @@ def table(results: dict[str, list[Result]]) -> str:
 
 
 def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
-    """The test digits of the first split in the three embeddings, turned to look alike: neighbours do not care."""
+    """Plot the test digits of the first split in the three embeddings.
+
+    The embeddings are rotated to look alike, which does not change the neighbors.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
@@ -345,7 +349,7 @@ def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     panels = figure.subplots(1, len(results))
     reference = digits.test_data @ results["PCA"][0].embedding
-    order = np.random.default_rng(0).permutation(len(reference))  # no class is painted over by the next
+    order = np.random.default_rng(0).permutation(len(reference))  # no class covers another
     for panel, (name, found) in zip(panels, results.items(), strict=True):
         points = digits.test_data @ found[0].embedding
         left, _, right = np.linalg.svd((points - points.mean(axis=0)).T @ reference)
@@ -373,30 +377,30 @@ def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Learn a linear embedding of handwritten digits in two dimensions through softk.topk.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 what to try:
-  --epsilon 0.01     nearly hard neighbours: only the few digits at the boundary carry gradient, hardly better than PCA
-  --epsilon 50       far too soft: digits from far away vote too, and only the coarse layout is learned
-  --k 3, --k 50      how many neighbours vote, in training (softly) and in the test (hard)
-  --backend torch    the same model with autodiff through softk.topk; jax as well, under jit
+  --epsilon 0.01     nearly hard neighbors: only the few digits at the boundary have a gradient, hardly better than PCA
+  --epsilon 50       far too soft: distant digits vote, too, and only the coarse layout is learned
+  --k 3, --k 50      number of neighbors that vote, in training (soft) and in the test (hard)
+  --backend torch    the same model with autodiff through softk.topk; also jax, under jit
 
-epsilon is in the units of the scores, here squared distances in the embedding, which starts as the two principal
-components of pixels between 0 and 1: neighbours whose squared distances differ by much more than epsilon are told
-apart. Without --epsilon it is chosen among 0.5, 1, 2 and 4 on a quarter of the training digits, never on the test
-digits, and so is the initial scale of NCA, which plays the same part there.
+epsilon is in the units of the scores, here squared distances in the embedding. The embedding starts as the two
+principal components of pixels between 0 and 1. The mask separates neighbors whose squared distances differ by much
+more than epsilon. Without --epsilon it is chosen among 0.5, 1, 2 and 4 on a quarter of the training digits, never on
+the test digits. The initial scale of NCA, which has the same role, is chosen in the same way.
 """,
     )
-    parser.add_argument("--backend", choices=tuple(NAMESPACES), default="numpy", help="who trains (default: numpy)")
+    parser.add_argument("--backend", choices=tuple(NAMESPACES), default="numpy", help="array library (default: numpy)")
     parser.add_argument("--steps", type=int, default=300, help="steps of Adam, on 64 digits each (default: 300)")
-    parser.add_argument("--k", type=int, default=10, help="number of neighbours (default: 10)")
+    parser.add_argument("--k", type=int, default=10, help="number of neighbors (default: 10)")
     parser.add_argument("--epsilon", type=float, help="softness of the selection (default: chosen by validation)")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits and the minibatches (default: 0)")
-    parser.add_argument("--splits", type=int, default=3, help="how many random train/test splits (default: 3)")
-    parser.add_argument("--output", type=Path, default=PICTURE, help="the picture (default: docs/_static/digits.png)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the splits and mini-batches (default: 0)")
+    parser.add_argument("--splits", type=int, default=3, help="number of random train/test splits (default: 3)")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="the figure (default: docs/_static/digits.png)")
     options = parser.parse_args(argv)
     for name in ("steps", "k", "splits"):
         if getattr(options, name) < 1:
@@ -409,11 +413,11 @@ digits, and so is the initial scale of NCA, which plays the same part there.
 def main(argv: list[str] | None = None) -> int:
     """Train, compare, print the table and draw the picture."""
     options = parse(argv)
-    namespace(options.backend)  # before any work, in case it is missing
+    namespace(options.backend)  # fail early if the library is missing
     start = time.perf_counter()
     splits, results = compare(options)
-    sizes = f"{len(splits[0].labels)} digits to learn from, {len(splits[0].test_labels)} to be judged by"
-    print(f"Hard {options.k}-nearest-neighbour accuracy in {DIMENSIONS} linear dimensions; {sizes}.\n")
+    sizes = f"{len(splits[0].labels)} training digits, {len(splits[0].test_labels)} test digits"
+    print(f"Hard {options.k}-nearest-neighbor accuracy in {DIMENSIONS} linear dimensions; {sizes}.\n")
     print(table(results))
     ours, theirs = results["softk.topk"], results["NCA (scikit-learn)"]
     differences = [a.accuracy - b.accuracy for a, b in zip(ours, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README and the documentation: `python docs/figures.py`."""
+"""Draw the figures of the README and the documentation: `python docs/figures.py`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MARKED = "#d94801"
 
 
 def scores() -> np.ndarray:
-    """Twenty scores, sorted so that the eye can follow them."""
+    """Twenty scores, sorted for readability."""
     return np.sort(np.random.default_rng(3).normal(size=20))[::-1]
 
 
 def draw_mask(path: Path) -> None:
-    """What the operator returns, and where its gradient goes, for several epsilon."""
+    """The mask and the gradient of one of its items, for several values of epsilon."""
     x, k = scores(), 5
     places = np.arange(1, x.size + 1)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
@@ -53,7 +53,7 @@ def draw_mask(path: Path) -> None:
 
 
 def draw_epsilon(path: Path) -> None:
-    """How many scores share in the decision: the effective number of items in the gradient against epsilon."""
+    """The effective number of items that share the gradient, and the mask on the top k, against epsilon."""
     rng = np.random.default_rng(0)
     n, k = 1000, 50
     x = rng.normal(size=n)
@@ -74,13 +74,13 @@ def draw_epsilon(path: Path) -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """The same bytes for the same picture."""
+    """Save a figure without metadata, so that the same figure gives the same bytes."""
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
 
 def main() -> None:
-    """All pictures."""
+    """Draw all figures."""
     STATIC.mkdir(exist_ok=True)
     draw_mask(STATIC / "mask.png")
     draw_epsilon(STATIC / "epsilon.png")

@@ -1,6 +1,6 @@
-"""``python -m softk``: the libraries that softk can serve here, with a self-check of each.
+"""``python -m softk``: list the installed array libraries that softk supports, and check each of them.
 
-For newcomers, and for bug reports.
+Useful after an installation and in bug reports.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from . import __version__, topk, vjp
+from ._native import devices, native_gradient
 from .backend import ADAPTERS, Array, Backend, chosen_kernels
-from .testing import devices, native_gradient
 
 N, K, EPSILON = 1000, 10, 0.05
-# Exact in every binary format, with ties; the cotangent is as uneven as the scores.
+# Deterministic multiples of a power of two, exact in float32, so that every library computes from the same input.
 SCORES = [((i * 7919) % 2048 - 1024) / 512 for i in range(N)]
 COTANGENT = [((i * 5077) % 1024 - 512) / 256 for i in range(N)]
 
@@ -27,21 +27,23 @@ HEADER = ("library", "version", "device", "dtype", "autodiff", "mass error", "gr
 
 
 def main() -> int:
-    """Print the table; the exit status is 1 if a self-check failed, or there was nothing to check."""
+    """Print the tables and return the exit status: 1 if a self-check failed or no library was found, else 0."""
     print(f"softk {__version__}, Python {platform.python_version()}, {platform.platform()}\n")
     reference = _reference()
     rows = [row for name in _names() for row in _rows(name, reference)]
     if not rows:
-        print("No array library that softk has an adapter for is installed. Install one of them, for example:\n")
+        print("softk has found no array library that it has an adapter for. Install one, for example:\n")
         print("    python -m pip install numpy\n")
-        print(f"The others are {', '.join(name for name in ADAPTERS if name not in ('numpy', 'jaxlib'))}.")
+        print(f"softk also supports {', '.join(name for name in ADAPTERS if name not in ('numpy', 'jaxlib'))}.")
         return 1
     _print_table([HEADER, *rows])
     print(f"\nSelf-check: topk of {N} scores, k = {K}, epsilon = {EPSILON}. The mass error is |sum mask - k| / k; the")
     print("gradient error is relative to the largest entry of NumPy's float64 gradient.")
     if served := [row for name in _names() for row in _kernel_rows(name)]:
-        print(f"\nKernels, which take the place of operations. SOFTK_KERNELS is {chosen_kernels()!r}.\n")
+        print(f"\nKernels, used instead of the library's array operations. SOFTK_KERNELS is {chosen_kernels()!r}.\n")
         _print_table([("kernel", "library", "device", "computes", "serves float32"), *served])
+        for note in _notes():
+            print(f"\n{note}")
     return int(any(row[-1].startswith("failed") for row in rows))
 
 
@@ -54,14 +56,14 @@ def _print_table(table: list[tuple[str, ...]]) -> None:
 
 
 def _names() -> Iterator[str]:
-    """The libraries with an adapter that are installed, softk's own adapters first."""
+    """The names of the installed libraries that have an adapter. softk's own adapters come first."""
     for name in ADAPTERS:
         if name != "jaxlib" and find_spec(name) is not None:
             yield name
 
 
 def _reference() -> list[float] | None:
-    """NumPy's gradient, where there is NumPy."""
+    """NumPy's gradient, against which the others are checked; None without NumPy."""
     if find_spec("numpy") is None:
         return None
     xp = _backend("numpy").xp
@@ -105,11 +107,11 @@ def _rows(name: str, reference: list[float] | None) -> Iterator[tuple[str, ...]]
 
 
 def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
-    """Of each kernel that a library has, on each device, whether it serves, or why not."""
+    """One row per kernel and device: whether the kernel supports float32 scores there, or the reason why not."""
     try:
         backend = _backend(name)
         found = devices(backend) if backend.kernels else []
-    except Exception:  # a row of the other table says so
+    except Exception:  # the table of libraries already reports this failure
         return
     for device in found:
         xp, placement = backend.xp, {} if device is None else {"device": device}
@@ -121,6 +123,20 @@ def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
                 label = "cpu" if device is None else str(device)
                 answer = "yes" if reason is None else f"no: {reason}"
                 yield kernel.name, name, label, kernel.primitive.name, answer
+
+
+def _notes() -> list[str]:
+    """What the kernels report about themselves, each line once."""
+    found: dict[str, None] = {}
+    for name in _names():
+        try:
+            kernels = _backend(name).kernels
+        except Exception:  # the first table has a row that says so
+            continue
+        for kernel in kernels:
+            if kernel.note is not None and (note := kernel.note()) is not None:
+                found[note] = None
+    return list(found)
 
 
 def _fault(error: Exception) -> str:
@@ -135,7 +151,7 @@ def _backend(name: str) -> Backend:
 
 
 def _check(backend: Backend, device: Any, reference: list[float] | None) -> tuple[float, float, str, float]:
-    """Relative mass error, relative gradient error, dtype and its eps."""
+    """The relative mass error, the relative gradient error, the dtype and its machine epsilon."""
     xp = backend.xp
     placement = {} if device is None else {"device": device}
     x, cotangent = xp.asarray(SCORES, **placement), xp.asarray(COTANGENT, **placement)
@@ -157,7 +173,7 @@ def _check(backend: Backend, device: Any, reference: list[float] | None) -> tupl
 
 
 def _values(x: Array) -> list[float]:
-    x = x.compute() if hasattr(x, "compute") else x  # lazy arrays are asked once, not once an element
+    x = x.compute() if hasattr(x, "compute") else x  # compute a lazy array once, not once per element
     found: list[float] = x.tolist()
     return found
 
@@ -165,7 +181,7 @@ def _values(x: Array) -> list[float]:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # installed under another name, as CuPy is
+    except PackageNotFoundError:  # the distribution has another name than the module, as cupy-cuda12x does
         return str(getattr(importlib.import_module(name), "__version__", "?"))
 
 

@@ -1,8 +1,8 @@
-"""Attention through a soft top-k: of each row of scores, k keys share the weight.
+"""Attention restricted to about k keys per query, by a soft top-k of the scores.
 
-Both functions are compositions of array operations and `softk.log_topk`, so that a framework with autodiff
-differentiates them natively, in the arrays, k and epsilon. They have no `softk.vjp` and no `softk.jvp`: on a library
-without autodiff they have values alone.
+Both functions are compositions of array operations and `softk.log_topk`. A framework with autodiff differentiates them
+natively, in the arrays, k and epsilon. `softk.vjp` and `softk.jvp` do not support them, so on a library without
+autodiff they have no derivative.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def attend(
     enable_gqa: bool = False,
     dropout: Callable[[Any], Any] | None = None,
 ) -> ArrayT:
-    """Scaled dot-product attention of which each query takes about k keys.
+    """Scaled dot-product attention in which each query attends to about k keys.
 
-    The weights are the softmax of the scores times their soft top-k mask, normalised to a sum of 1. Where a query may
-    attend to at most k keys, it is ordinary attention.
+    The weights are the softmax of the scores times their soft top-k mask, normalized to a sum of 1. For a query that
+    may attend to at most k keys, it is ordinary attention.
 
     Parameters
     ----------
@@ -47,33 +47,33 @@ def attend(
         Shape (..., L, E), real floating-point.
     key : array
         Shape (..., S, E), of the dtype of `query`. Leading axes broadcast against those of `query`. float16, bfloat16
-        and float32 may stand beside each other, as they do under an automatic cast of a framework.
+        and float32 may be mixed, as they are under a framework's automatic mixed precision.
     value : array
-        Shape (..., S, V), its dtype and its leading axes likewise.
+        Shape (..., S, V). The same holds for its dtype and leading axes.
     k : number or array
-        How many keys a query takes, not necessarily whole. What is above the number of keys that it may attend to
-        counts as that number; for 0 the result is 0. An array broadcasts against (..., L, 1).
+        How many keys a query attends to. It may be fractional. A k above the number of keys that the query may attend
+        to is clipped to that number. For k = 0 the result is 0. An array broadcasts against (..., L, 1).
     epsilon : number or array, optional
         Strength of the entropy, in the units of the scaled scores. An array broadcasts against (..., L, 1).
     where : array of bool, optional
-        What a query may attend to, broadcasting to (..., L, S).
+        The keys that a query may attend to, broadcasting to (..., L, S).
     bias : array, optional
-        Added to the scaled scores, broadcasting to (..., L, S). A key at ``-inf`` takes no part.
+        Added to the scaled scores, broadcasting to (..., L, S). A bias of ``-inf`` excludes a key.
     is_causal : bool, optional
-        Query i attends to the keys 0 to i alone, and of these to what `where` and `bias` leave.
+        Query i may attend only to the keys 0 to i. `where` and `bias` apply in addition.
     scale : float, optional
-        What the dot products are multiplied by; ``1 / sqrt(E)`` by default.
+        Factor of the dot products; ``1 / sqrt(E)`` by default.
     enable_gqa : bool, optional
-        Grouped queries: the axis before the last two is that of the heads, of which `query` has a multiple of those of
-        `key` and `value`; neighbouring heads of `query` share one of theirs.
+        Grouped-query attention. The axis before the last two is the axis of the heads. `query` has a multiple of the
+        heads of `key` and `value`, and neighboring heads of `query` share a head of `key` and `value`.
     dropout : callable, optional
-        What is done to the weights before they meet the values: a function of an array, such as a framework's dropout.
-        Its argument is of float32 at least.
+        A function that is applied to the weights before they are multiplied with the values, such as a framework's
+        dropout. It gets an array of float32 at least.
 
     Returns
     -------
     array
-        Shape (..., L, V), of the dtype of `value`. A query that may attend to nothing gets 0, with a derivative of 0.
+        Shape (..., L, V), of the dtype of `value`. A query that may attend to no key gets 0, with a derivative of 0.
 
     Raises
     ------
@@ -81,15 +81,15 @@ def attend(
         If an argument is not an array (or number) of the right kind, or is of another library, device or dtype than
         `query`.
     ValueError
-        If a shape does not fit or a number is out of its range. A bad value in an array of `k` or `epsilon` makes its
-        row NaN.
+        If a shape does not fit or a number is out of its range. An invalid value in an array of `k` or `epsilon` makes
+        its row NaN.
 
     Notes
     -----
-    The (L, S) weights are held in memory. Scores, weights and their products with the values are computed in float32
-    where the arrays are in half precision, also under an automatic cast such as ``torch.autocast``; the result alone
-    is rounded to the dtype of `value`. The derivatives are the
-    framework's own: there is no `softk.vjp` of an attention, so that a library without autodiff has none.
+    The (L, S) weights are held in memory. For half-precision arrays, the scores, the weights and the products with the
+    values are computed in float32, also under automatic mixed precision such as ``torch.autocast``. Only the result is
+    rounded to the dtype of `value`. The derivatives are the framework's own. `softk.vjp` does not support attention, so
+    there are none on a library without autodiff.
 
     References
     ----------
@@ -112,7 +112,7 @@ def attend(
     xp = backend.xp
     check_precision(xp, "value", value, "query", query)
     if value.ndim < 2 or value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row a key, got {tuple(value.shape)}")
+        raise ValueError(f"value must have shape (..., {key.shape[-2]}, V), one row per key, got {tuple(value.shape)}")
     dtype = value.dtype
     value = _grouped(xp, "value", value, query) if enable_gqa else value
     _require_broadcast("value", value, share)
@@ -135,7 +135,7 @@ def weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ArrayT:
-    """The weights of `attend`, for those who do more with them than multiply them with the values.
+    """The weights of `attend`, without the product with the values.
 
     Parameters
     ----------
@@ -145,7 +145,8 @@ def weights(
     Returns
     -------
     array
-        Shape (..., L, S), at least 0, of the dtype of `query`. The rows sum to 1, or to 0 where nothing takes part.
+        Shape (..., L, S), at least 0, of the dtype of `query`. The rows sum to 1, or to 0 for a query that may attend
+        to no key.
 
     Raises
     ------
@@ -154,11 +155,11 @@ def weights(
 
     Notes
     -----
-    As for `attend`: there is no `softk.vjp`.
+    `softk.vjp` does not support attention, as for `attend`.
 
     References
     ----------
-    Those of `attend`.
+    See `attend`.
 
     Examples
     --------
@@ -184,7 +185,7 @@ def _weights(
     scale: Any,
     enable_gqa: bool,
 ) -> Array:
-    """The weights in the dtype that they are computed in, float32 at least."""
+    """The weights in the dtype of the computation, float32 at least."""
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     require_array("query", query)
@@ -207,7 +208,7 @@ def _weights(
     _require_broadcast("key", key, query)
 
     with backend.quiet(query):
-        # In half precision the products would be rounded by more than what the scores of two keys differ by.
+        # In half precision the rounding of the products would exceed the difference between the scores of two keys.
         wide = working_dtype(xp, query.dtype)
         scores = xp.matmul(cast(xp, query, wide), xp.matrix_transpose(cast(xp, key, wide))) * scale
     rows, n = scores.shape[-2:]
@@ -227,10 +228,10 @@ def _weights(
         if bias is not None:
             scores = scores + xp.broadcast_to(cast(xp, bias, scores.dtype), tuple(scores.shape))
         if is_causal:
-            places = [xp.arange(size, dtype=index_dtype(xp), device=backend.device(query)) for size in (rows, n)]
-            before = xp.expand_dims(places[0], axis=-1) >= xp.expand_dims(places[1], axis=0)
-            where = before if where is None else where & before
-    if n == 0:
+            positions = [xp.arange(size, dtype=index_dtype(xp), device=backend.device(query)) for size in (rows, n)]
+            causal = xp.expand_dims(positions[0], axis=-1) >= xp.expand_dims(positions[1], axis=0)
+            where = causal if where is None else where & causal
+    if n == 0:  # without keys the weights are empty
         return scores
     if is_number(k):
         k = n if k > n else k
@@ -242,15 +243,18 @@ def _weights(
 
 
 def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:
-    """softmax(scores) * mask / sum = softmax(scores + log mask): the logarithm keeps what a small k puts below the
-    smallest number, where the product would be 0 / 0 and the square of its sum, in a derivative, 0 long before."""
+    """softmax(scores) * mask, divided by its sum, which is softmax(scores + log mask).
+
+    For a small k the product underflows, and the quotient would be 0 / 0. Its derivative has the square of the sum,
+    which underflows much earlier. The logarithm of the mask does not underflow.
+    """
     xp = backend.xp
     log_mask = log_topk(scores, k, epsilon=epsilon, where=where)
-    none = log_mask == -math.inf
-    logits = xp.where(none, -math.inf, scores + xp.where(none, 0.0, log_mask))
-    # The peak is differentiated too. It has no part in the result, and its cotangent is minus the sum of the others',
-    # which in exact numbers is 0: it takes back what the peak's own cotangent, a difference of nearly equal numbers
-    # where one weight is nearly 1, was rounded by.
+    removed = log_mask == -math.inf
+    logits = xp.where(removed, -math.inf, scores + xp.where(removed, 0.0, log_mask))
+    # The peak must not be detached, although it cancels in the result. Its cotangent is minus the sum of the cotangents
+    # of all logits, which is 0 in exact arithmetic. It cancels the rounding error at the largest logit, whose own
+    # cotangent is a difference of nearly equal numbers if one weight is nearly 1.
     peak = xp.max(logits, axis=-1, keepdims=True)
     empty = peak == -math.inf
     share = xp.exp(logits - xp.where(empty, 0.0, peak))
@@ -259,17 +263,17 @@ def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: 
 
 
 def _grouped(xp: Any, name: str, values: Array, query: Array) -> Array:
-    """Each head of the keys or values as often as there are heads of the queries that share it."""
+    """The keys or values, with each head repeated for all query heads that share it."""
     if query.ndim < 3 or values.ndim < 3 or values.shape[-3] == 0 or query.shape[-3] % values.shape[-3]:
         raise ValueError(
-            f"{name} must have heads, of which query has a multiple, on the axis before its last two with "
-            f"enable_gqa=True, got shapes {tuple(values.shape)} and {tuple(query.shape)}"
+            f"{name} must have an axis of heads before its last two axes with enable_gqa=True, whose size divides "
+            f"that of query, got shapes {tuple(values.shape)} and {tuple(query.shape)}"
         )
     return xp.repeat(values, query.shape[-3] // values.shape[-3], axis=-3)
 
 
 def _require_broadcast(name: str, value: Array, other: Array) -> None:
-    """Leading axes that fit those of another array."""
+    """Require that the leading axes of an array broadcast against those of another array."""
     pairs = zip(reversed(value.shape[:-2]), reversed(other.shape[:-2]), strict=False)
     if any(1 not in (size, full) and size != full for size, full in pairs):
         raise ValueError(

@@ -1,9 +1,10 @@
-"""The contracts: what an operator, a framework and a kernel are to softk.
+"""The interfaces between softk's operators, the frameworks and the kernels.
 
-`Primitive` is an operator with its derivative, stated once against the array API: the reference. `Backend` is a
-framework: its namespace, how it differentiates a primitive, and the few things that only it can say. The base class is
-complete: it serves every array that follows the standard and has no autodiff of its own. `Kernel` is a part of a
-primitive over again, for one kind of processor. `backend_of` finds the backend of an array.
+`Primitive` is an operator with its derivative, written once against the Array API standard: the reference
+implementation. `Backend` adapts a framework: it has the framework's namespace, binds primitives to its autodiff and
+overrides what the framework does differently. The base class is complete: it supports every array that follows the
+standard and has no autodiff. `Kernel` is another implementation of one part of a primitive, for one kind of processor.
+`backend_of` finds the backend of an array.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -33,34 +34,34 @@ __all__ = [
     "kernels",
 ]
 
-#: Any array of any library; Python has no type for it yet.
+#: An array of any library. Python has no static type for it yet.
 Array = Any
 
 
 class AnyArray(Protocol):
-    """What a type checker knows of an array of any library."""
+    """The attributes that a type checker may assume of an array of any library."""
 
     @property
     def dtype(self) -> Any:
-        """The type of its elements."""
+        """The data type of the elements."""
 
     @property
     def ndim(self) -> int:
-        """How many axes it has."""
+        """The number of axes."""
 
     @property
     def shape(self) -> Any:
-        """The sizes of its axes."""
+        """The size of each axis."""
 
 
-#: The type of the scores, which is that of the result.
+#: The array type of the scores. The result has the same type.
 ArrayT = TypeVar("ArrayT", bound=AnyArray)
-#: The inputs of a primitive, or what belongs to each: None where there is none.
+#: One array per input of a primitive (its value, tangent or cotangent), or None where there is none.
 Inputs = tuple[Array | None, ...]
 
 
 class Form(NamedTuple):
-    """The shape and the dtype of an array that need not be there."""
+    """The shape and the dtype of an array, without the array itself."""
 
     shape: tuple[Any, ...]
     dtype: Any
@@ -68,44 +69,44 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Primitive:
-    """An operator on canonical arrays, with its derivative in both directions; or without one, as a solver is.
+    """An operator on canonical arrays, with its derivative in both directions. A solver has no derivative.
 
-    The functions take the `Backend` first and are written against its namespace, so that the derivative of a
-    derivative is taken by the framework itself, through the outputs that the rule is built from.
+    The functions take the `Backend` first and use only its namespace. A framework can therefore differentiate the
+    derivative rules themselves, through the outputs that the rules are computed from, to get higher derivatives.
 
     Attributes
     ----------
     name : str
-        What a traced graph calls it: unique, lower case.
+        The name of the operation in a traced graph. Unique and lower case.
     forward : callable
-        ``forward(backend, inputs, **options) -> outputs``. An input may be None (an argument that was not given);
-        options are Python literals and have no derivative. The outputs are a tuple of arrays.
+        ``forward(backend, inputs, **options) -> outputs``. An input is None if the argument was not given. Options are
+        Python literals and have no derivative. The outputs are a tuple of arrays.
     forms : callable
-        ``forms(xp, inputs, **options) -> tuple of Form``: the shapes and dtypes of the outputs. Of the inputs it reads
-        the shapes and dtypes alone.
+        ``forms(xp, inputs, **options) -> tuple of Form``: the shapes and dtypes of the outputs. It may read only the
+        shapes and dtypes of the inputs.
     jvp : callable, optional
-        ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the results and the state. A tangent that is None is
-        zero.
+        ``jvp(backend, inputs, outputs, tangents) -> tangents`` of the results and the state. A tangent of None is zero.
     vjp : callable, optional
-        ``vjp(backend, inputs, outputs, cotangents, needed) -> cotangents``, one an input, from those of the results and
-        the state. A cotangent that is None is zero. `needed` says, for each input, whether anybody asks for its
-        cotangent; the others may be None, as are those of inputs that are None.
+        ``vjp(backend, inputs, outputs, cotangents, needed) -> cotangents``: one cotangent per input, from the
+        cotangents of the results and the state. A cotangent of None is zero. `needed` says for each input whether its
+        cotangent is used. The rule may return None for the others, and returns None for inputs that are None.
     results : tuple of str
-        The names of the first outputs, which the rules do not read: in their place the rules get None where a framework
-        did not keep them.
+        The names of the first outputs. The derivative rules do not read them, and get None in their place if the
+        framework has not saved them.
     state : tuple of str
-        The names of the outputs that follow: differentiable, and what the rules are built from.
+        The names of the outputs after the results. They are differentiable, and the rules are computed from them.
     constants : tuple of str
-        The names of the last outputs, which have no derivative.
+        The names of the last outputs. They have no derivative.
     axes : int
-        How many axes of the first input, counted from the last, belong to one problem; those before them are a batch.
+        The number of trailing axes of the first input that form one problem. The axes before them are batch axes.
     narrow : bool
-        Whether the scores may be narrower than the other inputs, in float16 or bfloat16; then so is the result.
+        Whether the scores may be float16 or bfloat16 while the other inputs are float32. The result then has the dtype
+        of the scores.
 
     Raises
     ------
     ValueError
-        If there is a primitive of that name already.
+        If another primitive has this name.
     """
 
     name: str
@@ -121,19 +122,19 @@ class Primitive:
 
     def __post_init__(self) -> None:
         if self.name in PRIMITIVES:
-            raise ValueError(f"name must be that of no other primitive, got {self.name!r}")
+            raise ValueError(f"name must be unique among the primitives, got {self.name!r}")
         PRIMITIVES[self.name] = self
 
     @property
     def moving(self) -> int:
-        """How many of the outputs, counted from the first, have derivatives."""
+        """The number of outputs that have derivatives. They come first."""
         return len(self.results) + len(self.state)
 
 
-#: Every primitive by its name, for a framework that can hold a name in a graph but not a Python object.
+#: Every primitive by its name, for a framework whose graphs can store a name but not a Python object.
 PRIMITIVES: dict[str, Primitive] = {}
 
-#: The parts of a primitive: its value, and its derivative in both directions.
+#: The parts of a primitive: its value, its forward-mode derivative and its reverse-mode derivative.
 Part = Literal["forward", "jvp", "vjp"]
 
 
@@ -141,22 +142,25 @@ Part = Literal["forward", "jvp", "vjp"]
 class Kernel:
     """Another implementation of one part of a primitive, for one kind of processor.
 
-    It takes the reference's arguments and returns the reference's results: the same tuple, shapes, dtypes and devices.
-    It overwrites nothing that it is given, and nobody differentiates it: where somebody might, it must refuse.
+    It takes the arguments of the reference and returns its results: the same tuple, shapes, dtypes and devices. It must
+    not modify its arguments. A kernel cannot be differentiated, so it must refuse arguments whose operations are being
+    recorded.
 
     Attributes
     ----------
     name : str
-        Of the processor's language, such as "triton": what ``SOFTK_KERNELS`` and `kernels` choose by.
+        The name of the kernel language, such as "triton". ``SOFTK_KERNELS`` and `kernels` select kernels by this name.
     primitive : Primitive
-        What it computes.
+        The primitive that it implements.
     part : {"forward", "jvp", "vjp"}
-        Which part of it.
+        The part of the primitive that it implements.
     refuses : callable
-        ``refuses(backend, *groups, **options) -> str or None``: why it does not serve these arguments, or None where it
-        does. It may look at types, shapes and devices, never at values.
+        ``refuses(backend, *groups, **options) -> str or None``: the reason why the kernel does not support these
+        arguments, or None if it does. It may read types, shapes and devices, but no values.
     compute : callable
         ``compute(backend, *groups, **options) -> tuple``.
+    note : callable, optional
+        ``note() -> str or None``: a line about all kernels of this name, which ``python -m softk`` prints.
     """
 
     name: str
@@ -164,43 +168,62 @@ class Kernel:
     part: Part
     refuses: Callable[..., str | None]
     compute: Callable[..., tuple[Array | None, ...]]
+    note: Callable[[], str | None] | None = None
 
 
-#: What ``SOFTK_KERNELS`` may be.
+#: The values of ``SOFTK_KERNELS`` that are always allowed. `choices` adds the names of other kernels.
 CHOICES = ("auto", "none", "numba", "triton")
+
+#: What was chosen last.
+_chosen = [os.environ.get("SOFTK_KERNELS", "auto")]
+#: Whether the name in the environment must still be looked up: no backend is loaded yet when softk is imported.
+_unknown = [_chosen[0] not in CHOICES]
+
+
+def chosen_kernels() -> str:
+    """The choice in force, made by `kernels` or else by ``SOFTK_KERNELS``."""
+    return _chosen[0]
+
+
+def choices() -> tuple[str, ...]:
+    """What may be chosen now: `CHOICES`, and the names of the kernels of every library that is imported."""
+    names: set[str] = set()
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            with suppress(ImportError):
+                backend = adapter.load()
+                names |= {kernel.name for kernel in (backend.kernels if backend is not None else ())}
+    return (*CHOICES, *sorted(names - set(CHOICES)))
 
 
 def _require_choice(name: str, choice: Any) -> str:
     if choice not in CHOICES:
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES)}, got {choice!r}")
+        allowed = choices()
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
     return str(choice)
-
-
-_chosen = [_require_choice("SOFTK_KERNELS", os.environ.get("SOFTK_KERNELS", "auto"))]
-
-
-def chosen_kernels() -> str:
-    """What was chosen last, by ``SOFTK_KERNELS`` or `kernels`."""
-    return _chosen[0]
 
 
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
-    """Choose the kernels within a ``with`` statement, for the whole process. `SOFTK_KERNELS` chooses those without.
+    """Choose the kernels inside a ``with`` statement, for the whole process. Elsewhere `SOFTK_KERNELS` chooses them.
 
     Parameters
     ----------
-    choice : {"auto", "none", "numba", "triton"}
-        All that serve, none (the reference computes everything), or those of one name.
+    choice : {"auto", "none", "numba", "triton"} or str
+        "auto" uses every kernel that supports the arguments. "none" uses only the reference implementation. A name uses
+        only the kernels of that name. It may be the name of any kernel of an imported library.
 
     Raises
     ------
     ValueError
-        If `choice` is none of these.
+        If `choice` is not one of these. The text lists what is allowed.
 
     Notes
     -----
-    What was compiled before keeps the kernels that were chosen then.
+    A function that was compiled earlier keeps the kernels that were chosen at its compilation. A name in
+    `SOFTK_KERNELS` that is not one of softk's own is looked up at the first call, when the library of the array is
+    known, and raises the same error then.
 
     Examples
     --------
@@ -209,8 +232,15 @@ def kernels(choice: str) -> Iterator[None]:
     >>> with softk.kernels("none"):
     ...     mask = softk.topk(np.asarray([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
     """
+    with choosing(_require_choice("choice", choice)):
+        yield
+
+
+@contextmanager
+def choosing(choice: str) -> Iterator[None]:
+    """`kernels` without a check of the choice."""
     before = _chosen[0]
-    _chosen[0] = _require_choice("choice", choice)
+    _chosen[0] = choice
     try:
         yield
     finally:
@@ -218,28 +248,28 @@ def kernels(choice: str) -> Iterator[None]:
 
 
 class Words(NamedTuple):
-    """How the users of a library write what an error advises, with {} in the place of an argument's name.
+    """The code that error messages suggest to users of a library. Each {} stands for the name of an argument.
 
     Attributes
     ----------
     cast : str
         Convert the array to float32.
     own : str
-        Make an array of the library of one of another library.
+        Convert an array of another library to this library.
     move : str
-        Move the array to the device of another one, whose name is the second.
+        Move the array to the device of another array. The second {} is the name of that array.
     measure : str
-        Get the size of an axis that is not known.
+        Determine the size of an axis that is unknown.
     """
 
     cast: str = "xp.astype({}, xp.float32)"
     own: str = "xp.asarray({})"
     move: str = "{}.to_device({}.device)"
-    measure: str = "give its size as a number where {} is made"
+    measure: str = "create {} with a known size along that axis"
 
 
 class Backend:
-    """A framework as softk sees it. Subclass it and override what the framework does in its own way.
+    """The adapter of a framework. Subclass it and override what the framework does differently.
 
     Parameters
     ----------
@@ -249,13 +279,13 @@ class Backend:
         The library's name, for messages.
     """
 
-    #: The name of another library whose arrays may stand beside this one's.
+    #: The name of another library whose arrays may be mixed with this library's in one call.
     wraps: str | None = None
-    #: What its users write, for error messages.
+    #: The code that error messages suggest.
     words: Words = Words()
-    #: How derivatives are taken, for the table of ``python -m softk``.
+    #: How a user takes derivatives, for the table of ``python -m softk``.
     autodiff: str = "softk.vjp, softk.jvp"
-    #: What may take the place of the reference, the first that serves.
+    #: The kernels, in order of preference. The first that supports the arguments replaces the reference.
     kernels: tuple[Kernel, ...] = ()
     #: The reference's formulas for this namespace, which the reference loads at its first call.
     formulas: Any = None
@@ -265,7 +295,7 @@ class Backend:
         self.name = name or xp.__name__.removeprefix("array_api_compat.")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        """The primitive as a function of its inputs that the framework can differentiate natively."""
+        """The primitive, as a function of its inputs that the framework's autodiff can differentiate."""
 
         def bound(*inputs: Array | None) -> tuple[Array, ...]:
             with self.quiet(inputs[0]):
@@ -274,14 +304,14 @@ class Backend:
         return bound
 
     def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
-        """A part of a primitive: by the first kernel that serves, else by the reference.
+        """Compute a part of a primitive by the first kernel that supports the arguments, or else by the reference.
 
         Parameters
         ----------
         primitive : Primitive
-            What to compute.
+            The primitive to compute.
         part : {"forward", "jvp", "vjp"}
-            Which part of it.
+            The part to compute.
         *groups, **options
             The arguments of that part after the backend: ``inputs``, or ``inputs, outputs, tangents``, or ``inputs,
             outputs, cotangents, needed``.
@@ -289,8 +319,11 @@ class Backend:
         Returns
         -------
         tuple
-            The results of that part. Of a vjp, None for every cotangent that is not needed.
+            The results of that part. For a vjp, every cotangent that is not needed is None.
         """
+        if _unknown[0]:
+            _require_choice("SOFTK_KERNELS", _chosen[0])
+            _unknown[0] = False
         compute = getattr(primitive, part)
         for kernel in self.kernels:
             serves = kernel.primitive is primitive and kernel.part == part and _chosen[0] in ("auto", kernel.name)
@@ -303,88 +336,90 @@ class Backend:
         return found
 
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
-        """A context in which overflow and invalid operations, which softk means or mends, are not reported.
+        """A context manager that silences warnings of overflow and invalid operations, which softk expects and handles.
 
-        Most libraries report nothing; those that are built on NumPy report as NumPy is set to. Where `x` is given, a
-        product of matrices on its device is rounded as its dtype is, no coarser.
+        Only libraries built on NumPy give such warnings, according to NumPy's settings. With `x`, matrix products on
+        the device of `x` have the full precision of their dtype inside the context.
         """
+        # NumPy is looked up and not imported: without it there are no warnings to silence.
         numpy = sys.modules.get("numpy")
         return nullcontext() if numpy is None else cast("AbstractContextManager[Any]", numpy.errstate(all="ignore"))
 
     def device(self, x: Array) -> Any:
-        """The device of an array, as creation functions take it; None where the framework itself sees to devices."""
+        """The device of an array, as creation functions take it. None if the framework places new arrays itself."""
         return array_api_compat.device(x)
 
     def densely(self, x: Array) -> str | None:
-        """How a user converts an array that is sparse or ragged, with {} in the place of its name; None for others."""
+        """The code that converts a sparse or ragged array, called {}, to a dense one. None for other arrays."""
         return "{}.todense()" if hasattr(x, "todense") else None
 
     def memory(self, x: Any) -> Any:
-        """An array as raw memory, or a number: what may be looked at now, or handed to a kernel; else None.
+        """The array, or number, if its value may be read now or passed to a kernel; else None.
 
-        None for a lazy array, under a trace or a transform, or where automatic differentiation watches what becomes of
-        the array; and for a number that is the symbol of a trace, which Python must not read.
+        None for a lazy array, inside a trace or a transform, and where automatic differentiation records operations on
+        the array. Also None for a symbolic number, whose value a trace does not know.
         """
         return x if isinstance(x, numbers.Real) else None
 
     @property
     def differentiates_operations(self) -> bool:
-        """Whether the framework may, just now, differentiate a primitive's own operations and not ask for its rule."""
+        """Whether the framework may currently differentiate a primitive's own operations instead of using its rule."""
         return False
 
     @property
     def overwriting(self) -> Any:
-        """The namespace's elementwise functions, which may write the result over their first argument.
+        """The namespace's elementwise functions, which may write their result into their first argument.
 
-        It is softk's own, of the shape of the result, and nobody reads it again: an array less to be had from the
-        system, which costs more than what is computed. Under batched gradients the first must be batched whenever
-        another one is.
+        Pass only a temporary array of the shape of the result that is not read again. This saves an allocation, which
+        costs more than the arithmetic. Under batched gradients, the first argument must be batched if another one is.
         """
         return self.xp
 
     def constant(self, x: Array) -> Array:
-        """The same values, cut off from automatic differentiation."""
+        """The same values, detached from automatic differentiation."""
         return x
 
     def gather_above(self, x: Array, level: Array) -> Array | None:
-        """The scores that are not below a level, in a shorter array. Asked only for an array that has `memory`.
+        """The scores that are not below a level, in a shorter array. Called only if ``memory(x)`` is not None.
 
         Parameters
         ----------
         x : array
-            Scores, shape (..., n), of which some may be NaN.
+            Scores, shape (..., n). They may contain NaN.
         level : array
             Shape (..., 1).
 
         Returns
         -------
         array or None
-            Shape (..., m): of each slice the scores ``~(x < level)``, in any order, and then -inf. None where it would
-            not be much shorter, or to look at values would wait for a device.
+            Shape (..., m): the scores of each slice with ``~(x < level)``, in any order, padded with -inf. None if the
+            array would not be much shorter, or if reading values would synchronize with a device.
         """
         return None
 
     def sigmoid(self, z: Array) -> Array:
-        """1 / (1 + exp(-z)): 0 and 1 at the infinities, and differentiable there operation by operation."""
+        """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there."""
+        # The argument of exp is never positive, so it cannot overflow.
         upper = z > 0.0
         decay = self.xp.exp(-self.xp.abs(z))
         return self.xp.where(upper, 1.0, decay) / (1.0 + decay)
 
     def indicator(self, x: Array, level: Array | float) -> Array:
-        """1 where a number is above the level and 0 elsewhere, as numbers of its own dtype."""
+        """1 where x is above the level and 0 elsewhere, in the dtype of x."""
         return self.xp.astype(x > level, x.dtype)
 
     def dot(self, x: Array, y: Array) -> Array:
-        """The sum of the products along the last axis, which is kept; rounded as the dtype rounds, and no coarser."""
+        """The sum of the products along the last axis, which is kept, in the full precision of the dtype."""
         return self.xp.sum(x * y, axis=-1, keepdims=True)
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.
 
-        It may end as soon as all of `done`, a boolean array, is true.
+        It may stop as soon as all elements of the boolean array `done` are true.
         """
         for _ in range(limit):
             state, done = step(state)
+            # On a device or inside a trace `done` cannot be read, and all steps are made.
             if self.memory(done) is not None and peek(self, self.xp.all(done)):
                 break
         return state
@@ -392,10 +427,10 @@ class Backend:
     def map_rows(
         self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
     ) -> tuple[Array, ...]:
-        """``function(first, *others)`` on `rows` rows at a time: what it forms on the way is never there for all.
+        """``function(first, *others)``, applied to `rows` rows at a time to bound the memory of intermediate arrays.
 
-        The rows are the second axis from the last, of the first array and of those that have as many; the others, and
-        None, are passed as they are. Each row of the results depends on the same row of the arrays alone.
+        Rows lie along the second axis from the last. The first array and all arrays with the same number of rows are
+        split; the others, and None, are passed whole. A row of the results depends only on the same row of the arrays.
         """
         count = first.shape[-2]
         if rows == count:
@@ -404,15 +439,15 @@ class Backend:
         return tuple(self.xp.concat(list(column), axis=-2) for column in zip(*parts, strict=True))
 
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
-        """The scores of the given ranks along the last axis: rank 1 is the largest.
+        """The scores of the given ranks along the last axis. Rank 1 is the largest score.
 
         Parameters
         ----------
         x : array
             Scores, shape (..., n).
         ranks : array or tuple of int
-            Integers from 1 to n: an array of shape (..., m), broadcasting against `x` but for the last axis, or m
-            numbers where they are known without looking into an array.
+            Integers from 1 to n: an array of shape (..., m), whose leading axes broadcast against those of `x`, or m
+            Python numbers.
 
         Returns
         -------
@@ -420,6 +455,7 @@ class Backend:
             The scores, shape (..., m).
         """
         xp = self.xp
+        # The order is ascending, so the score of rank r is at index n - r.
         ordered = xp.sort(x, axis=-1, stable=False)
         if isinstance(ranks, tuple):
             return pick(xp, ordered, [x.shape[-1] - rank for rank in ranks])
@@ -428,28 +464,28 @@ class Backend:
 
 
 def peek(backend: Backend, flag: Array) -> bool | None:
-    """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""
+    """The value of a boolean array, or None if reading it would synchronize with a device or break a trace."""
     raw = backend.memory(flag)
     return bool(raw) if raw is not None and is_in_host_memory(raw) else None
 
 
 def is_in_host_memory(raw: Any) -> bool:
-    """Whether the processor that runs Python can read the memory, by the standard's protocol for exchanging arrays."""
+    """Whether the CPU can read the array without a transfer, according to the DLPack protocol."""
     device = getattr(raw, "__dlpack_device__", None)
-    return device is None or int(device()[0]) == 1
+    return device is None or int(device()[0]) == 1  # 1 is DLPack's code of the CPU
 
 
 def pick(xp: Any, x: Array, places: list[int]) -> Array:
-    """Some items along the last axis."""
+    """The items at the given places along the last axis."""
     return xp.concat([x[..., place : place + 1] for place in places], axis=-1)
 
 
 def index_dtype(xp: Any) -> Any:
-    """The dtype of counts and indices."""
+    """The default dtype of counts and indices."""
     return xp.__array_namespace_info__().default_dtypes()["indexing"]
 
 
-# --- which backend serves an array: found from the array's type, without importing anything
+# --- finding the backend of an array from its type, without importing a library
 
 
 class Adapter(NamedTuple):
@@ -458,17 +494,17 @@ class Adapter(NamedTuple):
     Attributes
     ----------
     load : callable
-        ``load() -> Backend``, called when the first array arrives; None where there is no backend after all.
+        ``load() -> Backend``, called when the first array arrives. It returns None if the backend cannot be loaded.
     types : tuple of str or None
-        The names of the array types among the types of the library: a mixin, a module or a random generator is no
-        array. None for all types.
+        The names of the library's array types. Other types of a library, such as its random generators, are not
+        arrays. None accepts all types.
     """
 
     load: Callable[[], Backend | None]
     types: tuple[str, ...] | None = None
 
 
-#: The adapter of every library that has one, by the top-level module of its array types.
+#: The adapters, by the top-level module of the array types of their library.
 ADAPTERS: dict[str, Adapter] = {}
 
 _by_type: dict[type, Backend | None] = {}
@@ -486,12 +522,12 @@ def backend_of(x: Array) -> Backend:
     Returns
     -------
     Backend
-        That of the library's adapter; without one the base class, on the namespace of the array.
+        The backend of the library's adapter. Without an adapter, the base class on the namespace of the array.
 
     Raises
     ------
     TypeError
-        If `x` is no array of the standard.
+        If `x` is not an array that follows the standard.
 
     Examples
     --------
@@ -505,7 +541,7 @@ def backend_of(x: Array) -> Backend:
 
 
 def is_array(value: Any) -> bool:
-    """Whether some backend can serve the value: an array of a known library or of the standard."""
+    """Whether the value is an array that a backend supports: of a known library or of the standard."""
     return _adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
 
 
@@ -518,21 +554,22 @@ def _adapted(kind: type) -> Backend | None:
 
 
 def _is_tensor(kind: type) -> bool:
-    """Whether PyTorch's adapter serves the type.
+    """Whether PyTorch's adapter supports the type.
 
-    It is not looked up: PyTorch's compiler can list neither the bases of a parameter's type nor its module, and would
-    compile again whenever the dictionary of the types has grown.
+    The dictionary `_by_type` is not used for tensors. PyTorch's compiler cannot trace the lookup of a parameter's
+    bases and module, and would recompile whenever the dictionary grows.
     """
     torch = sys.modules.get("torch")
     if torch is None or "torch" not in ADAPTERS or not issubclass(kind, torch.Tensor):
         return False
+    # Third-party adapters accept all types, and may have claimed a subclass of Tensor.
     return kind in (torch.Tensor, torch.nn.Parameter) or all(known.types is not None for known in ADAPTERS.values())
 
 
 def _load(kind: type) -> Backend | None:
-    for base in kind.__mro__:  # a subclass from elsewhere may have a backend of its own
+    for base in kind.__mro__:  # a subclass that another library defines may have its own backend
         adapter = ADAPTERS.get(base.__module__.partition(".")[0])
-        name = base.__name__.rpartition(".")[2]  # JAX's own holds a module
+        name = base.__name__.rpartition(".")[2]  # some type names of JAX include their module
         if adapter is not None and (adapter.types is None or name in adapter.types):
             return adapter.load()
     return None
@@ -549,20 +586,20 @@ def _standard(xp: Any) -> Backend:
 
 
 def unknown(size: Any) -> bool:
-    """Whether a library does not know the size of an axis yet: None by the standard, in Dask a NaN."""
+    """Whether the size of an axis is unknown: None in the standard, NaN in Dask."""
     return size is None or isinstance(size, float)
 
 
 def broadcast_like(xp: Any, values: Array, shape: tuple[Any, ...], like: Array) -> Array:
-    """``broadcast_to(values, shape)``; sizes in the shape that are not known yet are those of another array."""
+    """``broadcast_to(values, shape)``. Unknown sizes in the shape are those of the array `like`."""
     if not any(unknown(size) for size in shape):
         return xp.broadcast_to(values, shape)
-    # By an operation, whatever it chooses: some libraries' broadcast_arrays and zeros_like forget the sizes they know.
+    # Broadcast by an elementwise operation: broadcast_arrays and zeros_like of some libraries lose known sizes.
     return xp.where(like == like, values, values)
 
 
 def rows_of(count: int, start: int, stop: int, *arrays: Array | None) -> tuple[Any, ...]:
-    """Some rows of the arrays that have `count` of them; the others hold for every row, and stay as they are."""
+    """Rows `start` to `stop` of the arrays with `count` rows. The other arrays hold for every row and stay whole."""
     return tuple(
         value
         if value is None or value.ndim < 2 or value.shape[-2] != count

@@ -1,11 +1,11 @@
-"""Beam search through which gradients flow: one step, and a whole search around a user's step function.
+"""Differentiable beam search: a single step, and a whole search around a user's step function.
 
-A beam search keeps the best of all the continuations of its beams. Here they are kept by `softk.sorted_topk` over the
-flattened axis of beams x vocabulary: row j of the assignment says of which continuations new beam j is made, so it also
-mixes the tokens that are fed to the model and the states that the model carries. With ``hard=True`` each row is a
-one-hot of the framework's own sort, and the same code is ordinary beam search.
+A beam search keeps the best of all continuations of its beams. Here `softk.sorted_topk` selects them over the flattened
+axis of beams x vocabulary. Row j of the assignment has the weights of the continuations in the new beam j. The same
+weights mix the tokens that are fed to the model and the states of the model. With ``hard=True`` each row is one-hot,
+from the framework's own sort, and the same code is ordinary beam search.
 
-Everything is written with the operators of softk and the Array API standard, so that the derivative is the framework's.
+The code uses only softk's operators and the Array API standard, so the framework's autodiff differentiates it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Tree = Any
 
 @plain_tuple
 class Step(NamedTuple, Generic[ArrayT]):
-    """What one step of a beam search keeps.
+    """The result of one step of a beam search.
 
     Attributes
     ----------
     scores : array, (..., beams)
-        The scores of the new beams, the best first; ``-inf`` for those that no continuation is left for.
+        The scores of the new beams, the best first. A beam for which no continuation is left has the score ``-inf``.
     tokens : array, (..., beams, vocabulary)
-        How much of each token a new beam appends: rows of sum 1, or 0 for a beam of score ``-inf``.
+        The weight of each token in a new beam. Rows sum to 1, or to 0 for a beam of score ``-inf``.
     parents : array, (..., beams, parents)
-        How much of each old beam a new one continues: rows of sum 1 or 0 likewise.
+        The weight of each old beam in a new beam. Rows sum to 1, or to 0 for a beam of score ``-inf``.
     inputs : array, (..., beams, features)
-        ``tokens @ table``, or the tokens where there is no table.
+        ``tokens @ table``, or `tokens` without a table.
     states : tree of arrays, (..., beams, rest)
-        The states of the old beams, mixed by the parents.
+        The states of the old beams, mixed with the weights in `parents`.
     """
 
     scores: ArrayT
@@ -55,26 +55,27 @@ class Step(NamedTuple, Generic[ArrayT]):
 
 @plain_tuple
 class Beams(NamedTuple, Generic[ArrayT]):
-    """What a whole beam search finds: the n best sequences, the best first.
+    """The result of a beam search: the best sequences, one per beam, the best first.
 
     Attributes
     ----------
     scores : array, (..., beams)
-        What they are ranked by: the log-probability over the length penalty.
+        The scores that rank the sequences: the log-probability divided by the length penalty.
     log_probabilities : array, (..., beams)
         The sums of the log-probabilities of the tokens.
     tokens : array, (..., beams, length, vocabulary)
-        The sequences, each token as its weights; after the end-of-sequence token there are more of it.
+        The sequences, with each token as weights over the vocabulary. Sequences are padded with the end-of-sequence
+        token.
     lengths : array, (..., beams)
-        The numbers of tokens, the end-of-sequence token included; floating, as soft beams mix lengths.
+        The number of tokens, including the first end-of-sequence token. Floating-point, because soft beams mix lengths.
     parents : array, (..., length, beams, beams)
-        The back-pointers of each step, as weights; before the last ranking.
+        The back-pointers of each step, as weights, before the final ranking.
     sequences : integer array, (..., beams, length)
-        The heaviest of the tokens. It has no derivative.
+        The token of the largest weight at each position. It has no derivative.
     back_pointers : integer array, (..., length, beams)
-        The heaviest of the parents. It has no derivative.
+        The parent of the largest weight in each step. It has no derivative.
     states : tree of arrays, (..., beams, rest)
-        The last states, mixed like everything else.
+        The final states, mixed with the same weights.
     """
 
     scores: ArrayT
@@ -98,40 +99,40 @@ def step(
     epsilon: float | AnyArray = 0.1,
     hard: bool = False,
 ) -> Step[ArrayT]:
-    """One step of a beam search: the best continuations, and what they are made of.
+    """One step of a beam search: select the best continuations and mix tokens, parents and states accordingly.
 
     Parameters
     ----------
     scores : array, (..., old, vocabulary)
-        The score of each old beam continued by each token. ``-inf`` marks what must not be: the continuations of a beam
-        that is not there, a token that is forbidden.
+        The score of each old beam continued by each token. ``-inf`` marks forbidden continuations: forbidden tokens,
+        and all continuations of an empty beam.
     beams : int, optional
-        How many to keep; as many as there are parents unless given.
+        The number of new beams; by default the number of old beams.
     table : array, (vocabulary, features), optional
         The embeddings of the tokens.
     states : tree of arrays, (..., old, rest), optional
-        What the model carries for each beam: arrays in any nest of dictionaries, lists, tuples, named tuples and None.
-        The leading axes are those of `scores`; an array without axes, or a number, holds for all beams and stays as it
-        is. A soft step mixes the states of several beams, for which they must be of a real floating dtype; with
-        ``hard=True`` a new beam has the state of its parent, of any dtype.
+        The states of the model, one per beam: arrays, nested in dictionaries, lists, tuples, named tuples and None. The
+        leading axes are those of `scores`. A number, or an array without axes, is shared by all beams and returned
+        unchanged. A soft step mixes the states of several beams, so they must have a real floating dtype. With
+        ``hard=True`` a new beam gets the state of its parent, of any dtype.
     epsilon : number or array, optional
         Strength of the entropy, as for `softk.sorted_topk`: scores further apart than a few epsilon are not mixed. An
         array broadcasts against the leading axes of `scores`, followed by one axis of size 1.
     hard : bool, optional
-        Ordinary beam search: each new beam is one continuation, of equal ones the first. Gradients flow to the scores
-        and states that are kept, none through the choice.
+        Ordinary beam search: each new beam is a single continuation; ties go to the first. Gradients flow to the
+        selected scores and states, but not through the selection.
 
     Returns
     -------
     Step
-        The new beams, of the dtype of `scores`; `inputs` of that of `table`, and each state of its own. A beam for
-        which no continuation is left is ``-inf``, and everything else of it zero. What is in half precision is mixed
-        in float32.
+        The new beams, with the dtype of `scores`. `inputs` has the dtype of `table`, and each state keeps its dtype. A
+        beam for which no continuation is left has the score ``-inf``, and its other results are zero. Half-precision
+        values are mixed in float32.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of the form above, or as `softk.sorted_topk`.
+        If an argument does not have the form above; also as `softk.sorted_topk`.
 
     References
     ----------
@@ -186,42 +187,44 @@ def search(
 ) -> Beams[ArrayT]:
     """A whole beam search, soft or hard, around a model's step function.
 
-    All beams start alike, so the first alone is alive in the first step. A beam that has ended stays among the others
-    with its score, and goes on with the end-of-sequence token, which costs it nothing. A soft beam can have ended in
-    part, by the share f: its next token is distributed as 1 - f times the model's distribution, plus f at `end`.
+    All beams start from the same state, so only the first beam is active in the first step. A beam that has ended stays
+    among the others with its score: it continues with the end-of-sequence token at log-probability 0. A soft beam can
+    have ended partially, with share f. Its next token is then distributed as 1 - f times the model's distribution, plus
+    f at `end`.
 
     Parameters
     ----------
     step_function : callable
-        ``step_function(inputs, states)`` gives the log-probabilities of the next token, (..., beams, vocabulary), and
+        ``step_function(inputs, states)`` returns the log-probabilities of the next token, (..., beams, vocabulary), and
         the new states. ``-inf`` forbids a token.
     inputs : array, (..., beams, features)
-        What the step function is fed first; its shape says how many beams there are.
+        The input of the first call of the step function. Its shape determines the number of beams.
     states : tree of arrays, (..., beams, rest), optional
-        The first states, as for `step`.
+        The initial states, as for `step`.
     length : int
-        How many steps: the longest sequence. A Python number, as the steps are unrolled.
+        The number of steps, which is the largest length of a sequence. A Python integer, because the steps are
+        unrolled.
     end : int
         The end-of-sequence token.
     table : array, (vocabulary, features), optional
-        The embeddings of the tokens. Without it the step function is fed the weights of the tokens themselves.
+        The embeddings of the tokens. Without it the step function gets the weights of the tokens.
     epsilon, hard
         As for `step`.
     length_penalty : float, optional
-        The exponent a of the penalty ((5 + length) / 6)^a by which the log-probabilities are divided for the last
-        ranking; the search itself goes by log-probability.
+        The exponent a of the penalty ((5 + length) / 6)^a. The final ranking divides the log-probabilities by it; the
+        search itself uses the log-probabilities.
 
     Returns
     -------
     Beams
-        The n best sequences, n the number of beams, with lengths, back-pointers and last states; of the dtype of the
-        log-probabilities, which are added up in float32 where they are in half precision.
+        The best sequences, one per beam, with lengths, back-pointers and final states. They have the dtype of the
+        log-probabilities. Half-precision log-probabilities are summed in float32.
 
     Raises
     ------
     TypeError, ValueError
-        As `step`; also if `length`, `end` or `length_penalty` is not of the form above, or the log-probabilities are
-        not of the shape above.
+        As `step`; also if `length`, `end` or `length_penalty` does not have the form above, or the log-probabilities
+        do not have the shape above.
 
     References
     ----------
@@ -230,7 +233,8 @@ def search(
 
     Examples
     --------
-    A chain of three tokens, of which 0 ends the sequence; the step function is fed the weights of the last token.
+    A Markov chain of three tokens, where token 0 ends the sequence. The step function gets the weights of the last
+    token.
 
     >>> import numpy as np
     >>> import softk.beam
@@ -265,7 +269,7 @@ def search(
             )
         dtype = logs.dtype
         with backend.quiet(logs):
-            # In half precision a sum of log-probabilities would be rounded by more than two beams differ by.
+            # In half precision the rounding of a sum of log-probabilities exceeds the difference between beams.
             logs = _widened("the log-probabilities of step_function", logs)
             if not kept:
                 if not 0 <= _integer("end", end) < vocabulary:
@@ -278,12 +282,13 @@ def search(
             kept.append(found)
             scores, states = found.scores, found.states
             inputs = cast(xp, found.inputs, dtype) if table is None else found.inputs
+            # The share of a beam that had ended before does not grow longer.
             lengths = _take(found.parents, lengths + (1.0 - ended))
             ended = _ended(xp, found, end)
     with backend.quiet(scores):
         ranked, order = scores, None
         if length_penalty != 0.0:
-            there = scores > -math.inf  # the quotient of an infinite score would have a derivative of NaN in the length
+            there = scores > -math.inf  # an infinite score over the penalty would have a NaN derivative in the length
             ranked = xp.where(there, scores, xp.zeros_like(scores)) / ((5.0 + lengths) / 6.0) ** float(length_penalty)
             ranked = xp.where(there, ranked, -math.inf)
             ranked, order = _hard_topk(ranked, beams) if hard else sorted_topk(ranked, beams, epsilon=epsilon)
@@ -304,9 +309,9 @@ def search(
 
 
 def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
-    """log((1 - f) p + f [token is end]), f the share that has ended, with no derivative where it is infinite.
+    """log((1 - f) p + f [token is end]), where f is the share that has ended. The derivative is 0 where it is infinite.
 
-    Where a share is 0 the logarithm is taken of 1 instead and left out by `where`, whose derivative is 0 there.
+    A logarithm of 0 would give NaN derivatives, so the logarithm of 1 is taken there and discarded by ``where``.
     """
     some, rest = ended > 0.0, ended < 1.0
     log_rest = xp.where(rest, xp.log(xp.where(rest, 1.0 - ended, xp.ones_like(ended))), -math.inf)
@@ -322,26 +327,27 @@ def _after_the_end(xp: Any, logs: Array, ended: Array, is_end: Array) -> Array:
 def _ended(xp: Any, found: Step[Any], end: int) -> Array:
     """The share of each new beam that has ended.
 
-    A beam that had ended has taken `end`, so `end`'s weight holds both shares; it rounds past 1 by an eps.
+    A beam that had ended before continues with `end`, so the weight of `end` is the share that has ended before or now.
+    Its rounding may exceed 1, so it is clipped.
     """
     share = found.tokens[..., end]
     return xp.where(share < 1.0, share, xp.ones_like(share))
 
 
 def _take(weights: Array, values: Array) -> Array:
-    """One number a beam, mixed."""
+    """Mix one number per beam."""
     return (weights @ values[..., None])[..., 0]
 
 
 def _take_scores(xp: Any, weights: Array, scores: Array) -> Array:
-    """Scores mixed; those of ``-inf`` have no weight, and where there is nothing else it is ``-inf``."""
+    """Mix scores. A score of ``-inf`` is skipped, as its weight is 0; a row of weights without any gives ``-inf``."""
     there = scores > -math.inf
     mixed = _take(weights, xp.where(there, scores, xp.zeros_like(scores)))
     return xp.where(xp.sum(weights, axis=-1) > 0.0, mixed, -math.inf)
 
 
 def _histories(kept: list[Step[Any]], order: Array | None) -> Array:
-    """The tokens of the last beams, found by going back along the parents."""
+    """The tokens of the final beams, traced back along the parents."""
     xp = backend_of(kept[-1].tokens).xp
     tokens, back = [], order
     for found in reversed(kept):
@@ -351,10 +357,11 @@ def _histories(kept: list[Step[Any]], order: Array | None) -> Array:
 
 
 def _hard_topk(x: Array, k: int) -> tuple[Array, Array]:
-    """`sorted_topk` in the limit, by the framework's own sort; of equal scores the first."""
+    """The exact counterpart of `sorted_topk`, by the framework's own sort. Of equal scores the first is selected."""
     backend = backend_of(x)
     xp = backend.xp
     n = x.shape[-1]
+    # A stable sort of -x keeps equal scores in their order, which a descending sort need not do.
     places = xp.argsort(-x, axis=-1, stable=True)[..., :k, None]
     order = xp.arange(n, dtype=places.dtype, device=backend.device(x))
     chosen = places == xp.reshape(order, (1,) * x.ndim + (n,))
@@ -368,30 +375,30 @@ def _embed(tokens: Array, table: Array) -> Array:
     vocabulary = tokens.shape[-1]
     if not is_array(table) or table.ndim != 2 or table.shape[0] != vocabulary:
         got = tuple(table.shape) if is_array(table) else type(table).__name__
-        raise ValueError(f"table must be an array of shape ({vocabulary}, features), a row for each token, got {got}")
+        raise ValueError(f"table must be an array of shape ({vocabulary}, features), one row per token, got {got}")
     return _product(tokens, table)
 
 
 def _product(weights: Array, values: Array) -> Array:
-    """Values mixed, in their own dtype; in half precision, weights that are rounded would no longer sum to 1."""
+    """Mix values, in float32 at least: in half precision the rounded weights would no longer sum to 1."""
     wide = working_dtype(backend_of(values).xp, values.dtype)
     return _cast(_cast(weights, wide) @ _cast(values, wide), values.dtype)
 
 
 def _cast(values: Array, dtype: Any) -> Array:
-    """By the library of the array itself: of autograd's, some are boxed and some are plain."""
+    """Cast by the array's own backend, because boxed and plain arrays of autograd may be mixed."""
     return cast(backend_of(values).xp, values, dtype)
 
 
 def _carried(weights: Array, states: Tree, hard: bool) -> Tree:
-    """The tree of states with each leaf, (..., parents, rest), made into (..., beams, rest)."""
+    """The states of the new beams: each leaf (..., parents, rest) is mixed, or taken, to (..., beams, rest)."""
     if states is None:
         return None
     if not hard:
         return _mapped(lambda name, leaf: _mixed(name, weights, leaf), "states", states)
     xp, parents = backend_of(weights).xp, weights.shape[-1]
     batch, beams = tuple(weights.shape[:-2]), weights.shape[-2]
-    # The row of each new beam's parent among those of all batches.
+    # The index of each new beam's parent among the parents of all batch elements.
     start = xp.arange(math.prod(batch), dtype=index_dtype(xp), device=backend_of(weights).device(weights))
     rows = xp.argmax(weights, axis=-1) + parents * xp.reshape(start, (*batch, 1))
     rows, there = xp.reshape(rows, (-1,)), xp.any(weights > 0.0, axis=-1)
@@ -407,7 +414,7 @@ def _carried(weights: Array, states: Tree, hard: bool) -> Tree:
 
 
 def _mapped(function: Callable[[str, Array], Array], name: str, tree: Tree) -> Tree:
-    """The tree with a function of its name and itself in the place of each array that the beams do not share."""
+    """Apply ``function(name, leaf)`` to each array with axes. Numbers and arrays without axes stay as they are."""
     if tree is None or isinstance(tree, numbers.Number):
         return tree
     if isinstance(tree, dict):
@@ -431,8 +438,8 @@ def _mixed(name: str, weights: Array, leaf: Array) -> Array:
     xp = backend_of(weights).xp
     if not xp.isdtype(leaf.dtype, "real floating"):
         raise TypeError(
-            f"{name} must be of a real floating dtype, for a soft step mixes the states of several beams, got "
-            f"{leaf.dtype}; convert it, leave it out of states, or use hard=True, which takes that of one beam"
+            f"{name} must be of a real floating dtype, because a soft step mixes the states of several beams, got "
+            f"{leaf.dtype}; convert it, leave it out of states, or use hard=True, which takes the state of one beam"
         )
     rest = _rest(name, weights, leaf)
     rows = xp.reshape(leaf, (*weights.shape[:-2], weights.shape[-1], math.prod(rest)))
@@ -440,7 +447,7 @@ def _mixed(name: str, weights: Array, leaf: Array) -> Array:
 
 
 def _rest(name: str, weights: Array, leaf: Array) -> tuple[int, ...]:
-    """The axes of a leaf behind those of the beams."""
+    """The axes of a leaf after the axis of the beams."""
     wanted = (*weights.shape[:-2], weights.shape[-1])
     if tuple(leaf.shape[: len(wanted)]) != wanted:
         raise ValueError(f"{name} must have the first axes {wanted}, or none at all, got shape {tuple(leaf.shape)}")
@@ -448,7 +455,7 @@ def _rest(name: str, weights: Array, leaf: Array) -> tuple[int, ...]:
 
 
 def _widened(name: str, scores: Array) -> Array:
-    """Scores in the dtype that they are computed in, float32 at least."""
+    """The scores in the dtype of the computation, float32 at least."""
     xp = backend_of(scores).xp
     if not xp.isdtype(scores.dtype, "real floating"):
         raise TypeError(f"{name} must be real floating-point, got dtype {scores.dtype}")

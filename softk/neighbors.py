@@ -1,10 +1,10 @@
-"""Soft nearest neighbours: who they are, how they vote, and a loss to learn an embedding through.
+"""Soft nearest neighbors: their weights, the class probabilities of their vote, and a loss for learning an embedding.
 
-The neighbours of a query are the soft top-k of minus its squared Euclidean distances to the keys, so they have useful
-gradients in the points, in k and in epsilon. The distances are formed for some queries at a time, about a million of
-them, forward and backward: only `weights` ever holds one number for each query and key, because it returns them.
+The neighbors of a query are the soft top-k of its negative squared Euclidean distances to the keys. They have useful
+gradients in the points, in k and in epsilon. Both passes process the queries in blocks of about a million distances.
+Only `weights` holds one number per query and key, because it returns them.
 
-A quantity of one number a query, k or epsilon, is a number or an array that broadcasts to (..., q, 1).
+k and epsilon, of one value per query, are numbers or arrays that broadcast to (..., q, 1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class _Pairs(Slices):
-    """Queries beside keys: every query is a slice, and the scores, which are never formed here, are (..., q, n)."""
+    """The arguments of a call. Every query is a slice of scores (..., q, n), which are not computed here."""
 
     def __init__(self, queries: Any, keys: Any, k: Any, epsilon: Any, where: Any, exclude: Any, **labels: Any) -> None:
         for name, value in {"keys": keys, **labels, **({} if exclude is None else {"exclude": exclude})}.items():
@@ -48,6 +48,7 @@ class _Pairs(Slices):
         if shape[-2] == 0 or other[-2] == 0:
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
         require_size("keys", keys, keys.ndim - 2)
+        # The base class has described `queries` as scores. Replace the shapes by those of the scores (..., q, n).
         self.queries, self.keys = queries, keys
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]
@@ -57,7 +58,7 @@ class _Pairs(Slices):
         check_temperature(self.xp, epsilon, self.working)
 
     def points(self, values: Array, rows: int) -> Argument:
-        """Rows of real numbers (..., rows, w), repeated for every problem of the batch."""
+        """Rows of real numbers (..., rows, w), broadcast to the batch."""
         shape, target = tuple(values.shape), (*self.before, rows, values.shape[-1])
 
         def push(values: Array) -> Array:
@@ -70,43 +71,45 @@ class _Pairs(Slices):
         return Argument(push(values), values, push, pull)
 
     def integers(self, name: str, values: Array, rows: int) -> Argument:
-        """One integer a row, as a column."""
+        """One integer per row, as a column (..., rows, 1)."""
         shape = tuple(values.shape)
         if shape[-1:] != (rows,) or not fits(shape[:-1], self.before):
             hint = "; one-hot rows must be of a floating dtype" if shape[:-1] == (*self.before, rows) else ""
-            raise ValueError(f"{name} must have one integer a point, shape {(*self.before, rows)}, got {shape}{hint}")
+            raise ValueError(f"{name} must have one integer per point, shape {(*self.before, rows)}, got {shape}{hint}")
         column = self.xp.expand_dims(values, axis=-1)
         return Argument(self.xp.broadcast_to(column, (*self.before, rows, 1)), values)
 
     def common(self, epsilon: Any, where: Any, exclude: Any) -> dict[str, Argument]:
-        """What all functions end their arguments with."""
-        xp, others = self.xp, Argument(None)
+        """The last arguments, which all functions have: k, epsilon, where and exclude."""
+        xp, excluded = self.xp, Argument(None)
         if exclude is not None:
             if not xp.isdtype(exclude.dtype, "integral"):
                 raise TypeError(f"exclude must be an array of integers, got dtype {exclude.dtype}")
-            others = self.integers("exclude", exclude, self.count)
-        kept = Argument(None)
+            excluded = self.integers("exclude", exclude, self.count)
+        allowed = Argument(None)
         if where is not None:
             if not xp.isdtype(where.dtype, "bool"):
                 raise TypeError(f"where must be a boolean array, got dtype {where.dtype}")
             shape = tuple(where.shape)
             if not fits(shape, self.shape):
-                raise ValueError(f"where must broadcast to one value a query and key, {self.shape}, got shape {shape}")
+                raise ValueError(
+                    f"where must broadcast to one value per query and key, {self.shape}, got shape {shape}"
+                )
             full = (1,) * (self.ndim - len(shape)) + shape
-            # Its own last two axes: what holds for all queries, or all keys, is not repeated.
-            kept = Argument(xp.broadcast_to(xp.reshape(where, full), (*self.before, *full[-2:])), where)
+            # Broadcast only the batch axes: a mask shared by all queries or all keys takes no memory for each of them.
+            allowed = Argument(xp.broadcast_to(xp.reshape(where, full), (*self.before, *full[-2:])), where)
         return {
             "k": self.mass(self.k),
             "epsilon": self.per_slice("epsilon", epsilon, scale=0.5),
-            "where": kept,
-            "exclude": others,
+            "where": allowed,
+            "exclude": excluded,
         }
 
     def options(self) -> dict[str, Any]:
         return {"ranks": static_ranks(self.backend, self.k, self.xp.finfo(self.working).bits)}
 
     def result(self) -> Argument:
-        """A result as the primitive returns it, but for the dtype."""
+        """A result of which only the dtype is converted."""
         return Argument(
             None, None, lambda values: self._cast(values, self.dtype), lambda values: self._cast(values, self.working)
         )
@@ -130,53 +133,52 @@ def weights(
     Parameters
     ----------
     queries : array
-        Points whose neighbours are wanted, shape (..., q, d), real floating-point. A query with a NaN or an infinity
-        has NaN neighbours.
+        Points whose neighbors are selected, shape (..., q, d), real floating-point. A query with a NaN or an infinity
+        has NaN weights.
     keys : array
-        Points to choose from, shape (..., n, d), of the dtype of `queries`; leading axes broadcast. float16, bfloat16
-        and float32 may stand beside each other. A key with an infinity is never chosen; one with a NaN makes every
-        query NaN that may choose it.
+        Points to select from, shape (..., n, d), of the dtype of `queries`. Leading axes broadcast. float16, bfloat16
+        and float32 may be mixed. A key with an infinity is never selected. A key with a NaN makes the weights of every
+        query NaN that may select it.
     k : number or array
-        How many neighbours, from 0 to n, not necessarily whole. An array holds one value a query: it broadcasts to
+        How many neighbors, from 0 to n. It may be fractional. An array has one value per query: it broadcasts to
         (..., q, 1).
     epsilon : number or array, optional
-        Strength of the entropy, in the units of the squared distances: keys whose squared distances differ by much
-        more are told apart, others share. Positive. An array holds one value a query, as for `k`.
+        Strength of the entropy, in the units of the squared distances. Positive. The weights separate keys whose
+        squared distances differ by much more; closer keys share the mass. An array has one value per query, as for `k`.
     where : array of bool, optional
-        Which keys each query may choose, broadcasting to (..., q, n).
+        Which keys each query may select, broadcasting to (..., q, n).
     exclude : array of int, optional
-        The index of one key that a query may not choose, shape (..., q); an index that is none, such as -1, leaves out
-        nobody. ``exclude=arange(n)`` is leave-one-out where the queries are the keys themselves, and takes no memory.
+        The index of one key that a query may not select, shape (..., q). An out-of-range index such as -1 excludes
+        nothing. If the queries are the keys, ``exclude=arange(n)`` is leave-one-out. It needs no (q, n) mask.
 
     Returns
     -------
     array
-        The weights (..., q, n), in [0, 1], of the dtype and device of `queries`. They sum to `k` for every query, or to
-        the number of keys that it may choose if these are fewer.
+        The weights (..., q, n), in [0, 1], with the dtype and device of `queries`. They sum to `k` for every query, or
+        to the number of keys that the query may select if that is smaller.
 
     Raises
     ------
     TypeError
         If an argument is not an array (or number) of the right kind, or is of another library, device or dtype.
     ValueError
-        If a number or a shape is out of its range. Arrays never raise for their values: a bad value makes its query
-        NaN.
+        If a number or a shape is out of its range. Values in arrays never raise: an invalid value makes its query NaN.
 
     Notes
     -----
-    Derivatives flow to the points, `k` and `epsilon`. In up to 8 dimensions distances are sums of squared
-    differences; in more they are a matrix product around the mean of the keys, with an error of a few roundings of
-    the squared distances from that mean. The gradients of the points are matrix products around it in all dimensions.
-    On a device whose matrix products are of less than single precision by default, ask the framework for the full
-    one.
+    Derivatives flow to the points, `k` and `epsilon`. In up to 8 dimensions the distances are sums of squared
+    differences. In more dimensions they are a matrix product of points measured from the mean of the keys, with an
+    error of a few roundings of the squared distances from that mean. The gradients of the points are matrix products
+    in all dimensions. On a device that computes float32 matrix products in a lower precision by default (TF32), enable
+    full float32 precision in the framework.
 
-    Where a query may choose at most `k` keys, all of them are chosen, wherever they lie, and the points have a gradient
-    of 0.
+    If a query may select at most `k` keys, all of them are selected at any distance, and the gradient of the points is
+    0.
 
     References
     ----------
     Xie, Dai, Chen, Dai, Zhao, Zha, Wei, Pfister, "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section
-    4: k-nearest neighbours through the soft top-k.
+    4: k-nearest neighbors through the soft top-k.
 
     Examples
     --------
@@ -211,34 +213,35 @@ def class_probabilities(
     where: AnyArray | None = None,
     exclude: AnyArray | None = None,
 ) -> Call[ArrayT]:
-    """Share of every class among the k soft nearest neighbours of each query.
+    """Share of every class among the k soft nearest neighbors of each query.
 
-    It is their weights times one-hot labels, over k.
+    It is ``weights(queries, keys, k) @ one_hot / k``, with one-hot labels of the keys.
 
     Parameters
     ----------
     queries, keys, epsilon, where, exclude
         As for `weights`.
     labels : array
-        The classes of the keys. Either integers (..., n), from 0 to ``num_classes - 1``; a key with any other number
-        has no class, and takes part without voting. Or real numbers (..., n, c), of the dtype of `queries`: one-hot
-        labels, or any values to be averaged, which have derivatives too and must be finite.
+        The classes of the keys. Either integers (..., n), from 0 to ``num_classes - 1``. A key with any other integer
+        can be selected, but votes for no class. Or real numbers (..., n, c), of the dtype of `queries`: one-hot labels,
+        or any finite values to be averaged. They have derivatives, too.
     k : number or array
         As for `weights`, but above 0.
     num_classes : int, optional
-        How many classes there are. Needed with integers, on whose values no shape may depend; not allowed otherwise.
+        The number of classes. Required for integer labels, because the shape of the result cannot depend on their
+        values; not allowed for other labels.
 
     Returns
     -------
     array
-        The probabilities (..., q, c), of the dtype and device of `queries`. They sum to 1 for every query all of whose
-        neighbours have a class, unless it has fewer than `k` keys to choose from: then each of these has a vote of
-        1 / k, and they sum to their number over `k`.
+        The probabilities (..., q, c), with the dtype and device of `queries`. They sum to 1 for a query if all its
+        neighbors have a class and it can select at least `k` keys. If it can select only m < k keys, each of them
+        contributes 1 / k, and the probabilities sum to m / k.
 
     Raises
     ------
     TypeError, ValueError
-        As `weights`; also if `labels` or `num_classes` are not as above.
+        As `weights`; also if `labels` or `num_classes` do not have the form above.
 
     References
     ----------
@@ -268,7 +271,7 @@ def class_probabilities(
             values = Argument(xp.astype(column == classes, pairs.working))
         else:
             if num_classes is not None:
-                raise ValueError(f"num_classes must be left out where labels are not integers, got {num_classes!r}")
+                raise ValueError(f"num_classes must be left out for labels that are not integers, got {num_classes!r}")
             values = _rows(pairs, "labels", labels, pairs.n)
         arguments = {
             "queries": pairs.points(queries, pairs.count),
@@ -294,7 +297,7 @@ def loss(
     floor: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Call[ArrayT]:
-    """Negative log likelihood of the queries' labels when their k soft nearest neighbours vote.
+    """Negative log likelihood of the queries' labels under the vote of their k soft nearest neighbors.
 
     For a query of class y it is ``-log(p[y] + floor)``, with the probabilities of `class_probabilities`.
 
@@ -303,42 +306,42 @@ def loss(
     queries, keys, epsilon, where, exclude
         As for `weights`.
     query_labels, key_labels : array
-        Both integers, (..., q) and (..., n), which agree where they are equal: any numbers will do, and a query whose
-        number no key has, has probability 0. Or both real numbers (..., q, c) and (..., n, c), at least 0 and of the
-        dtype of `queries`: one-hot labels, or the probabilities of the classes, whose inner products say how far two
+        Either both integers, (..., q) and (..., n), of any values: two points agree if their labels are equal. A query
+        whose label no key has gets the probability 0. Or both real numbers (..., q, c) and (..., n, c), at least 0 and
+        of the dtype of `queries`: one-hot labels or class probabilities. Their inner product is the degree to which two
         points agree.
     k : number or array
         As for `weights`, but above 0.
     floor : number, optional
-        Added to every probability. It bounds the loss by ``-log(floor)``, so that single queries among strangers, whose
-        likelihood may be as small as ``exp(-distance / epsilon)``, do not outweigh all others. At least 0, finite.
+        Added to every probability. Finite and at least 0. It bounds the loss by ``-log(floor)``, so that the loss is
+        not dominated by outliers, whose likelihood may be as small as ``exp(-distance / epsilon)``.
     reduction : {"mean", "sum", "none"}, optional
-        Over all queries, or one number a query, (..., q).
+        The mean or the sum over all queries, or one loss per query, (..., q).
 
     Returns
     -------
     array
-        The loss, of the dtype and device of `queries`, of shape () unless `reduction` is "none". It is +inf, and has
-        the gradient 0, for a query that none of its keys agrees with, unless there is a floor.
+        The loss, with the dtype and device of `queries`, of shape () unless `reduction` is "none". Without a floor it
+        is +inf, with a gradient of 0, for a query that agrees with none of its keys.
 
     Raises
     ------
     TypeError, ValueError
-        As `weights`; also if the labels, `floor` or `reduction` are not as above.
+        As `weights`; also if the labels, `floor` or `reduction` do not have the form above.
 
     Notes
     -----
-    The likelihood is formed from the logarithm of the weights and does not underflow: the gradient of a query far
-    from all of its own class is that of minus its log weights, not 0.
+    The likelihood is computed from the logarithm of the weights and does not underflow. A query far from all keys of
+    its class has the gradient of its negative log weights, not 0.
 
-    It is 0 where a query may choose at most `k` keys: all of them vote, wherever they lie. To learn from n points that
-    are left out by `exclude`, `k` must be below n - 1.
+    The gradient of a query is 0 if it may select at most `k` keys, because all of them are selected at any distance.
+    For leave-one-out with `exclude` on n points, `k` must be below n - 1.
 
     References
     ----------
-    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4, with the likelihood in the place
-    of their absolute error; Goldberger, Roweis, Hinton, Salakhutdinov, "Neighbourhood Components Analysis", NIPS 2004,
-    for the use.
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4, with the likelihood instead of
+    their absolute error; Goldberger, Roweis, Hinton, Salakhutdinov, "Neighbourhood Components Analysis", NIPS 2004,
+    for the application.
 
     Examples
     --------
@@ -395,7 +398,7 @@ def loss(
 
 
 def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
-    """Minus the log likelihoods (..., q, 1), put together."""
+    """The negative log likelihoods (..., q, 1), reduced over the queries."""
     xp, shape = pairs.xp, (*pairs.batch, 1)
     scale = -1.0 / math.prod(pairs.batch) if reduction == "mean" else -1.0
 
@@ -413,25 +416,25 @@ def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
 
 
 def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
-    """Real labels: a row of them for each point."""
+    """Real labels, with one row per point."""
     check_precision(pairs.xp, name, values, "queries", pairs.queries, besides="be integers or ")
     shape = tuple(values.shape)
     if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
         wanted = (*pairs.before, count)
-        raise ValueError(f"{name} must have a row of classes for each point, shape {(*wanted, 'c')}, got {shape}")
+        raise ValueError(f"{name} must have one row of classes per point, shape {(*wanted, 'c')}, got {shape}")
     return pairs.points(values, count)
 
 
 def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of two batches together."""
+    """The shape to which two batch shapes broadcast."""
     longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
-    ahead = len(longer) - len(shorter)
-    pairs = list(zip(longer[ahead:], shorter, strict=True))
+    extra = len(longer) - len(shorter)
+    pairs = list(zip(longer[extra:], shorter, strict=True))
     if any(a != b and 1 not in (a, b) for a, b in pairs):
         raise ValueError(f"queries and keys must broadcast over their leading axes, got {one} and {other}")
-    return (*longer[:ahead], *(b if a == 1 else a for a, b in pairs))
+    return (*longer[:extra], *(b if a == 1 else a for a, b in pairs))
 
 
 def _check_positive(k: Any) -> None:
     if is_number(k) and not k > 0:
-        raise ValueError(f"k must be above 0, for there is no vote without a neighbour, got {k!r}")
+        raise ValueError(f"k must be above 0, because the vote is divided by k, got {k!r}")

@@ -18,6 +18,9 @@ from .libraries import LIBRARIES, Library
 hypothesis.settings.register_profile("softk", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("softk")
 
+# Programs that the tests start compile kernels without a word, also where their output is compared.
+os.environ.setdefault("SOFTK_QUIET", "1")
+
 if importlib.util.find_spec("torch") is not None:
     import torch
 

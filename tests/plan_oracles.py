@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .oracles import EXACT, LONG, Arithmetic
+from softk.testing import EXACT, LONG, Arithmetic
 
 __all__ = ["EXACT", "LONG", "Ladder", "Transported", "pot", "sinkhorn"]
 

@@ -7,51 +7,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import softk
+from softk.testing import Oracle
+from softk.testing.cases import EPSILONS, SCORES, masses
 
 from .libraries import Library
-from .oracles import PROBLEMS, Quantile, Reference, problem_for, sinkhorn
+from .oracles import PROBLEMS, Quantile, problem_for, sinkhorn
 
 MASS, MASK = 16.0, 32.0  # the numbers
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
-
-
-def _outlier(size: float) -> Callable[[np.random.Generator, int], np.ndarray]:
-    return lambda rng, n: np.concatenate([[size], rng.normal(size=n - 1)])
-
-
-SCORES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "normal": lambda rng, n: rng.normal(size=n),
-    "uniform": lambda rng, n: rng.uniform(size=n),
-    "cauchy": lambda rng, n: rng.standard_cauchy(size=n),
-    "clustered": lambda rng, n: rng.integers(0, 5, n) + 1e-4 * rng.normal(size=n),
-    "tied": lambda rng, n: rng.integers(0, 5, n) / 4.0,
-    "constant": lambda rng, n: np.full(n, 0.3),
-    "offset": lambda rng, n: 1e8 + rng.normal(size=n),
-    "far offset": lambda rng, n: -1e8 + 1e3 * rng.normal(size=n),
-    "wide": lambda rng, n: 1e30 * rng.uniform(-1.0, 1.0, n),
-    "outlier above": _outlier(1e20),
-    "outlier below": _outlier(-1e20),
-    "moderate outlier": _outlier(1e3),
-    "exponential": lambda rng, n: rng.choice([-1.0, 1.0], n) * 2.0 ** np.linspace(-60.0, 60.0, n),
-    "arange": lambda rng, n: rng.permutation(np.arange(float(n))),
-    "two levels": lambda rng, n: np.where(np.arange(n) < n // 3, 1.0, -1.0),
-}
-
-EPSILONS = (1e-6, 1e-3, 0.1, 1.0, 20.0)
-
-
-def masses(n: int) -> list[float]:
-    """Whole and fractional, at both ends and in the middle."""
-    wanted = (1.0, n - 1.0, float(n // 2), n // 3 + 0.5, 2.5, 1e-3, n - 0.01)
-    return sorted({k for k in wanted if 0.0 < k <= n})
 
 
 def mass_error(mask: Any, k: Any, weights: Any = None) -> float:
@@ -209,7 +180,7 @@ def assert_exact(x: np.ndarray, k: float, epsilon: float, dtype: str, **options:
     options = {name: value.astype(dtype) if name == "weights" else value for name, value in options.items()}
     mask = softk.topk(x, k, epsilon=epsilon, **options)
     assert_in_unit_interval(mask)
-    error = mask_error(mask, Reference(x, k, epsilon, **options).mask)
+    error = mask_error(mask, Oracle(x, k, epsilon, **options).mask)
     assert error <= MASK, f"k = {k!r}, epsilon = {epsilon!r}: the mask is off by {error:.3g} eps"
 
 
@@ -306,7 +277,7 @@ def test_log_mask(lib: Library, name: str, dtype: str) -> None:
     problem = problem_for(lib, name, dtype)
     given = {key: value for key, value in problem.arguments.items() if key not in ("x", "k")}
     found = lib.evaluate(softk.log_topk, problem.x, problem.k, **given, **problem.options)
-    wanted = np.stack([reference.log_mask for reference in problem.references])
+    wanted = np.stack([reference.log_mask for reference in problem.oracles])
     assert found.dtype == dtype
     assert np.all(found <= 0.0)
     removed = np.isneginf(wanted)
@@ -321,7 +292,7 @@ def test_log_mask_where_the_mask_is_no_number(dtype: str) -> None:
     """Far below the threshold the mask is 0, far above it 1; their logarithms are neither 0 nor the same."""
     x = np.asarray([-3e4, -500.0, 0.0, 20.0, 400.0], dtype=dtype)
     found = softk.log_topk(x, 2, epsilon=1.0)
-    reference = Reference(x, 2.0, 1.0)
+    reference = Oracle(x, 2.0, 1.0)
     assert np.all(softk.topk(x, 2, epsilon=1.0)[:2] == 0.0)
     np.testing.assert_allclose(found, reference.log_mask, rtol=4 * np.finfo(dtype).eps)
     assert found[4] == 0.0 or found[4] > -1e-150
@@ -350,7 +321,7 @@ def test_an_epsilon_near_the_largest_number(lib: Library, dtype: str) -> None:
     epsilon = (np.asarray([[0.3], [0.5], [0.99]]) * largest).astype(dtype)
     found = lib.evaluate(softk.topk, x, k, epsilon=epsilon, where=where)
     wanted = [
-        Reference(x[i][x[i] > -math.inf], k[i, 0], epsilon[i, 0], where=where[i][x[i] > -math.inf]) for i in range(3)
+        Oracle(x[i][x[i] > -math.inf], k[i, 0], epsilon[i, 0], where=where[i][x[i] > -math.inf]) for i in range(3)
     ]
     assert np.all(found[~where | (x == -math.inf)] == 0.0)
     for i in range(3):
@@ -442,7 +413,7 @@ def test_threshold(eager: Library, name: str, dtype: str) -> None:
     problem = problem_for(eager, name, dtype)
     given = {key: value for key, value in problem.arguments.items() if key not in ("x", "k")}
     found = eager.evaluate(softk.threshold, problem.x, problem.k, **given, **problem.options)
-    wanted = np.asarray([reference.threshold for reference in problem.references])
+    wanted = np.asarray([reference.threshold for reference in problem.oracles])
     # A few units of the last digit of t and of its parts: a score beside it and a multiple of epsilon.
     scale = np.abs(wanted) + 8.0 * problem.epsilon[:, 0]
     assert np.max(np.abs(found - wanted) / scale) <= 8.0 * np.finfo(dtype).eps

@@ -503,7 +503,7 @@ def test_dropout(rng: Any) -> None:
         ),
         ({"value": np.ones((S, V), int)}, TypeError, "value must have the dtype of query, float64, got int64"),
         ({"key": np.ones((7, S, E))}, ValueError, r"key must have leading axes that broadcast against \(2,\)"),
-        ({"value": np.ones((S - 1, V))}, ValueError, r"value must have shape \(\.\.\., 5, V\), one row a key"),
+        ({"value": np.ones((S - 1, V))}, ValueError, r"value must have shape \(\.\.\., 5, V\), one row per key"),
         ({"value": np.ones((7, S, V))}, ValueError, r"value must have leading axes that broadcast against \(2,\)"),
         ({"k": -1}, ValueError, "k must be from 0 to 5"),
         ({"k": "2"}, TypeError, "k must be a number or an array"),
@@ -513,7 +513,7 @@ def test_dropout(rng: Any) -> None:
         ({"where": np.ones((3, L, S), bool)}, ValueError, r"where must broadcast to \(2, 4, 5\), the shape of the"),
         ({"bias": np.ones((3, L, S))}, ValueError, r"bias must broadcast to \(2, 4, 5\), the shape of the"),
         ({"scale": math.nan}, ValueError, "scale must be a finite number, got nan"),
-        ({"enable_gqa": True}, ValueError, "key must have heads, of which query has a multiple"),
+        ({"enable_gqa": True}, ValueError, "key must have an axis of heads before its last two axes"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -211,7 +211,7 @@ def test_one_item_dominates(function: str, dtype: str, with_weights: bool, rng: 
     def f(x: Any) -> Any:
         return getattr(softk, function)(x, k, epsilon=epsilon, weights=weights[0] if weights else None)
 
-    pairs = list(zip(problem.references, v, strict=True))
+    pairs = list(zip(problem.oracles, v, strict=True))
     pushed = [reference.log_jvp(dx=row) if log else reference.jvp(dx=row)[0] for reference, row in pairs]
     pulled = [reference.vjp(row, log=log)["x"] for reference, row in pairs]
     assert_rows_close(autograd.make_vjp(f)(x)[0](v), pulled, dtype)

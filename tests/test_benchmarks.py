@@ -14,8 +14,7 @@ from benchmarks.candidates import PEERS, Candidate, Prepared
 from benchmarks.candidates_numpy import candidates
 from benchmarks.cases import Case, plan, quick_plan
 from benchmarks.worker import measure, memory_records
-
-from .oracles import Reference
+from softk.testing import Oracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +71,7 @@ def test_the_truth_is_true(epsilon: float, dtype: str) -> None:
     x, u = case.scores(), case.cotangent()
     found = truth.solve(x, u, case.k, epsilon)
     for row in range(2):
-        reference = Reference(x[row], case.k, float(np.dtype(dtype).type(epsilon)))
+        reference = Oracle(x[row], case.k, float(np.dtype(dtype).type(epsilon)))
         gradient = reference.vjp(u[row])["x"]
         digits = 1e-11 if dtype == "float32" else 1e-14
         assert np.max(np.abs(found.mask[row] - reference.mask)) <= digits
@@ -131,7 +130,7 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
         "no such thing",
         "an abacus",
         "2000-01-01",
-        "not to be trusted",
+        "are unreliable",
     ):
         assert shown in text
     for peer in PEERS:

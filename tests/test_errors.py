@@ -324,12 +324,14 @@ def test_mode(function: str, mode: Any) -> None:
 
 def test_hard_has_no_weights(lib: Library) -> None:
     x, weights = lib.array(X), lib.array(np.ones(4))
-    complains(ValueError, "hard", "weights", "without weights", lib.call, softk.topk, x, 1, weights=weights, hard=True)
+    complains(
+        ValueError, "hard", "weights", "not support weights", lib.call, softk.topk, x, 1, weights=weights, hard=True
+    )
 
 
 @pytest.mark.parametrize("k", [0.5, 2.25, np.float32(1.5)], ids=repr)
 def test_hard_needs_a_whole_k(k: Any) -> None:
-    complains(ValueError, "k", re.escape(f"got {k!r}"), "whole with hard=True", softk.topk, X, k, hard=True)
+    complains(ValueError, "k", re.escape(f"got {k!r}"), "a whole number with hard=True", softk.topk, X, k, hard=True)
 
 
 # --- shapes
@@ -545,33 +547,33 @@ def test_arguments_by_name_and_by_position(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "foreign", "meant"),
     [
-        *((name, "dim", "here it is axis=") for name in ("topk", "log_topk", "threshold", "quantile", "sorted_topk")),
-        *((name, "dim", "here it is axis=") for name in ("sort", "rank", "transport")),
+        *((name, "dim", "use axis=") for name in ("topk", "log_topk", "threshold", "quantile", "sorted_topk")),
+        *((name, "dim", "use axis=") for name in ("sort", "rank", "transport")),
         *((name, "largest", 'mode="largest" or mode="smallest"') for name in ("topk", "log_topk", "threshold")),
         ("sorted_topk", "largest", 'mode="largest" or mode="smallest"'),
-        ("sort", "largest", "here it is descending="),
-        ("rank", "reverse", "here it is descending="),
-        *((name, "eps", "here it is epsilon=") for name in CALLS),
+        ("sort", "largest", "use descending="),
+        ("rank", "reverse", "use descending="),
+        *((name, "eps", "use epsilon=") for name in CALLS),
         *((name, "temperature", "epsilon=, which is twice the temperature") for name in CALLS),
         ("topk", "sorted", "softk.sorted_topk"),
         ("sorted_topk", "sorted", "always sorts"),
-        ("threshold", "keepdim", "here it is keepdims="),
-        ("quantile", "keepdim", "here it is keepdims="),
-        ("topk", "weight", "here it is weights="),
-        ("topk", "mask", "here it is where="),
-        ("weights", "mask", "here it is where="),
-        ("attend", "attn_mask", "here it is where=, of bool, or bias=, of floats"),
-        ("attend", "mask", "here it is where=, of bool, or bias=, of floats"),
-        ("attend", "dropout_p", "here it is dropout="),
-        ("weights", "n_neighbors", "here it is k="),
-        ("step", "k", "here it is beams="),
-        ("quantile", "quantiles", "here it is q="),
-        ("topk", "input", "x comes first"),
-        ("topk", "x", "x comes first"),
-        ("weights", "queries", "queries comes first"),
-        ("topk", "keepdims", "it has x, k, axis, mode, epsilon, weights, where, hard"),
-        ("quantile", "mode", "it has x, q, axis, epsilon"),
-        ("threshold", "hard", "it has x, k, axis"),
+        ("threshold", "keepdim", "use keepdims="),
+        ("quantile", "keepdim", "use keepdims="),
+        ("topk", "weight", "use weights="),
+        ("topk", "mask", "use where="),
+        ("weights", "mask", "use where="),
+        ("attend", "attn_mask", "use where=, of bool, or bias=, of floats"),
+        ("attend", "mask", "use where=, of bool, or bias=, of floats"),
+        ("attend", "dropout_p", "use dropout="),
+        ("weights", "n_neighbors", "use k="),
+        ("step", "k", "use beams="),
+        ("quantile", "quantiles", "use q="),
+        ("topk", "input", "pass x as the first positional argument"),
+        ("topk", "x", "pass x as the first positional argument"),
+        ("weights", "queries", "pass queries as the first positional argument"),
+        ("topk", "keepdims", "its arguments are x, k, axis, mode, epsilon, weights, where, hard"),
+        ("quantile", "mode", "its arguments are x, q, axis, epsilon"),
+        ("threshold", "hard", "its arguments are x, k, axis"),
     ],
 )
 def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None:
@@ -586,8 +588,8 @@ def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None
 
 def test_too_many_places() -> None:
     """torch.topk takes the axis in the third place."""
-    complains(TypeError, "axis", "got 3", "x, k by position.*axis=, mode=, epsilon=", softk.topk, X, 2, -1)
-    complains(TypeError, "axis", "got 2", "x by position.*axis=, descending=", softk.sort, X, -1)
+    complains(TypeError, "axis", "got 3", "only x, k by position.*axis=, mode=, epsilon=", softk.topk, X, 2, -1)
+    complains(TypeError, "axis", "got 2", "only x by position.*axis=, descending=", softk.sort, X, -1)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
         softk.topk(X)  # type: ignore[call-arg]
 
@@ -760,7 +762,7 @@ def test_cotangent_of_one_array() -> None:
     for cotangent in ((mask,), [mask], {"x": mask}):
         complains(TypeError, "cotangent", f"got {type(cotangent).__name__}", "one array", pullback, cotangent)
     plan, pullback = softk.vjp(softk.transport, X, X[:, :2], np.ones((2, 2)))
-    complains(TypeError, "cotangent", "got softk.*Plan", "one array, that of plan alone", pullback, plan)
+    complains(TypeError, "cotangent", "got softk.*Plan", "one array, the cotangent of plan", pullback, plan)
     assert "x" in pullback(plan.plan)
 
 

@@ -17,11 +17,12 @@ import softk
 import softk.attention
 import softk.beam
 import softk.neighbors
+from softk.testing import Oracle, Problem
 
 from . import closed_form
 from .closed_form import ARGUMENTS, CASES, assert_close
 from .libraries import BY_NAME
-from .oracles import Problem, Reference, assert_rows_close, curvature, dominated
+from .oracles import assert_rows_close, curvature, dominated
 from .plan_oracles import Ladder, Transported
 
 jax = pytest.importorskip("jax")
@@ -254,7 +255,7 @@ def by_rows(function: str, problem: Problem, u: np.ndarray, tangents: dict[str, 
     log = function == "log_topk"
     pulled: dict[str, list[Any]] = {name: [] for name in problem.arguments}
     pushed: dict[str, list[Any]] = {name: [] for name in problem.arguments}
-    for i, reference in enumerate(problem.references):
+    for i, reference in enumerate(problem.oracles):
         found = reference.vjp(b=u[i]) if function == "threshold" else reference.vjp(u[i], log=log)
         for name in pulled:
             pulled[name].append(np.atleast_1d(found[name]))
@@ -318,7 +319,7 @@ def test_one_item_dominates(function: str, dtype: str, with_weights: bool, rng: 
 )
 def test_one_item_dominates_under_every_transform(x: list[float], k: float, dtype: str) -> None:
     u = np.asarray([1.0, -2.0, 0.5])
-    reference = Reference(np.asarray(x, float), k, 1.0)
+    reference = Oracle(np.asarray(x, float), k, 1.0)
     expected = reference.vjp(u)["x"]
     jacobian = np.stack([reference.jvp(dx=row)[0] for row in np.eye(3)], axis=1)
     with jax.enable_x64(dtype == "float64"):

@@ -90,24 +90,55 @@ def test_the_choice(doubled: Primitive) -> None:
 
 
 def test_a_bad_choice_is_refused() -> None:
-    message = r"choice must be one of auto, none, triton, got 'fast'"
+    message = r"choice must be one of auto, none, numba, triton, got 'fast'"
     with pytest.raises(ValueError, match=message), softk.kernels("fast"):
         pass
 
 
+def test_kernels_of_others_are_chosen_by_name(doubled: Primitive, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = softk.backend.backend_of(np.ones(3))
+    monkeypatch.setattr(backend, "kernels", (kernel(doubled, 7.0), kernel(doubled, 8.0, "own")), raising=False)
+    assert first(backend, doubled, 3) == 7.0
+    with softk.kernels("own"):
+        assert first(backend, doubled, 3) == 8.0
+    message = r"choice must be one of auto, none, numba, triton, own, got 'fast'"
+    with pytest.raises(ValueError, match=message), softk.kernels("fast"):
+        pass
+
+
+OWN = """
+import numpy as np
+import softk
+from softk.backend import PRIMITIVES, Kernel, backend_of, chosen_kernels
+
+x = np.ones(3)
+mask = PRIMITIVES["topk_mask"]
+own = Kernel("own", mask, "forward", lambda *_, **__: None, lambda *_, **__: (7.0 * x, x[:1], x[:1]))
+backend_of(x).kernels = (own,)
+print(chosen_kernels(), softk.topk(x, 1)[0])
+"""
+
+
 @pytest.mark.parametrize(
-    ("value", "code", "said"), [("none", 0, "none\n"), ("fast", 1, "SOFTK_KERNELS must be one of")]
+    ("value", "code", "said"),
+    [
+        ("none", 0, "none 0.33"),
+        ("numba", 0, "numba 0.33"),
+        ("auto", 0, "auto 7.0"),
+        ("own", 0, "own 7.0"),
+        ("fast", 1, "ValueError: SOFTK_KERNELS must be one of auto, none, numba, triton, own, got 'fast'"),
+    ],
 )
 def test_the_environment_chooses(value: str, code: int, said: str) -> None:
+    """A name that is not softk's own is looked up when the first array arrives."""
     environment = {**os.environ, "SOFTK_KERNELS": value, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", "import softk.backend; print(softk.backend.chosen_kernels())"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", OWN], env=environment, capture_output=True, text=True)
     assert done.returncode == code
     assert said in done.stdout + done.stderr
 
 
 def test_a_second_primitive_of_one_name_is_refused(doubled: Primitive) -> None:
-    with pytest.raises(ValueError, match="name must be that of no other primitive, got 'doubled'"):
+    with pytest.raises(ValueError, match="name must be unique among the primitives, got 'doubled'"):
         Primitive("doubled", doubled.forward, doubled.forms)
 
 

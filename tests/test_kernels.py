@@ -6,7 +6,6 @@ the contract, in float32. Long rows are cut into short segments here, so that fe
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -27,11 +26,13 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import softk  # noqa: E402
 import softk_triton  # noqa: E402
+from softk.testing import check_kernel  # noqa: E402
+from softk.testing.cases import EDGES, EPSILONS, SCORES, masses  # noqa: E402
 from softk_triton import launch  # noqa: E402
 from softk_triton.tiles import deficit  # noqa: E402
 
 from . import closed_form  # noqa: E402
-from .test_accuracy import EPSILONS, MASK, MASS, SCORES, masses  # noqa: E402
+from .test_accuracy import MASK, MASS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPS = float(np.finfo(np.float32).eps)
@@ -143,74 +144,10 @@ def test_masks_of_adversarial_scores(device: str, rows: str, weighted: bool, rng
     assert mass[worst] <= MASS, f"{problems[worst]}: mass off by {mass[worst]} eps"
 
 
-EDGES: dict[str, dict[str, Any]] = {
-    "infinite scores": {"x": [[math.inf, 1, 2, 3, -math.inf], [math.inf, math.inf, math.inf, 0, 1], [-math.inf] * 5]},
-    "one number": {"x": [[0.5], [math.nan], [math.inf], [-math.inf]], "k": [[1.0], [1.0], [1.0], [1.0]]},
-    "nan": {"x": [[math.nan, 1, 2, 3, 4], [1, 2, 3, 4, 5]]},
-    "nothing, everything, too much": {"x": [[1, 2, 3, 4, 5]] * 5, "k": [[0], [5], [5.5], [-1], [math.nan]]},
-    "temperatures": {
-        "x": [[1, 2, 3, 4, 5]] * 8,
-        "epsilon": [[0], [-1], [math.inf], [math.nan], [1e-40], [1e-38], [3e38], [1e30]],
-    },
-    "zeros of either sign": {"x": [[0.0, -0.0, 0.0, -0.0, 1.0], [-0.0, -0.0, 0.0, -1.0, -2.0]]},
-    "ties": {"x": [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [3, 3, 1, 1, 1]]},
-    "extremes": {"x": [[3e38, -3e38, 0, 1, 2], [3.4e38, 3.4e38, -3.4e38, 0, 1], [1e-45, 2e-45, 0, -1e-45, 3e-45]]},
-    "all removed": {"x": [[1, 2, 3, 4, 5]] * 2, "where": [[False] * 5, [True, False, False, False, False]]},
-    "removed nan": {
-        "x": [[math.nan, 2, 3, 4, 5], [1, math.inf, 3, 4, 5]],
-        "where": [[False] + [True] * 4, [True, False, True, True, True]],
-    },
-    "fewer than k": {"x": [[1, -math.inf, -math.inf, 0, -math.inf]] * 3, "k": [[2], [3], [1.5]]},
-    "weights out of range": {
-        "x": [[1, 2, 3, 4, 5]] * 5,
-        "weights": [[1, 1, -1, 1, 1], [1, math.nan, 1, 1, 1], [1, math.inf, 1, 1, 1], [0] * 5, [1, 1, 1, 1, 1]],
-    },
-    "weights of what is removed": {
-        "x": [[1, -math.inf, 3, 4, 5], [1, 2, 3, 4, 5]],
-        "weights": [[1, math.nan, 1, 1, 1], [1, -1, 1, 1, 1]],
-        "where": [[True] * 5, [True, False, True, True, True]],
-    },
-    "weights of fewer than k": {
-        "x": [[1, 2, 3, 4, 5], [1, 2, -math.inf, -math.inf, -math.inf], [1, 2, 3, 4, 5]],
-        "weights": [[1] * 5] * 3,
-        "where": [[True, True, False, False, False], [True] * 5, [True, True, False, False, False]],
-        "k": [[3], [3], [5.1]],
-    },
-    "weights of any size": {
-        "x": [[1, 2, 3, 4, 5]] * 4,
-        "weights": [[1e30] * 5, [1e-30] * 5, [1e-30, 1, 1e30, 1, 1], [0, 0, 1, 1, 0]],
-        "k": [[2e30], [2e-30], [1e30], [1]],
-    },
-    "all of the weights": {
-        "x": [[1, 2, 3, 4, 5]] * 3,
-        "weights": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 3,
-        "k": [[1.5], [0], [1.6]],
-    },
-    "ends within a rounding": {
-        "x": [[1, 2, 3, 4, 5]] * 4,
-        "k": [[5 + 2e-6], [5 - 2e-6], [-2e-6], [5.01]],
-    },
-    "ends of weights within a rounding": {
-        "x": [[1, 2, 3, 4, 5]] * 4,
-        "weights": [[0.1, 0.2, 0.3, 0.4, 0.5]] * 4,
-        "where": [[True] * 5, [True] * 5, [True] * 5, [False] + [True] * 4],
-        "k": [[1.5 + 1e-6], [1.5 - 1e-6], [-5e-7], [1.4 + 5e-7]],
-    },
-    "small k": {"x": [[3, 0, 3, 3, 2]] * 3, "k": [[6e-22], [1e-33], [1e-37]], "epsilon": [[0.1]] * 3},
-    "a weight within the rounding of k": {"x": [[5, 4, 3, 2, 1]], "weights": [[1, 1, 1e-8, 1e-8, 1]], "k": [[2]]},
-    "no weight next to the threshold": {
-        "x": [[6, 3.1, 2.9, 0, -1]] * 2,
-        "weights": [[1, 0, 0, 1, 1]] * 2,
-        "k": [[1]] * 2,
-        "epsilon": [[0.6], [0.2]],
-    },
-}
-
-
 #: The others segments do by the functions of tiles.
 EDGES_OF_SEGMENTS = (
     "infinite scores",
-    "nan",
+    "NaN",
     "nothing, everything, too much",
     "ends of weights within a rounding",
     "small k",
@@ -254,6 +191,23 @@ def test_edges_of_the_contract(device: str, rows: str, edge: str) -> None:
             assert_near(found[name], expected[name], 2e-5)
     if "epsilon" in found:  # the difference of large terms, of which each is exact to rounding
         torch.testing.assert_close(found["epsilon"].isnan(), expected["epsilon"].isnan())
+
+
+#: What the interpreter computes in seconds; a device takes all of them.
+QUICK = ("n = 2", "no batch", "NaN", "fewer than k", "no slices")
+
+
+@pytest.mark.parametrize("kernel", softk_triton.KERNELS, ids=lambda kernel: f"{kernel.primitive.name}, {kernel.part}")
+def test_contract(device: str, kernel: Any) -> None:
+    """The kit. Triton's interpreter is not for several threads."""
+    report = check_kernel(
+        kernel,
+        lambda values: torch.tensor(values, device=device),
+        dtypes=("bfloat16", "float32") if device == "cuda" else ("float32",),
+        only=None if device == "cuda" else lambda problem: problem.name in QUICK,
+        threads=4 if device == "cuda" else 1,
+    )
+    assert all(name.startswith("no slices") for name in report.refused)
 
 
 def test_other_operators_through_the_solver(device: str, rows: str, launched: list[str], rng: Any) -> None:

@@ -531,7 +531,7 @@ ONES, ZEROS = np.zeros(2, dtype=int), np.zeros(4, dtype=int)
          (np.zeros((2, 2, 3)), np.zeros((3, 4, 3)), 1), {}),
         (ValueError, "k", "got 5", "from 0 to 4, the number of keys", neighbors.weights, (X, Y, 5), {}),
         (ValueError, "k", "got 0", "above 0", neighbors.loss, (X, Y, ONES, ZEROS, 0), {}),
-        (ValueError, "k", r"\(3,\)", "one value a slice", neighbors.weights, (X, Y, np.ones(3)), {}),
+        (ValueError, "k", r"\(3,\)", "one value per slice", neighbors.weights, (X, Y, np.ones(3)), {}),
         (ValueError, "epsilon", "got -1", "positive", neighbors.weights, (X, Y, 1), {"epsilon": -1}),
         (TypeError, "where", "int64", "boolean", neighbors.weights, (X, Y, 1), {"where": ZEROS}),
         (ValueError, "where", r"\(3,\)", r"\(2, 4\)", neighbors.weights, (X, Y, 1), {"where": np.ones(3, bool)}),

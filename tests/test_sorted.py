@@ -602,7 +602,7 @@ def test_other_arguments(name: str) -> None:
     complains(ValueError, "axis", "1", "from -1 to 0", f, GOLD, axis=1)
     for epsilon in (0.0, -1.0, INF, NAN):
         complains(ValueError, "epsilon", str(epsilon), "positive finite number", f, GOLD, epsilon=epsilon)
-    complains(ValueError, "epsilon", r"\(4,\)", "one value a slice", f, GOLD, epsilon=np.ones(4))
+    complains(ValueError, "epsilon", r"\(4,\)", "one value per slice", f, GOLD, epsilon=np.ones(4))
     complains(TypeError, "x", "got list", "must be an array", f, [1.0, 2.0])
     complains(TypeError, "x", "int64", "real floating", f, np.arange(3))
     if name == "sorted_topk":

@@ -184,7 +184,7 @@ def test_one_item_dominates(transposed: str, function: str, dtype: str, with_wei
 
     kind, derivative = TRANSPOSES[transposed]
     expected = []
-    for reference, row in zip(problem.references, v, strict=True):
+    for reference, row in zip(problem.oracles, v, strict=True):
         if kind == "cotangent":
             expected.append(reference.vjp(row, log=log)["x"])
         else:

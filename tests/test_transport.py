@@ -527,7 +527,7 @@ def test_any_plan(problem: tuple[np.ndarray, np.ndarray, np.ndarray, float, np.n
         (ValueError, "anchors", r"\(1,\)", "at least 2 values", {"anchors": np.ones(1)}),
         (ValueError, "anchors", r"\(\)", "at least 2 values", {"anchors": np.asarray(1.0)}),
         (ValueError, "anchors", r"\(2, 3\)", r"shape \(3,\)", {"anchors": np.ones((2, 3))}),
-        (ValueError, "marginals", r"\(2,\)", "3 values, one an anchor", {"marginals": np.ones(2)}),
+        (ValueError, "marginals", r"\(2,\)", "3 values, one per anchor", {"marginals": np.ones(2)}),
         (ValueError, "weights", r"\(3,\)", "broadcast to the shape of x", {"weights": np.ones(3)}),
         (TypeError, "where", "float64", "boolean", {"where": np.ones(4)}),
         (ValueError, "epsilon", "0", "positive finite", {"epsilon": 0}),

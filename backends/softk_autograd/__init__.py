@@ -1,4 +1,4 @@
-"""HIPS autograd, NumPy's own tape, for softk: every primitive as an `autograd.extend.primitive` with its rules."""
+"""The HIPS autograd backend: every primitive becomes an `autograd.extend.primitive` with both derivative rules."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from softk_numpy import backend as numpy_backend
 __all__ = ["AutogradBackend", "backend"]
 
 
-#: Functions of the standard that go by an older name here.
+#: Functions of the standard that autograd.numpy has under an older name.
 _RENAMED = {"concat": "concatenate", "cumulative_sum": "cumsum", "permute_dims": "transpose"}
 
 
 class _Namespace:
-    """autograd.numpy, with the few functions of the standard that it does not differentiate or know."""
+    """autograd.numpy, with the few functions of the standard that it lacks or cannot differentiate."""
 
     __name__ = "autograd.numpy"
     isdtype = staticmethod(np.isdtype)
@@ -65,7 +65,7 @@ class _Namespace:
 
     @staticmethod
     def where(condition: Array, x: Any, y: Any) -> Array:
-        """Of one shape: the tape's own rule forgets that an argument was broadcast."""
+        """``where`` after an explicit broadcast, because autograd's own rule ignores that an argument was broadcast."""
         shape = np.broadcast_shapes(*(np.shape(_value(value)) for value in (condition, x, y)))
         x, y = (value if np.shape(_value(value)) in ((), shape) else anp.broadcast_to(value, shape) for value in (x, y))
         return anp.where(condition, x, y)
@@ -76,12 +76,13 @@ class _Namespace:
 
 
 def _value(x: Array) -> Array:
+    # Nested differentiation puts boxes into boxes.
     while isbox(x):
         x = x._value
     return x
 
 
-#: All that the rules take along an axis is permutations, whose transpose is their inverse.
+#: The rules use take_along_axis only for permutations, whose transpose is the inverse permutation.
 _permute = traced(np.take_along_axis)
 defvjp(
     _permute,
@@ -92,7 +93,7 @@ defjvp(_permute, lambda g, ans, x, index, axis: _permute(g, index, axis), argnum
 
 
 class AutogradBackend(NumpyBackend):
-    """Boxed NumPy arrays, beside plain ones."""
+    """Boxed NumPy arrays, which may be mixed with plain ones."""
 
     wraps = "numpy"
     autodiff = "autograd.grad, jacobian, ..."
@@ -109,7 +110,7 @@ class AutogradBackend(NumpyBackend):
     def memory(self, x: Any) -> Any:
         return None if isbox(x) else x
 
-    # In operations that the tape knows:
+    # Array operations that autograd can record, instead of NumpyBackend's faster versions:
 
     @property
     def overwriting(self) -> Any:
@@ -129,6 +130,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
     def pullback(argnums: Any, outputs: Any, inputs: Any, _: Any) -> Callable[[Any], tuple[Array, ...]]:
         def pull(cotangents: Any) -> tuple[Array, ...]:
             needed = tuple(i in argnums for i in range(len(inputs)))
+            # autograd also passes cotangents of the constants, which have no derivative.
             parts = _parts(outputs), _parts(cotangents)[: primitive.moving]
             with backend.quiet():
                 found = backend.run(primitive, "vjp", inputs, *parts, needed)
@@ -150,7 +152,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
 
 
 def _parts(boxed: Any) -> tuple[Array, ...]:
-    """The arrays in a tuple that may be one box."""
+    """The elements of a tuple, which may be boxed as a whole."""
     return tuple(boxed[i] for i in range(len(boxed)))
 
 

@@ -1,4 +1,4 @@
-"""CuPy for softk: selection by partition, and nothing that waits for the device."""
+"""The CuPy backend: it selects by partition and never synchronizes with the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["CupyBackend", "backend"]
 
 
 class CupyBackend(Backend):
-    """Arrays on a CUDA device. The solver runs its full number of steps, since reading a value would wait for it."""
+    """Arrays on a CUDA device. The solver runs its full number of steps, because reading a value synchronizes."""
 
     words = Words("{}.astype(cp.float32)", "cp.asarray({})", "cp.asarray({}) within `with {}.device:`")
 
@@ -25,7 +25,7 @@ class CupyBackend(Backend):
             return super().select(x, ranks)
         n = x.shape[-1]
         if 2 * max(ranks) <= n:
-            # CuPy selects from the lower end, and sorts everything to get far from it.
+            # CuPy's partition is fast only for ranks near the lower end, so the scores are negated.
             places = [rank - 1 for rank in ranks]
             return -pick(xp, cp.partition(-x, sorted(set(places)), axis=-1), places)
         places = [n - rank for rank in ranks]

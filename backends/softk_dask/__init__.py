@@ -1,4 +1,4 @@
-"""Dask for softk: every primitive and its rule block by block, by the backend of the blocks. Values stay lazy."""
+"""The Dask backend: it computes primitives and their rules lazily, block by block, with the backend of the blocks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["DaskBackend", "backend"]
 
 
 class DaskBackend(Backend):
-    """Chunked arrays. The axes of one problem are gathered into one chunk; the others stay as they are chunked."""
+    """Dask arrays. The axes of one problem are merged into one chunk, and the batch axes keep their chunks."""
 
     words = Words('{}.astype("float32")', "da.asarray({})", measure="{}.compute_chunk_sizes() finds it")
 
     def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
         arrays, needed = (groups[:-1], groups[-1]) if part == "vjp" else (groups, None)
-        if arrays[0][0].shape[-1] == 0:  # nothing to cut into blocks
+        if arrays[0][0].shape[-1] == 0:  # an empty axis has no blocks
             return Backend(xp).run(primitive, part, *groups, **options)
         return _blockwise(primitive, part, arrays, needed, options)
 
@@ -29,16 +29,16 @@ class DaskBackend(Backend):
         return None if block is None else "{}.map_blocks(lambda block: " + block.format("block") + ")"
 
     def device(self, x: Array) -> Any:
-        return None  # Dask has none of its own
+        return None  # a Dask array has no device; its blocks have
 
 
 def _blockwise(
     primitive: Primitive, part: Part, groups: tuple[Inputs, ...], needed: tuple[bool, ...] | None, options: Any
 ) -> tuple[Array | None, ...]:
-    """A part of a primitive, by the backend of the blocks."""
+    """Compute a part of a primitive block by block, with the backend of the blocks."""
     x: Array = groups[0][0]
     arrays = [value for group in groups for value in group if value is not None]
-    # All arrays have the axes of the slices, which can be cut, and behind them their own; or they are numbers.
+    # An array has the batch axes, which keep their chunks, and then axes of its own. A number has neither.
     chunks = x.chunks[: x.ndim - primitive.axes]
     own = [max(value.ndim - len(chunks), 0) for value in arrays]
     arrays = [
@@ -47,6 +47,7 @@ def _blockwise(
     cores = [Form(value.shape[value.ndim - axes :], value.dtype) for value, axes in zip(arrays, own, strict=True)]
 
     def regroup(values: Iterable[Any]) -> list[tuple[Any, ...]]:
+        """Put a flat list of values, without the Nones, back into the groups."""
         found = iter(values)
         return [tuple(None if value is None else next(found) for value in group) for group in groups]
 
@@ -59,6 +60,7 @@ def _blockwise(
 
     forms = _forms(primitive, part, regroup(cores), needed, options)
     present = [form for form in forms if form is not None]
+    # apply_gufunc must be told the sizes of result axes that no input has.
     known = {size for core in cores for size in core.shape}
     found = da.apply_gufunc(
         results,
@@ -72,14 +74,14 @@ def _blockwise(
 
 
 def _signature(core: Form) -> str:
-    """An array's own axes, named by their sizes, as a generalised ufunc has them."""
+    """The signature of an array's own axes, as in a generalized ufunc. Axes are named by their sizes."""
     return "(" + ",".join(f"d{size}" for size in core.shape) + ")"
 
 
 def _forms(
     primitive: Primitive, part: Part, groups: list[tuple[Any, ...]], needed: tuple[bool, ...] | None, options: Any
 ) -> tuple[Form | None, ...]:
-    """The shape and dtype of every result on one slice, None for one that there is not."""
+    """The shape and dtype of every result for one problem, None for a cotangent that is not needed."""
     if part == "forward":
         return primitive.forms(xp, groups[0], **options)
     if needed is None:

@@ -1,4 +1,4 @@
-"""JAX for softk: every primitive as a `jax.custom_jvp`, from which JAX derives all other transforms."""
+"""The JAX backend: every primitive becomes a `jax.custom_jvp`, from which JAX derives all other transforms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class JaxBackend(Backend):
         return _bound(primitive, tuple(sorted(options.items())))
 
     def device(self, x: Array) -> Any:
-        return None  # where JAX puts a new array is JAX's own affair, under a trace and outside of it
+        return None  # JAX places new arrays by itself, inside a trace and outside
 
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         return nullcontext() if x is None else _exact()
@@ -54,7 +54,7 @@ class JaxBackend(Backend):
     def map_rows(
         self, function: Callable[..., tuple[Array, ...]], rows: int, first: Array, *others: Array | None
     ) -> tuple[Array, ...]:
-        """A loop, of which the compiler sees one turn, and of which the backward pass computes each turn anew."""
+        """A `lax.map`, whose body is compiled once. The backward pass recomputes each iteration and stores none."""
         count = first.shape[-2]
         if rows == count:
             return function(first, *others)
@@ -74,6 +74,7 @@ class JaxBackend(Backend):
         found = jax.lax.map(jax.checkpoint(turn), [blocks_of(value) for value in rowed])
         joined = [jnp.moveaxis(value, 0, -3) for value in found]
         joined = [value.reshape(*value.shape[:-3], whole, value.shape[-1]) for value in joined]
+        # The remaining rows form a shorter block, outside the loop.
         if whole == count:
             return tuple(joined)
         rest = turn([value[..., whole:, :] for value in rowed])
@@ -83,11 +84,11 @@ class JaxBackend(Backend):
         n = x.shape[-1]
         if not isinstance(ranks, tuple):
             return _by_bits(x, ranks) if ranks.shape[-1] <= _FEW else super().select(x, ranks)
-        # XLA's top_k is O(n log k), and the quickest while k is a small part of n.
+        # XLA's top_k takes O(n log k), and is the fastest selection if k is small compared with n.
         if isinstance(n, int) and 8 * max(ranks) <= n:
             return pick(jnp, _largest(x, max(ranks)), [rank - 1 for rank in ranks])
         if len(ranks) == 2 and ranks[1] == ranks[0] + 1:
-            # XLA compares numbers below the smallest normal one as if they were 0, which moves the second by as much.
+            # XLA's comparisons flush subnormal numbers to 0, so the second score may be wrong by a subnormal number.
             high = _by_bits(x, jnp.asarray(ranks[:1]))
             tied = jnp.count_nonzero(x >= high, axis=-1, keepdims=True) > ranks[0]
             low = jnp.max(jnp.where(x < high, x, -jnp.inf), axis=-1, keepdims=True)
@@ -98,9 +99,9 @@ class JaxBackend(Backend):
 
 
 def _largest(x: Array, k: int) -> Array:
-    """The k largest scores in order, by two selections from about sqrt(k n) each.
+    """The k largest scores in order, by two selections from about sqrt(k n) candidates each.
 
-    Where the axis is cut into blocks, the k blocks of the largest maxima hold the k largest scores.
+    The axis is cut into blocks. The k blocks with the largest maxima contain the k largest scores.
     """
     n = x.shape[-1]
     blocks = 1 << ((k * n).bit_length() // 2)  # a power of two near the root
@@ -111,18 +112,19 @@ def _largest(x: Array, k: int) -> Array:
         _, chosen = jax.lax.top_k(jnp.max(x, axis=-2), k)
         x = jnp.take_along_axis(x, chosen[..., None, :], axis=-1)
         x = x.reshape(*x.shape[:-2], size * k)
-    # The barrier keeps XLA from seeing that only two of the k are used, upon which it would sort after all.
+    # Without the barrier XLA sees that only two of the k scores are used, and replaces top_k by a sort.
     return _barrier(jax.lax.top_k(x, k)[0])
 
 
-#: Up to how many ranks a search is quicker than XLA's sort, of which a number takes as long as 200 comparisons.
+#: The largest number of ranks for which `_by_bits` beats XLA's sort, which takes as long as 200 comparisons per score.
 _FEW = 4
 
 
 def _by_bits(x: Array, ranks: Array) -> Array:
-    """The scores of some ranks: as integers of the same order, found bit by bit, a comparison and a count for each.
+    """The scores of some ranks, found bit by bit, with one comparison and one count over the scores per bit.
 
-    A NaN may come at either end; no slice with one has an answer.
+    The scores are mapped to integers of the same order. A NaN may come at either end, but makes the result of its slice
+    NaN anyway.
     """
     integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, integer)
@@ -131,13 +133,13 @@ def _by_bits(x: Array, ranks: Array) -> Array:
     ranks = jnp.broadcast_to(ranks, (*x.shape[:-1], ranks.shape[-1]))[..., None]
 
     def turn(i: Array, found: Array) -> Array:
-        # The highest bit is the sign, and is set in the lowest number.
+        # The search starts at the lowest integer, whose sign bit is set, so a bit is flipped and not set.
         # Without jit, i is a Python number.
         place = jnp.left_shift(jnp.ones((), integer), 8 * x.dtype.itemsize - 1 - jnp.asarray(i, integer))
         trial = found ^ place
         return jnp.where(jnp.count_nonzero(keys >= trial, axis=-1, keepdims=True) >= ranks, trial, found)
 
-    # Under shard_map, what a loop carries varies over the devices from the start: as the keys and the ranks do.
+    # Under shard_map, the initial carry of a loop must vary over the same mesh axes as the keys and the ranks.
     start = jnp.where((keys[..., :1] > 0) & (ranks > 0), jnp.full((), lowest, integer), lowest)
     found = jax.lax.fori_loop(0, 8 * x.dtype.itemsize, turn, start)[..., 0]
     return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ most, found), x.dtype)
@@ -147,8 +149,10 @@ _barrier = jax.lax.optimization_barrier
 
 
 def _exact() -> AbstractContextManager[Any]:
-    """Products of float32 matrices as float32. GPUs round the factors to 10 bits unless told otherwise, and distances
-    are small differences of such products.
+    """A context in which products of float32 matrices have float32 precision.
+
+    By default GPUs round the factors to 10 bits (TF32), which is too coarse for distances, small differences of
+    products.
     """
     context: AbstractContextManager[Any] = jax.default_matmul_precision("highest")
     return context
@@ -170,6 +174,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
         constants = outputs[primitive.moving :]
         return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
 
+    # Symbolic zeros show which inputs have no tangent, so that the rule can skip them.
     operator.defjvp(rule, symbolic_zeros=True)
     compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
     return compiled
@@ -178,7 +183,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
 def _tangents(
     primitive: Primitive, inputs: tuple[Any, ...], outputs: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, ...]:
-    """The rule, recomputed rather than stored: the backward pass keeps the inputs and nothing else of their size."""
+    """The forward rule. The backward pass recomputes it, and stores no array of the size of the inputs but these."""
 
     @jax.checkpoint
     def push(inputs: Any, outputs: Any, tangents: Any) -> tuple[Array, ...]:

@@ -8,11 +8,13 @@ kernel will serve.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import warnings
 from functools import cache
 from typing import Any
 
-from softk._reference.threshold.masks import hard_mask, mask
+from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, is_in_host_memory
 
@@ -25,10 +27,39 @@ Inputs = tuple[Any, ...]
 
 @cache
 def _absent() -> str | None:
-    """Why no kernel runs; None where kernels do."""
+    """The reason why no kernel runs, or None."""
     if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed"
+        return "Numba is not installed (python -m pip install numba)"
+    try:
+        numba = importlib.import_module("numba")
+        if numba.config.DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT is set"
+        importlib.import_module(f"{__name__}.launch")
+    except Exception as error:  # such as a Numba that does not know the version of NumPy yet
+        return f"Numba does not start: {type(error).__name__}: {error}".splitlines()[0]
     return None
+
+
+#: Whether the user has been told that the kernels do not start.
+_warned: list[bool] = []
+
+
+def _unavailable() -> str | None:
+    """The same, with a warning where Numba is installed and does not start."""
+    reason = _absent()
+    if reason is not None and reason.startswith("Numba does not start") and not _warned:
+        _warned.append(True)
+        warnings.warn(f"softk computes by array operations, which are slower. {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _note() -> str | None:
+    """Where the compiled kernels are kept, for ``python -m softk``."""
+    if _absent() is not None:
+        return None
+    from .cache import note
+
+    return note()
 
 
 def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
@@ -47,12 +78,10 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
                 return "a compiler, a transform or automatic differentiation records the operations"
             if not is_in_host_memory(value):
                 return f"the arrays must be in the memory of the host, got {getattr(value, 'device', None)}"
-    return _absent()
+    return _unavailable()
 
 
 def _refuses_rule(backend: Backend, inputs: Inputs, outputs: Inputs, given: Inputs, *needed: Any) -> str | None:
-    if given[0] is None and needed:
-        return "there is no cotangent of the mask"
     return _refuses(backend, inputs, outputs[1:], given)
 
 
@@ -62,29 +91,64 @@ def _solve(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -
     return launch.settled(inputs, ranks)
 
 
-def _mask(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> tuple[Any, ...]:
-    from . import launch
+def _mask(backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:
+    from . import launch, masks
 
-    return launch.mask(inputs)
-
-
-def _pull(backend: Backend, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: Any) -> tuple[Any, ...]:
-    from . import launch
-
-    return launch.pulled(inputs, outputs, cotangents, needed)
+    return launch.solved(masks.mask_rows, inputs)
 
 
-def _push(backend: Backend, inputs: Inputs, outputs: Inputs, tangents: Inputs) -> tuple[Any, ...]:
-    from . import launch
+def _pull_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, masks
 
-    return launch.pushed(inputs, outputs, tangents)
+    return launch.pulled(masks.pull_rows, *groups, per_item=True)
+
+
+def _push_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, masks
+
+    return launch.pushed(masks.push_rows, *groups, per_item=True)
+
+
+def _log_mask(backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.solved(log_masks.log_rows, inputs)
+
+
+def _pull_log_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.pulled(log_masks.pull_log_rows, *groups, per_item=True)
+
+
+def _push_log_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.pushed(log_masks.push_log_rows, *groups, per_item=True)
+
+
+def _pull_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, thresholds
+
+    return launch.pulled(thresholds.pull_threshold_rows, *groups, per_item=False)
+
+
+def _push_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch, thresholds
+
+    return launch.pushed(thresholds.push_threshold_rows, *groups, per_item=False)
 
 
 KERNELS = (
-    Kernel("numba", solver, "forward", _refuses, _solve),
-    Kernel("numba", mask, "forward", _refuses, _mask),
-    Kernel("numba", mask, "vjp", _refuses_rule, _pull),
-    Kernel("numba", mask, "jvp", _refuses_rule, _push),
-    Kernel("numba", hard_mask, "vjp", _refuses_rule, _pull),
-    Kernel("numba", hard_mask, "jvp", _refuses_rule, _push),
+    Kernel("numba", solver, "forward", _refuses, _solve, _note),
+    Kernel("numba", mask, "forward", _refuses, _mask, _note),
+    Kernel("numba", mask, "vjp", _refuses_rule, _pull_mask, _note),
+    Kernel("numba", mask, "jvp", _refuses_rule, _push_mask, _note),
+    Kernel("numba", hard_mask, "vjp", _refuses_rule, _pull_mask, _note),
+    Kernel("numba", hard_mask, "jvp", _refuses_rule, _push_mask, _note),
+    Kernel("numba", log_mask, "forward", _refuses, _log_mask, _note),
+    Kernel("numba", log_mask, "vjp", _refuses_rule, _pull_log_mask, _note),
+    Kernel("numba", log_mask, "jvp", _refuses_rule, _push_log_mask, _note),
+    Kernel("numba", threshold, "vjp", _refuses_rule, _pull_threshold, _note),
+    Kernel("numba", threshold, "jvp", _refuses_rule, _push_threshold, _note),
 )

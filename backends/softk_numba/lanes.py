@@ -22,13 +22,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from softk._reference.threshold import formulas
 from softk._reference.threshold.limits import STEPS
 
 from . import vectors
+from .cache import compiled
 from .operations import EXACT
 from .rows import copy_row, store_row
 from .rule import LEAST_GAIN
@@ -49,12 +50,14 @@ from .vectors import (
 
 #: Rows of so many scores are computed here.
 SHORTEST, LONGEST = 4, 256
+#: The rule has one exponential per score and no steps: longer rows are no faster here.
+LONGEST_PULLED = 64
 #: How many sums are formed one after the other, before they are added up.
 PART = 16
 #: How many passes search for the scores at the gap.
 PASSES = 20
 
-_FORMULAS = formulas.load(vectors, njit(**EXACT))
+_FORMULAS = formulas.load(vectors, compiled(EXACT))
 step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMULAS.excess_of
 
 
@@ -66,13 +69,13 @@ def width_of(values):
     raise NotImplementedError("compiled code only")
 
 
-@overload(width_of)
+@overload(width_of, jit_options=EXACT)
 def _width_of(values):
     lanes = lanes_of(values.dtype)
     return lambda values: lanes
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def transpose(rows, first, columns):
     """Rows from the first one as columns. The last four may overlap with those before."""
     n = columns.shape[0]
@@ -90,7 +93,7 @@ def take(x, first, count, room, columns):
     raise NotImplementedError("compiled code only")
 
 
-@overload(take)
+@overload(take, jit_options=EXACT)
 def _take(x, first, count, room, columns):
     in_place = x.layout == "C" and x.dtype == room.dtype
 
@@ -106,7 +109,7 @@ def _take(x, first, count, room, columns):
     return direct if in_place else by_copy
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def copied_rows(x, first, count, room):
     last = x.shape[0] - 1
     for i in range(room.shape[0]):
@@ -119,7 +122,7 @@ def place_of(out, first, count, room):
     raise NotImplementedError("compiled code only")
 
 
-@overload(place_of)
+@overload(place_of, jit_options=EXACT)
 def _place_of(out, first, count, room):
     def direct(out, first, count, room):
         if count == room.shape[0]:
@@ -137,7 +140,7 @@ def give(out, first, count, room):
     raise NotImplementedError("compiled code only")
 
 
-@overload(give)
+@overload(give, jit_options=EXACT)
 def _give(out, first, count, room):
     def copied(out, first, count, room):
         if count < room.shape[0]:
@@ -151,7 +154,7 @@ def _give(out, first, count, room):
     return copied if out.dtype == room.dtype else rounded
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def parameters(k, tau, first, count, n, bound, numbers):
     """k, tau, and the least and the most number of scores above the gap, as rows of `numbers`.
 
@@ -171,7 +174,7 @@ def parameters(k, tau, first, count, n, bound, numbers):
 # --- the mask
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def survey(scores):
     """The extremes, the mean, the deviation, and whether all scores are finite."""
     n = scores.shape[0]
@@ -189,13 +192,13 @@ def survey(scores):
     return highest, lowest, origin + mean, deviation, squares < math.inf
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def rarity(count, n):
     """The log-odds of a count, finite at both ends."""
     return log((count + 0.5) / (n - count + 0.5))
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def search(scores, facts, k, least, most, usable, bound):
     """The scores on both sides of the gap; the pivot twice where they are not found, which the third result says."""
     n = scores.shape[0]
@@ -243,7 +246,7 @@ def search(scores, facts, k, least, most, usable, bound):
     return where(open_, pivot, upper), where(open_, pivot, lower), usable & ~open_
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sweep(odds, level):
     """The number of scores above the threshold, both tails and the slope of the mass."""
     n = odds.shape[0]
@@ -266,7 +269,7 @@ def sweep(odds, level):
     return above, lower, upper, lower + upper - curved
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve(odds, k, usable, bound):
     """The offset and the slope of the mass there: `solve.search`, of which every row ends by itself."""
     eps, smallest, ceiling, tolerance = bound[0], bound[1], bound[2], 3.0 * bound[3]
@@ -291,7 +294,7 @@ def solve(odds, k, usable, bound):
     return offset, slope, usable & ~running
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def fill_odds(scores, upper, lower, inverse, half, odds):
     """exp(z), z measured from the score on the same side of the gap."""
     reference = midpoint(upper, lower)
@@ -302,7 +305,7 @@ def fill_odds(scores, upper, lower, inverse, half, odds):
         store(exp(z), odds, i)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def refill_odds(scores, narrowed, reference, inverse, middle, odds):
     """The same without narrowing, for the mask of rows with a wide gap."""
     for i in range(scores.shape[0]):
@@ -310,7 +313,7 @@ def refill_odds(scores, narrowed, reference, inverse, middle, odds):
         store(where(narrowed, exp(z), load(odds, i)), odds, i)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def write_ratio(odds, level, rows, first):
     """E / (E + level), as rows."""
     n = odds.shape[0]
@@ -320,7 +323,7 @@ def write_ratio(odds, level, rows, first):
         store_columns((a / (a + level), b / (b + level), c / (c + level), d / (d + level)), rows, first, j)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_block(scores, odds, numbers, bound):
     """The thresholds of a block: exp(offset) beside `odds`.
 
@@ -358,7 +361,7 @@ def mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, star
     raise NotImplementedError("compiled code only")
 
 
-@overload(mask_lanes)
+@overload(mask_lanes, jit_options=EXACT)
 def _mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     if not isinstance(weights, types.NoneType):
 
@@ -393,7 +396,7 @@ def _mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, sta
 # --- the rule
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gains_of(scores, values, numbers, gains):
     """v of every item; of the item with the largest v its value and its score; the second largest v; V; <v, u>.
 
@@ -426,7 +429,7 @@ def gains_of(scores, values, numbers, gains):
     return level, origin, second, total, product
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def moment(scores, values, gains, level, mean, origin, inverse):
     """The sum of the scores' distances from `origin` times their cotangents."""
     none = mean - mean
@@ -437,7 +440,7 @@ def moment(scores, values, gains, level, mean, origin, inverse):
     return found * inverse
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def write_product(values, gains, level, mean, inverse, rows, first):
     """v (u - mean) / tau, as rows."""
     n = gains.shape[0]
@@ -450,7 +453,7 @@ def write_product(values, gains, level, mean, inverse, rows, first):
         store_columns((a, b, c, d), rows, first, j)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def state(tau, offsets, references, c, first, count, bound, numbers):
     """The reference, the offset, 1 / tau and the cotangent of the offset, as rows of `numbers`; 1 / tau may be 0."""
     for i in range(numbers.shape[1]):
@@ -468,7 +471,7 @@ def pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, ta
     raise NotImplementedError("compiled code only")
 
 
-@overload(pull_lanes)
+@overload(pull_lanes, jit_options=EXACT)
 def _pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop):
     if not isinstance(weights, types.NoneType):
 
@@ -480,7 +483,7 @@ def _pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, t
     def compute(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop):
         n, lanes, dtype = x.shape[1], width_of(offsets), offsets.dtype
         done = np.zeros(stop - start, np.bool_)
-        if not (SHORTEST <= n <= LONGEST) or where.shape[0] > 0:
+        if not (SHORTEST <= n <= LONGEST_PULLED) or where.shape[0] > 0:
             return done
         scores, values, gains = np.empty((n, lanes), dtype), np.empty((n, lanes), dtype), np.empty((n, lanes), dtype)
         room, numbers = np.empty((lanes, n), dtype), np.empty((7, lanes), dtype)

@@ -133,13 +133,13 @@ class Problem:
         in_parallel(kernel, (*self.arguments, *arguments, self.bound), self.rows, self.n, self.given)
 
 
-def mask(inputs: Inputs) -> tuple[Any, ...]:
-    """The mask, the offset and the reference."""
+def solved(kernel: Any, inputs: Inputs) -> tuple[Any, ...]:
+    """A result of the shape of the scores, the offset and the reference."""
     problem = Problem(inputs)
     found, rows = problem.per_item(problem.given)
     offset, offsets = problem.per_row()
     reference, references = problem.per_row()
-    problem.run(masks.mask_rows, rows, offsets, references)
+    problem.run(kernel, rows, offsets, references)
     return found, offset, reference
 
 
@@ -158,8 +158,10 @@ def _torch_bool() -> Any:
     return torch.bool
 
 
-def pulled(inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...]) -> tuple[Any, ...]:
-    """The cotangents of the inputs that are needed, from those of the mask and the offset."""
+def pulled(
+    kernel: Any, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...], *, per_item: bool
+) -> tuple[Any, ...]:
+    """The cotangents of the inputs that are needed, from those of the result and the offset."""
     problem = Problem(inputs)
     n, dtype = problem.n, problem.dtype
     _, offset, reference = outputs
@@ -171,11 +173,15 @@ def pulled(inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bo
     tau, tau_rows = problem.per_row() if of_tau else (None, none)
     has_weights = of_weights and problem.weights is not None
     weights, weights_rows = problem.per_item(problem.like) if has_weights else (None, nobody)
+    if per_item:
+        u_rows = np.zeros((1, n), problem.x.dtype) if u is None else contiguous_rows_of(u, n)
+    else:
+        u_rows = none if u is None else numbers_of(u)
     problem.run(
-        masks.pull_rows,
+        kernel,
         numbers_of(offset),
         numbers_of(reference),
-        contiguous_rows_of(u, n),
+        u_rows,
         none if c is None else numbers_of(c),
         x_rows,
         k_rows,
@@ -185,17 +191,17 @@ def pulled(inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bo
     return x, k, tau, weights, *(None for _ in inputs[4:])
 
 
-def pushed(inputs: Inputs, outputs: Inputs, tangents: Inputs) -> tuple[Any, ...]:
-    """The tangents of the mask and the offset."""
+def pushed(kernel: Any, inputs: Inputs, outputs: Inputs, tangents: Inputs, *, per_item: bool) -> tuple[Any, ...]:
+    """The tangents of the result and the offset."""
     problem = Problem(inputs)
     n, dtype = problem.n, problem.dtype
     _, offset, reference = outputs
     dx, dk, dtau, da = tangents[:4]
     none = np.empty(0, dtype)
-    found, rows = problem.per_item(problem.given)
+    found, rows = problem.per_item(problem.given) if per_item else problem.per_row()
     doffset, doffsets = problem.per_row()
     problem.run(
-        masks.push_rows,
+        kernel,
         numbers_of(offset),
         numbers_of(reference),
         np.empty((0, n), problem.x.dtype) if dx is None else contiguous_rows_of(dx, n),

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
 from .operations import EXACT, FAST, exponential
 from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_row, push_row
 from .solve import BLOCK, log_odds, solve_exactly, solve_guessed, survey_block
 
+#: How a mask is written. The first three are for finite scores: from the odds of all scores, from a guessed reference,
+#: from the reference at the gap. The last is for every row.
+WHOLE, GUESSED, PLAIN, CAREFUL = 0, 1, 2, 3
+#: How many roundings the mass of a mask from a guessed reference may be off.
+ROUNDED = 12.0
 
-@njit(**EXACT)
+
+@compiled(EXACT)
 def facts_of(x):
     """The extremes, the mean, the deviation and the number; the mean is not finite where a score is not."""
     n = x.shape[0]
@@ -29,7 +35,7 @@ def facts_of(x):
     return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), float(n)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def weighted_facts_of(x, weights, total):
     """The same, by weight."""
     highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
@@ -43,22 +49,45 @@ def weighted_facts_of(x, weights, total):
     return highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total
 
 
-@njit(**FAST)
-def write_mask(x, reference, inverse, offset, out):
-    """sigmoid((x - reference) / tau - offset), for finite scores."""
+@compiled(FAST)
+def write_block(x, reference, inverse, offset, out):
+    """sigmoid((x - reference) / tau - offset), for finite scores; the sum of it."""
     one = x.dtype.type(1.0)
+    total = x.dtype.type(0.0)
     for i in range(x.shape[0]):
-        out[i] = one / (one + exponential(offset - (x[i] - reference) * inverse))
+        found = one / (one + exponential(offset - (x[i] - reference) * inverse))
+        out[i] = found
+        total += found
+    return total
 
 
-@njit(**FAST)
-def write_ratio(odds, level, out):
+@compiled(FAST)
+def write_ratio_block(odds, level, out):
     """The same, from exp((x - reference) / tau) and exp(offset)."""
+    total = odds.dtype.type(0.0)
     for i in range(out.shape[0]):
-        out[i] = odds[i] / (odds[i] + level)
+        found = odds[i] / (odds[i] + level)
+        out[i] = found
+        total += found
+    return total
 
 
-@njit(**EXACT)
+@compiled(EXACT)
+def write_mask(x, reference, tau, offset, way, odds, out):
+    """The mask of a row of finite scores, in the way that `solve_row` names; the sum of it."""
+    number = x.dtype.type
+    r, inverse, s, level = number(reference), number(1.0 / tau), number(offset), number(math.exp(offset))
+    total = 0.0
+    for start in range(0, x.shape[0], BLOCK):
+        stop = start + BLOCK
+        if way == WHOLE:
+            total += write_ratio_block(odds[start:stop], level, out[start:stop])
+        else:
+            total += write_block(x[start:stop], r, inverse, s, out[start:stop])
+    return total
+
+
+@compiled(EXACT)
 def write_far_mask(x, reference, tau, offset, largest, out):
     """The same, for infinite scores and any temperature: 0 for a score of -inf."""
     for i in range(x.shape[0]):
@@ -71,7 +100,7 @@ def write_far_mask(x, reference, tau, offset, largest, out):
         out[i] = found
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
     """The threshold of a row, which has -inf where nothing can be selected.
 
@@ -112,19 +141,19 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
         everything = (not nothing) & (k >= held * (1.0 - unit))
         valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound[0]) * of_all)
     if not valid:
-        return (math.nan, math.nan, math.nan, math.nan), (nothing, everything, False, False), 2
+        return (math.nan, math.nan, math.nan, math.nan), (nothing, everything, False, False), CAREFUL
     if able == 0:
-        return (-largest, 0.0, 0.0, 0.0), (nothing, everything, True, False), 2
+        return (-largest, 0.0, 0.0, 0.0), (nothing, everything, True, False), CAREFUL
     if nothing or everything:
         if weights is None:
             unbounded = infinite >= max(math.ceil(k), 1.0)
         else:
             unbounded = infinite > 0 if nothing else infinite == able
-        return (highest if nothing else lowest, 0.0, 0.0, 0.0), (nothing, everything, True, unbounded), 2
-    if not exact and not careful:
-        reference, offset, whole, good = solve_guessed(scores, item_weights, facts, k, tau, bound, some, odds, room)
+        return (highest if nothing else lowest, 0.0, 0.0, 0.0), (nothing, everything, True, unbounded), CAREFUL
+    if weights is None and not exact and not careful:
+        reference, offset, whole, good = solve_guessed(scores, facts, k, tau, bound, some, odds)
         if good:
-            return (reference, offset, 0.0, 0.0), (False, False, True, False), (0 if whole and weights is None else 1)
+            return (reference, offset, 0.0, 0.0), (False, False, True, False), (WHOLE if whole else GUESSED)
     if weights is None:
         least, most = math.ceil(k) * 1.0, math.floor(k) * 1.0
         if ranks[0] > 0:
@@ -135,18 +164,18 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
         scores, item_weights, facts, k, least, most, tau, bound, not careful, some, odds, room
     )
     valid = offset == offset
+    careful |= not valid
     return (
         (reference, offset, high, low),
         (False, False, valid, (infinite > 0) & (upper >= largest)),
-        (2 if careful else 1),
+        (CAREFUL if careful else PLAIN),
     )
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
-    number = offsets.dtype.type
     raw, clean = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
     some, odds = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
     kept, room = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
@@ -157,12 +186,19 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
         values = masked_row(x, where, row, -math.inf, raw)
         mass, temperature = number_of(k, row), number_of(tau, row)
         item_weights = None if weights is None else row_of(weights, row, room)
-        numbers, flags, way = solve_row(
-            values, item_weights, mass, temperature, (0, 0), False, bound, clean, some, odds, kept, room
-        )
-        reference, offset = numbers[0], numbers[1]
-        nothing, everything, valid = flags[0], flags[1], flags[2]
         out = target_of(mask, row, clean)
+        for exact in (False, True):
+            numbers, flags, way = solve_row(
+                values, item_weights, mass, temperature, (0, 0), exact, bound, clean, some, odds, kept, room
+            )
+            reference, offset = numbers[0], numbers[1]
+            nothing, everything, valid = flags[0], flags[1], flags[2]
+            if way == CAREFUL:
+                break
+            total = write_mask(values, reference, temperature, offset, way, odds, out)
+            # Ties far from a guessed reference are all rounded in the same direction.
+            if way == PLAIN or math.fabs(total - mass) <= ROUNDED * bound[0] * max(1.0, mass):
+                break
         if not valid:
             reference = offset = math.nan
             fill(out, math.nan)
@@ -170,17 +206,13 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
             offset = bound[7] if nothing else -bound[7]
             for i in range(n):
                 out[i] = 1.0 if everything and values[i] > -math.inf else 0.0
-        elif way == 0:
-            write_ratio(odds, number(math.exp(offset)), out)
-        elif way == 1:
-            write_mask(values, number(reference), number(1.0 / temperature), number(offset), out)
-        else:
+        elif way == CAREFUL:
             write_far_mask(values, reference, temperature, offset, bound[5], out)
         store_row(out, mask, row)
         offsets[row], references[row] = offset, reference
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
     """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
     n = x.shape[1]
@@ -228,7 +260,7 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
             taubar[row] = tbar
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
     """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]
@@ -252,7 +284,7 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
                 fill(tangents, 0.0)
             item_weights = None if weights is None else row_of(weights, row, room)
             by = masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else nobody
-            found = push_row(
+            found, _ = push_row(
                 values,
                 item_weights,
                 tangents,
@@ -273,7 +305,7 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
         doffset[row] = found
 
 
-@njit(**EXACT)
+@kernel(EXACT)
 def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
     """What the solver settles to: four numbers and four flags a row."""
     n = x.shape[1]

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
 from softk._reference.threshold import formulas
 
+from .cache import compiled
+
 #: Without NumPy's error model every division is checked for 0, and nothing vectorizes.
-EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": False}
+EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 FAST: dict[str, Any] = {**EXACT, "fastmath": {"reassoc", "nsz", "arcp", "contract"}}
 _INLINED = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
 
@@ -101,52 +103,52 @@ larger, smaller = _extreme("maxnum"), _extreme("minnum")
 # --- the namespace of the formulas: numbers in float64, of which NaN stays NaN
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def where(condition, x, y):
     """One of two numbers."""
     return x if condition else y
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def minimum(x, y):
     """The smaller of two numbers."""
     return x if x < y or x != x else y
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def maximum(x, y):
     """The larger of two numbers."""
     return x if x > y or x != x else y
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def abs(x):  # noqa: A001
     """The absolute value."""
     return math.fabs(x)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def exp(x):
     """The exponential."""
     return math.exp(x)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def log(x):
     """The natural logarithm: -inf of 0, NaN of negative numbers."""
     return np.log(x)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def log1p(x):
     """log(1 + x)."""
     return math.log1p(x)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sqrt(x):
     """The square root."""
     return math.sqrt(x)
 
 
-FORMULAS = formulas.load(sys.modules[__name__], njit(**EXACT))
+FORMULAS = formulas.load(sys.modules[__name__], compiled(EXACT))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
+from .cache import compiled
 from .operations import EXACT
 
 _INLINED = {"error_model": "numpy", "nogil": True}
@@ -45,7 +46,7 @@ def _widened(value):
     return {types.uint16: from_float16, types.int16: from_bfloat16}.get(value, same)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def to_float16(value):
     """The bits of a float32 as float16, rounded to nearest, ties to even."""
     bits = np.float32(value).view(np.int32)
@@ -63,7 +64,7 @@ def to_float16(value):
     return np.uint16(sign | found)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def to_bfloat16(value):
     """The bits of a float32 as bfloat16, rounded to nearest, ties to even."""
     bits = np.float32(value).view(np.int32)
@@ -90,7 +91,7 @@ def _row_of(x, row, room):
     return view if x.layout == "C" and x.dtype == room.dtype else copy
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def copy_row(x, room):
     n = x.shape[0]
     for i in range(n):
@@ -98,7 +99,7 @@ def copy_row(x, room):
     return room[:n]
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def masked_row(x, where, row, other, room):
     """A row, with another number where `where` is False; `where` has no rows where nothing is removed."""
     if where.shape[0] == 0:
@@ -149,13 +150,13 @@ def _store_row(values, out, row):
     return {types.uint16: as_float16, types.int16: as_bfloat16}.get(out.dtype, nothing)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def number_of(values, row):
     """One number per row, or one for all of them."""
     return float(values[row if values.shape[0] > 1 else 0])
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def fill(values, number):
     for i in range(values.shape[0]):
         values[i] = number
@@ -164,7 +165,7 @@ def fill(values, number):
 # --- what can be selected
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def compact(x, largest, into):
     """Copy what can be selected, with a finite score in the place of +inf.
 
@@ -184,7 +185,7 @@ def compact(x, largest, into):
     return count, infinite, broken
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def compact_weighted(x, weights, largest, into, weights_into):
     """The same for the items that have weight, with the weight of all of them and of those that can be selected.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger
 from .solve import BLOCK, log_odds
 
@@ -25,7 +24,7 @@ MOST_SHARE = 0.75
 # --- ordinary rows
 
 
-@njit(**FAST)
+@compiled(FAST)
 def gains_block(x, values, reference, inverse, offset, gains):
     """v of every item; the sum of v, that of v times the values, and the largest v, once more as the largest a v."""
     number = x.dtype.type
@@ -44,7 +43,7 @@ def gains_block(x, values, reference, inverse, offset, gains):
     return total, product, most, most
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offset, gains):
     """v of every item; the sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
     number = x.dtype.type
@@ -66,7 +65,7 @@ def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offs
     return total, product, most, heaviest
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
     """v of every item, V, the product with the values, and whether the row is ordinary."""
     total = product = most = heaviest = 0.0
@@ -92,14 +91,14 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
     return total, product, ordinary
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_product(values, mean, inverse, gains):
     """v (u - mean) / tau, in the place of v."""
     for i in range(gains.shape[0]):
         gains[i] = gains[i] * (values[i] - mean) * inverse
 
 
-@njit(**FAST)
+@compiled(FAST)
 def write_weighted_product(values, weights, mean, inverse, gains):
     """v (u - a mean) / tau, in the place of v. An item without v may have any weight."""
     none = gains.dtype.type(0.0)
@@ -111,18 +110,18 @@ def write_weighted_product(values, weights, mean, inverse, gains):
 # --- rows with care
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sigmoid(z):
     decay = math.exp(-math.fabs(z))
     return (1.0 if z > 0.0 else decay) / (1.0 + decay)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def clipped_odds(value, reference, tau, farthest):
     return min(max(log_odds(value, reference, tau), -farthest), farthest)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
     """z and v' of every item; |z| of the nearest, V', and the item that dominates p, -1 where there is none.
 
@@ -214,13 +213,13 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
     return nearest, (normal if normal != 0.0 else 1.0), held
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def weighted_value(weight, value, bound):
     """weight * value; the weight of an item with next to no value may be anything."""
     return weight * value if value > 2.0 * bound[12] else 0.0
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gain_at(z, scaled, nearest, weights):
     """v. With weights v' may be clipped, and v is not in proportion to it."""
     if weights is None:
@@ -228,13 +227,21 @@ def gain_at(z, scaled, nearest, weights):
     return sigmoid(z) * sigmoid(-z)
 
 
-@njit(**EXACT)
-def inverse_slope(nearest, rate, bound):
-    """1 / V, clipped to the largest derivative."""
-    return min(math.exp(min(nearest, bound[2])) * rate, bound[6])
+@compiled(EXACT)
+def over_slope(factor, nearest, rate, bound):
+    """A factor over V, clipped: the quotient is what is held at the largest derivative, and neither of the two."""
+    farthest, log_farthest = bound[6], bound[2]
+    most = farthest * min(max(factor, 1.0), farthest)
+    if not math.isfinite(most):
+        most = bound[5]
+    scale = factor * rate
+    if nearest + math.log(scale) > math.log(most):
+        return most
+    half = math.exp(min(0.5 * nearest, 1.9 * log_farthest))  # a number where the square is none
+    return min(half * scale * half, most)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def origin_of(x, weights, scaled, bound):
     """The score that has the most of p: temperatures are differentiated by distances from it."""
     most, found = -1.0, math.inf
@@ -248,7 +255,7 @@ def origin_of(x, weights, scaled, bound):
     return min(max(found, -bound[5]), bound[5])
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
     """Cotangents of the scores and the weights, from those of the mask and the offset; returns those of k and tau.
 
@@ -283,7 +290,7 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
             return hbar, taubar
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
-    slope = inverse_slope(nearest, rate, bound)
+    slope = over_slope(1.0, nearest, rate, bound)
     pulled = 0.0
     for i in range(n):
         if scaled[i] != 0.0:
@@ -340,36 +347,20 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
     return hbar, taubar
 
 
-@njit(**EXACT)
-def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
-    """The tangent of the mask, from those of the scores, k, tau and the weights; returns that of the offset.
+@compiled(EXACT)
+def tangents_of(x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, normal, held, rate, origin, z, scaled):
+    """What the tangents of all items have in common.
 
-    `da` has no items where there is none.
+    Returns the mean by p of y = dx - (x - x_ref) dtau / tau in two parts, of which the first is y of the item that
+    dominates p; dh; dh / V; and the tangents of the offset, less what is due to r, and of the threshold less that.
     """
-    number = x.dtype.type
     n = x.shape[0]
-    if plain and dtau == 0.0 and da.shape[0] == 0:
-        inverse = number(1.0 / tau)
-        total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
-        if ordinary:
-            # v (w - <p, w>) + v / V dk, w = dx / tau
-            mean = product / total - dk * tau / total
-            write_product(dx, number(mean), inverse, moved)
-            return mean / tau
-    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     farthest = bound[6]
-    rate = rate_of(normal, farthest)
-    slope = inverse_slope(nearest, rate, bound)
-    origin = origin_of(x, weights, scaled, bound)
-    level = clipped_odds(origin, reference, tau, farthest)
-    # y = dx - (x - x_ref) dtau / tau, measured from the item that dominates p, or from its mean.
     at_most = mean = 0.0
     for turn in range(2):
         found = 0.0
         for i in range(n):
-            weighted = scaled[i]
-            if weights is not None:
-                weighted = weighted_value(weights[i], scaled[i], bound)
+            weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
             if weighted != 0.0 and (turn == 0 or i != held):
                 y = (dx[i] if x[i] < math.inf else 0.0) - clipped_odds(float(x[i]), origin, tau, farthest) * dtau
                 found += weighted * (y - at_most)
@@ -390,7 +381,35 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
                 else:
                     below += part
                     by_rate += scaled[i] * (1.0 + math.exp(-math.fabs(z[i]))) * rate * da[i]
-    dh = dk - above - below
+    by_slope = over_slope(1.0, nearest, rate, bound) * (dk - above) - by_rate
+    by_unit = over_slope(tau, nearest, rate, bound) * (dk - above) - tau * by_rate
+    level = clipped_odds(origin, reference, tau, farthest)
+    doffset = (at_most + mean - level * dtau) / tau - by_slope
+    return (at_most, mean, level, by_unit), dk - above - below, by_slope, doffset
+
+
+@compiled(EXACT)
+def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
+    """The tangent of the mask, from those of the scores, k, tau and the weights; returns those of offset and threshold.
+
+    `da` has no items where there is none.
+    """
+    number = x.dtype.type
+    n = x.shape[0]
+    if plain and dtau == 0.0 and da.shape[0] == 0:
+        inverse = number(1.0 / tau)
+        total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
+        if ordinary:
+            # v (w - <p, w>) + v / V dk, w = dx / tau
+            mean = product / total - dk * tau / total
+            write_product(dx, number(mean), inverse, moved)
+            return mean / tau, mean
+    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    rate = rate_of(normal, bound[6])
+    origin = origin_of(x, weights, scaled, bound)
+    mean, dh, _, doffset = tangents_of(
+        x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, normal, held, rate, origin, z, scaled
+    )
     heaviest, rest, shares = 1.0, 0.0, 0.0
     if weights is not None:
         heaviest = 0.0
@@ -402,11 +421,9 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
     for i in range(n):
         gain = gain_at(z[i], scaled[i], nearest, weights)
         found = 0.0
-        if gain != 0.0 and i != held:
-            y = dx[i] if -math.inf < x[i] < math.inf else 0.0
-            if x[i] > -math.inf:
-                y -= clipped_odds(float(x[i]), origin, tau, farthest) * dtau
-            found = gain * (y - at_most - mean)
+        if gain != 0.0 and i != held and x[i] > -math.inf:
+            y = dx[i] if x[i] < math.inf else 0.0
+            found = gain * (y - clipped_odds(float(x[i]), origin, tau, bound[6]) * dtau - mean[0] - mean[1])
         share = 1.0
         if weights is not None:
             share = weights[i] / heaviest if scaled[i] > 0.0 else 0.0
@@ -417,4 +434,46 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
     for i in range(n):
         part = (1.0 if i == held else 0.0) if held >= 0 else scaled[i] / shares
         moved[i] = (z[i] - rest * part) / tau + scaled[i] * rate * dh
-    return (mean + at_most - level * dtau) / tau - (slope * (dk - above) - by_rate)
+    return doffset, mean[0] + mean[1] - (mean[2] - offset) * dtau - mean[3]
+
+
+# --- the threshold
+
+
+@compiled(FAST)
+def scale(values, factor):
+    for i in range(values.shape[0]):
+        values[i] *= factor
+
+
+@compiled(EXACT)
+def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
+    """Cotangents of scores and weights, from those of the threshold and the offset; returns those of k and tau."""
+    number = x.dtype.type
+    n = x.shape[0]
+    if plain and not of_tau and abar.shape[0] == 0 and weights is None:
+        inverse = number(1.0 / tau)
+        total, _, ordinary = gains_of(x, weights, x, False, number(reference), inverse, number(offset), xbar)
+        if ordinary:
+            scale(xbar, number((b + c / tau) / total))
+            return -(tau * b + c) / total, 0.0
+    nearest, normal, _ = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    rate = rate_of(normal, bound[6])
+    hbar = -over_slope(1.0, nearest, rate, bound) * c - over_slope(tau, nearest, rate, bound) * b
+    origin = origin_of(x, weights, scaled, bound)
+    level = clipped_odds(origin, reference, tau, bound[6])
+    taubar = -level * c / tau - (level - offset) * b
+    for i in range(n):
+        weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
+        found = 0.0
+        if weighted != 0.0 and x[i] < math.inf:
+            found = weighted / normal * (c / tau) + weighted / normal * b
+            taubar -= clipped_odds(float(x[i]), origin, tau, bound[6]) * found
+        xbar[i] = found
+    if abar.shape[0] > 0:
+        for i in range(n):
+            if z[i] > 0.0:
+                abar[i] = -sigmoid(z[i]) * hbar
+            else:
+                abar[i] = scaled[i] * (1.0 + math.exp(-math.fabs(z[i]))) * rate * (c + tau * b)
+    return hbar, taubar

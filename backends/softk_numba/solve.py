@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
+import numpy as np
 
 from softk._reference.threshold.limits import MARGIN, STEPS
 
+from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger, smaller
 
 step_size, rounded_deficit = FORMULAS.step_size, FORMULAS.deficit
 midpoint, excess_of = FORMULAS.midpoint, FORMULAS.excess_of
 
-#: How many numbers are added up in the scores' dtype: few enough for its rounding, and for an exact count.
-BLOCK = 2048
+#: How many numbers are added up in the scores' dtype: few enough for an exact count, and for ties, whose sums are all
+#: rounded the same way.
+BLOCK = 512
 #: How often a pivot is guessed before the scores between two pivots are gathered.
 GUESSES = 6
 #: A guessed reference may be that far from the threshold, in units of tau.
@@ -42,7 +44,7 @@ SHORT = 24
 # --- passes over a row
 
 
-@njit(**FAST)
+@compiled(FAST)
 def survey_block(x, origin):
     """The largest and the smallest number, the sum of what they are above `origin`, and the sum of its squares."""
     number = x.dtype.type
@@ -56,7 +58,7 @@ def survey_block(x, origin):
     return most, least, total, squares
 
 
-@njit(**FAST)
+@compiled(FAST)
 def count_block(x, level):
     number = x.dtype.type
     found = number(0.0)
@@ -65,7 +67,7 @@ def count_block(x, level):
     return found
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weigh_block(x, weights, level):
     number = x.dtype.type
     found = number(0.0)
@@ -74,7 +76,7 @@ def weigh_block(x, weights, level):
     return found
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def mass_above(x, weights, level):
     """The number of the scores above a level, or their weight."""
     found = 0.0
@@ -86,7 +88,7 @@ def mass_above(x, weights, level):
     return found
 
 
-@njit(**FAST)
+@compiled(FAST)
 def sweep_block(odds, level):
     number = odds.dtype.type
     above = both = upper = curved = number(0.0)
@@ -101,7 +103,7 @@ def sweep_block(odds, level):
     return above, both, upper, curved
 
 
-@njit(**FAST)
+@compiled(FAST)
 def weighted_sweep_block(odds, weights, level):
     number = odds.dtype.type
     above = both = upper = curved = number(0.0)
@@ -117,7 +119,7 @@ def weighted_sweep_block(odds, weights, level):
     return above, both, upper, curved
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sweep(odds, weights, level):
     """The mass above the threshold, both tails and the slope of the mass, from exp(z) beside exp(offset)."""
     above = both = upper = curved = 0.0
@@ -134,7 +136,7 @@ def sweep(odds, weights, level):
     return above, max(both - upper, 0.0), upper, both - curved
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def gather(x, weights, low, high, into, weights_into):
     """Copy the scores in (low, high] and return their number."""
     count = 0
@@ -151,13 +153,13 @@ def gather(x, weights, low, high, into, weights_into):
 # --- the scores at the gap
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def rarity(mass, total, little):
     """The log-odds of a mass, finite at both ends: nearly linear in the score where scores are bell-shaped."""
     return math.log((mass + little) / (total - mass + little))
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def sort_descending(x, weights, n):
     for i in range(1, n):
         value, j = x[i], i
@@ -172,7 +174,7 @@ def sort_descending(x, weights, n):
             weights[j] = weight
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def ends_beside(x, weights, n, level, mass, least, most):
     """The same for a level that separates the two: the mass above it is neither less than `least` nor above `most`."""
     high, low = math.inf, -math.inf
@@ -208,7 +210,7 @@ def ends_beside(x, weights, n, level, mass, least, most):
     return high, low
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def ends_among(x, weights, n, mass, least, most):
     """The scores at which the mass, from the largest, reaches `least` and exceeds `most`.
 
@@ -293,7 +295,7 @@ def ends_among(x, weights, n, mass, least, most):
     return high, low
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def find_ends(x, weights, extremes, center, spread, total, k, least, most, some_x, some_weights):
     """The scores on either side of the gap: at which the mass, from the largest, reaches `least` and exceeds `most`.
 
@@ -334,7 +336,7 @@ def find_ends(x, weights, extremes, center, spread, total, k, least, most, some_
 # --- Newton's steps
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def search(odds, weights, above, k, half, bound):
     """The offset from the middle of the gap, the slope of the mass there, and both tails.
 
@@ -366,20 +368,20 @@ def search(odds, weights, above, k, half, bound):
     return offset, slope, tails
 
 
-@njit(**FAST)
+@compiled(FAST)
 def fill_odds(x, reference, inverse, odds):
     """exp((x - reference) / tau), clipped to what `exponential` can hold."""
     for i in range(x.shape[0]):
         odds[i] = exponential((x[i] - reference) * inverse)
 
 
-@njit(**FAST)
+@compiled(FAST)
 def shift_odds(odds, factor):
     for i in range(odds.shape[0]):
         odds[i] *= factor
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def log_odds(value, reference, tau):
     """(value - reference) / tau in float64, for any temperature: neither the difference nor its quotient overflows."""
     if math.fabs(value) > 1e300 or math.fabs(reference) > 1e300:
@@ -391,7 +393,7 @@ def log_odds(value, reference, tau):
     return (value - reference) / tau
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def fill_far_odds(x, ends, middle, half, tau, odds):
     """The same for a gap that is narrowed to `half` on either side, and for any temperature.
 
@@ -409,42 +411,41 @@ def fill_far_odds(x, ends, middle, half, tau, odds):
         odds[i] = exponential(x.dtype.type(z))
 
 
-@njit(**EXACT)
-def solve_guessed(x, weights, facts, k, tau, bound, some, odds, room):
+@compiled(EXACT)
+def solve_guessed(x, facts, k, tau, bound, some, odds):
     """The threshold from a guessed reference: it, the offset, whether `odds` are of all scores, whether it is good."""
     highest, lowest, center, spread, total = facts
     n = x.shape[0]
     number = x.dtype.type
-    little = 0.5 if weights is None else 0.5 * total / n
-    aim = rarity(k, total, little)
+    aim = rarity(k, total, 0.5)
     share = k / total
     # About the slope of the mass. Where it is small, the threshold is in a gap as a rule.
     if not (share * (1.0 - share) * 1.7 * total * tau > 0.25 * spread):
         return 0.0, 0.0, False, False
     pivot = number(min(max(center - spread * aim / 1.702, lowest), highest))
     for _ in range(3):
-        found = mass_above(x, weights, pivot)
-        if math.fabs(found - k) <= 0.25 * min(k, total - k) + 2.0 * little:
+        found = mass_above(x, None, pivot)
+        if math.fabs(found - k) <= 0.25 * min(k, total - k) + 1.0:
             break
-        pivot = number(min(max(pivot + spread * (rarity(found, total, little) - aim) / 2.2, lowest), highest))
+        pivot = number(min(max(pivot + spread * (rarity(found, total, 0.5) - aim) / 2.2, lowest), highest))
     width = tau * (math.log(n / bound[0]) + MARGIN + NEAR)
-    low, high = pivot - width, pivot + width
+    low, high = min(pivot - width, float(np.nextafter(pivot, -number(math.inf)))), pivot + width
     whole = (low < lowest) & (high >= highest)
     above = 0.0
     if whole:
         fill_odds(x, pivot, number(1.0 / tau), odds)
-        offset, slope, _ = search(odds[:n], weights, 0.0, k, 0.0, bound)
+        offset, slope, _ = search(odds[:n], None, 0.0, k, 0.0, bound)
     else:
         if high < highest:
-            above = mass_above(x, weights, number(high))
-        count = gather(x, weights, low, high, some, room)
+            above = mass_above(x, None, number(high))
+        count = gather(x, None, low, high, some, some)
         fill_odds(some[:count], pivot, number(1.0 / tau), odds)
-        offset, slope, _ = search(odds[:count], None if weights is None else room[:count], above, k, 0.0, bound)
+        offset, slope, _ = search(odds[:count], None, above, k, 0.0, bound)
     # Within the window the tails of what is left out are negligible beside those that a slope like that has.
-    return float(pivot), offset, whole, (slope > LEAST_SLOPE * total / n) & (math.fabs(offset) < NEAR)
+    return float(pivot), offset, whole, (slope > LEAST_SLOPE) & (math.fabs(offset) < NEAR)
 
 
-@njit(**EXACT)
+@compiled(EXACT)
 def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, odds, room):
     """The threshold from the scores at the gap: reference, offset, both sides of the gap in z, and the upper score."""
     highest, lowest, center, spread, total = facts
@@ -465,6 +466,8 @@ def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, od
     above, count = 0.0, n
     for attempt in range(2):
         lowest_kept, highest_kept = low - width, high + width
+        # A window may be narrower than the spacing of floats: the lower score must be inside.
+        lowest_kept = min(lowest_kept, float(np.nextafter(number(low), -number(math.inf))))
         if attempt == 0 and (lowest_kept >= lowest or highest_kept < highest):
             if highest_kept < highest:
                 above = mass_above(x, weights, number(highest_kept))

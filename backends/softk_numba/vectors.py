@@ -20,7 +20,7 @@ import operator
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import (
     intrinsic,
     lower_builtin,
@@ -29,6 +29,8 @@ from numba.extending import (
     register_model,
     type_callable,
 )
+
+from .cache import compiled
 
 #: The length of a vector in bytes: that of AVX-512's registers, and of two or four of smaller ones.
 BYTES = 64
@@ -319,19 +321,19 @@ def store_columns(typingctx, values, matrix, row, column):
 # --- the namespace of the formulas
 
 
-@njit(**INLINED)
+@compiled(INLINED)
 def minimum(x, y):
     """The smaller of two; y where one is NaN."""
     return where(x < y, x, y)
 
 
-@njit(**INLINED)
+@compiled(INLINED)
 def maximum(x, y):
     """The larger of two; y where one is NaN."""
     return where(x > y, x, y)
 
 
-@njit(**INLINED)
+@compiled(INLINED)
 def abs(x):  # noqa: A001
     """The absolute value."""
     return where(x < 0.0, -x, x)

@@ -1,4 +1,4 @@
-"""scikit-learn estimators that learn through softk, on NumPy alone."""
+"""scikit-learn estimators trained with softk. They need only NumPy and scikit-learn."""
 
 from .embedding import SoftNeighborsEmbedding
 

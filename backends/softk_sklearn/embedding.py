@@ -1,4 +1,4 @@
-"""A linear embedding for nearest neighbours, learned through the soft selection of them."""
+"""A linear embedding for nearest-neighbor classification, trained through a soft selection of the neighbors."""
 
 from __future__ import annotations
 
@@ -22,54 +22,53 @@ INITS = ("auto", "pca", "lda", "identity", "random")
 
 
 class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):
-    """A linear map under which the k nearest neighbours of a sample are of its own class.
+    """Supervised linear embedding in which the k nearest neighbors of a sample tend to be of its class.
 
-    It minimises the leave-one-out loss of the soft k-nearest-neighbour classifier, `softk.neighbors.loss`, by Adam on
-    random batches of samples, each of which may choose among all the others. As a transformer it gives the embedding,
-    as a classifier the ordinary nearest neighbours in it. It takes the place of
-    `sklearn.neighbors.NeighborhoodComponentsAnalysis`, which has a softmax over all samples where this has the k
-    nearest.
+    It minimizes the leave-one-out loss of the soft k-nearest-neighbor classifier, `softk.neighbors.loss`. The optimizer
+    is Adam on random mini-batches of queries; the keys of a query are all other samples. As a transformer it returns
+    the embedding. As a classifier it uses ordinary nearest neighbors in the embedding. It can replace
+    `sklearn.neighbors.NeighborhoodComponentsAnalysis`, which uses a softmax over all samples instead of the k nearest.
 
     Parameters
     ----------
     n_components : int, default=None
-        Dimensions of the embedding, at most the number of features; all of them if None.
+        Dimension of the embedding, at most the number of features. None uses the number of features.
     n_neighbors : int, default=10
-        Neighbours that vote, in the loss and in `predict`. Where they would be all of the other samples, nothing is
-        selected and nothing can be learned: for at most ``n_neighbors + 1`` samples half of the others vote, with a
-        warning.
+        Number of neighbors that vote, in the loss and in `predict`. If there are at most ``n_neighbors + 1`` samples,
+        half of the other samples vote, with a warning: a selection of all of them would not depend on the map, and the
+        gradient would be 0.
     epsilon : float, default=1.0
-        Softness of the selection, in units of the mean squared distance between two samples where learning starts.
-        The map may grow, and so the selection sharpens as far as it helps.
+        Softness of the selection, in units of the initial mean squared distance between two samples. The map may grow
+        during training, which sharpens the selection.
     init : {"auto", "pca", "lda", "identity", "random"} or array of shape (n_components, n_features), default="auto"
-        Where learning starts. "auto" is "pca" where that leaves something out, else "identity". It is scaled to a mean
-        squared distance of 1 between two samples.
+        Initial map. "auto" is "pca" if `n_components` is less than the number of samples and of features, else
+        "identity". The map is scaled to a mean squared distance of 1 between two samples.
     floor : float, default=1e-3
-        Added to every probability before its logarithm is taken, so that hopeless samples do not outweigh the others.
+        Added to every probability before its logarithm is taken, which bounds the loss of outliers.
     learning_rate : float, default=0.1
-        Size of the first steps, in units of the entries of a random map with a mean squared distance of 1 between
-        samples; it falls to 0 as a cosine.
+        Initial learning rate, in units of the typical entry of a random map with a mean squared distance of 1 between
+        samples. It decays to 0 by a cosine schedule.
     max_iter : int, default=200
-        Steps.
+        Number of optimizer steps.
     batch_size : int, default=64
-        Samples whose loss is in one step; all if there are fewer.
+        Number of queries in a mini-batch; all samples if there are fewer.
     random_state : int, RandomState instance or None, default=None
-        Of the batches and of the random start.
+        Seed for the mini-batches and for the random initialization.
     verbose : int, default=0
-        Print the mean loss after each `verbose`-th step; 0 prints nothing.
+        Print the mean loss after every `verbose` steps; 0 prints nothing.
 
     Attributes
     ----------
     components_ : ndarray of shape (n_components, n_features)
-        The map, scaled such that `epsilon` is the temperature of the squared distances in the embedding.
+        The map, scaled such that `epsilon` is in the units of the squared distances in the embedding.
     classes_ : ndarray
         The classes.
     loss_curve_ : list of float
-        The loss of each step's batch.
+        The loss of the mini-batch of each step.
     n_iter_ : int
-        How many steps were made.
+        Number of steps made.
     n_neighbors_ : int
-        How many neighbours vote.
+        Number of neighbors that vote.
     n_features_in_, feature_names_in_
         As in all estimators.
 
@@ -121,7 +120,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Samples, at least three, of features that are comparable: scale them first where they are not.
+            Samples, at least three. Scale the features first if they are not comparable.
         y : array-like of shape (n_samples,)
             Their classes.
 
@@ -140,24 +139,24 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         UserWarning
             If there are at most ``n_neighbors + 1`` samples.
         """
-        # Of two samples each is the only neighbour of the other.
+        # With two samples, each one's only neighbor is the other, and nothing can be learned.
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], ensure_min_samples=3)
         check_classification_targets(y)
         components = self._check_parameters(X.shape[1])
         self.n_neighbors_ = self._neighbors(len(X))
         self.classes_, labels = np.unique(y, return_inverse=True)
         random = check_random_state(self.random_state)
-        centred = X - X.mean(axis=0)
-        size = math.sqrt(float(np.sum(np.var(centred, axis=0)))) or 1.0
-        centred = centred / size  # so that nothing depends on the unit of the features
-        start = self._start(centred, labels, components, random)
-        self.components_ = self._learn(centred, labels, start, random).T.astype(X.dtype) / size
+        centered = X - X.mean(axis=0)
+        size = math.sqrt(float(np.sum(np.var(centered, axis=0)))) or 1.0  # 1 if all samples are equal
+        centered = centered / size  # makes the training independent of the unit of the features
+        start = self._start(centered, labels, components, random)
+        self.components_ = self._learn(centered, labels, start, random).T.astype(X.dtype) / size
         self.n_iter_ = len(self.loss_curve_)
         self.classifier_ = KNeighborsClassifier(self.n_neighbors_).fit(X @ self.components_.T, y)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """The embedding of samples.
+        """Embed samples.
 
         Parameters
         ----------
@@ -167,12 +166,12 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         Returns
         -------
         ndarray of shape (n_samples, n_components)
-            Their places.
+            The embedded samples.
         """
         return self._embed(X)
 
     def predict(self, X: Any) -> np.ndarray:
-        """The class of most of the nearest neighbours in the embedding, by the hard vote.
+        """Predict the majority class among the nearest neighbors in the embedding.
 
         Parameters
         ----------
@@ -182,14 +181,14 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         Returns
         -------
         ndarray of shape (n_samples,)
-            Their classes.
+            The predicted classes.
         """
         embedded = self._embed(X)
         found: np.ndarray = self.classifier_.predict(embedded)
         return found
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The share of every class among the nearest neighbours, in the order of `classes_`.
+        """Predict the share of every class among the nearest neighbors, in the order of `classes_`.
 
         Parameters
         ----------
@@ -207,38 +206,38 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
 
     @property
     def _n_features_out(self) -> int:
-        """What scikit-learn names the features of the embedding by."""
+        """The number of output features, for scikit-learn's ``get_feature_names_out``."""
         count: int = self.components_.shape[0]
         return count
 
     def _embed(self, X: Any) -> np.ndarray:
-        """`transform`, whose result scikit-learn wraps as `set_output` says."""
+        """`transform` without the output container that scikit-learn adds according to `set_output`."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         embedded: np.ndarray = X @ self.components_.T
         return embedded
 
-    # -- how it is learned
+    # -- training
 
     def _neighbors(self, samples: int) -> int:
-        """How many of the other samples are selected: not all of them, for their mask would be 1 whatever the map."""
+        """The number of neighbors, less than all other samples: a selection of all does not depend on the map."""
         others = samples - 1
         if self.n_neighbors < others:
             return int(self.n_neighbors)
         used = max(1, others // 2)
         warnings.warn(
             f"n_neighbors must be below {others}, the number of other samples, got {self.n_neighbors}: "
-            f"{used} {'is' if used == 1 else 'are'} used, for nothing is learned from a selection of all",
+            f"{used} {'is' if used == 1 else 'are'} used, because a selection of all of them has a gradient of 0",
             stacklevel=3,
         )
         return used
 
     def _learn(self, X: np.ndarray, labels: np.ndarray, start: np.ndarray, random: Any) -> np.ndarray:
-        """The map (n_features, n_components)."""
+        """Train the map (n_features, n_components) by Adam."""
         n, k = len(X), self.n_neighbors_
         every, size = np.arange(n), min(self.batch_size, n)
         map_, mean, square = start, np.zeros_like(start), np.zeros_like(start)
-        # The unit of a step is an entry of a map at random with a mean squared distance of 1 between samples.
+        # The learning rate is in units of the typical entry of a random map of mean squared distance 1.
         unit = self.learning_rate / math.sqrt(2.0 * start.shape[1])
         self.loss_curve_: list[float] = []
         for step in range(1, self.max_iter + 1):
@@ -255,6 +254,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
                 exclude=batch,
                 floor=self.floor,
             )
+            # The samples are both queries and keys, so their gradient has two terms.
             moved = pullback(1.0)
             gradient = X[batch].T @ moved["queries"] + X.T @ moved["keys"]
             mean = 0.9 * mean + 0.1 * gradient
@@ -269,7 +269,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         return map_
 
     def _start(self, X: np.ndarray, labels: np.ndarray, components: int, random: Any) -> np.ndarray:
-        """The initial map (n_features, n_components) of centred samples, with a mean squared distance of 1."""
+        """The initial map (n_features, n_components), scaled to a mean squared distance of 1 between samples."""
         samples, features = X.shape
         init = self.init
         if not isinstance(init, str):
@@ -294,7 +294,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         return scaled
 
     def _check_parameters(self, features: int) -> int:
-        """The number of components, after a look at all parameters."""
+        """Check all parameters, and return the number of components."""
         _check_number("n_neighbors", self.n_neighbors, Integral, 1)
         _check_number("max_iter", self.max_iter, Integral, 1)
         _check_number("batch_size", self.batch_size, Integral, 1)

@@ -1,4 +1,4 @@
-"""PyTorch for softk: the primitives as autograd functions, with `TopK` and `TopKAttention` as modules."""
+"""The PyTorch backend, which binds the primitives to autograd, and the modules `TopK` and `TopKAttention`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TopK", "TopKAttention", "TorchBackend", "backend"]
 
 
 def __getattr__(name: str) -> Any:
-    """The layers call softk's functions, which load this adapter: they are loaded when they are asked for."""
+    """Import the layers on first use. They import softk's functions, which load this adapter."""
     if name in ("TopK", "TopKAttention"):
         return getattr(importlib.import_module(".layers", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

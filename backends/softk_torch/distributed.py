@@ -1,7 +1,7 @@
-"""Primitives of DTensors: every process computes the slices that it holds.
+"""Primitives on DTensors: every process computes its local slices.
 
-A slice depends on itself alone, so that nothing is sent where the scores are sharded along axes of the batch, or
-replicated. The other inputs are laid out as the scores are, by PyTorch's own redistribution, which is differentiable.
+Slices are independent, so there is no communication if the scores are replicated or sharded along batch axes. The other
+inputs are redistributed to the placements of the scores. PyTorch's redistribution is differentiable.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ Outputs = tuple[torch.Tensor, ...]
 
 
 def is_distributed(values: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether a DTensor is among them."""
+    """Whether one of the values is a DTensor."""
     return any(isinstance(value, DTensor) for value in values)
 
 
 def by_process(function: Callable[..., Outputs], axes: int, inputs: tuple[torch.Tensor | None, ...]) -> Outputs:
-    """``function(*inputs)`` of the local parts, as DTensors.
+    """``function(*inputs)``, computed from the local parts of the inputs. The results are DTensors.
 
     Parameters
     ----------
     function : callable
         A primitive bound to its options.
     axes : int
-        How many axes of the first input, counted from the last, belong to one problem.
+        The number of trailing axes of the first input that form one problem.
     inputs : tuple of tensor or None
-        Ordinary tensors among them have the same values on every process.
+        Ordinary tensors must have the same values on every process.
     """
     first = next(value for value in inputs if isinstance(value, DTensor))
     scores = inputs[0]
     assert scores is not None
     batch, mesh = scores.ndim - axes, first.device_mesh
+    # Partial sums must be added before a nonlinear function is applied.
     placements = [Replicate() if place.is_partial() else place for place in first.placements]
     for dim, place in enumerate(placements):
         if place.is_shard() and _axis(place, first) >= batch:
             raise NotImplementedError(
-                "x must not be sharded along the selected axis, got such shards over dimension "
+                "x must not be sharded along the selected axis, but it is, over dimension "
                 f"{dim} of the mesh {mesh}; redistribute it, for example to Replicate()"
             )
     local = [None if value is None else _local(value, mesh, placements) for value in inputs]
@@ -55,7 +56,7 @@ def _axis(place: Any, value: torch.Tensor) -> int:
 
 
 def _local(value: torch.Tensor, mesh: Any, placements: list[Placement]) -> torch.Tensor:
-    if value.ndim == 0 and not isinstance(value, DTensor):  # a number
+    if value.ndim == 0 and not isinstance(value, DTensor):  # a number has no axis to shard
         return value
     if not isinstance(value, DTensor):
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -64,7 +65,7 @@ def _local(value: torch.Tensor, mesh: Any, placements: list[Placement]) -> torch
 
 
 def _whole(value: torch.Tensor, leading: tuple[int, ...], mesh: Any, placements: list[Placement]) -> DTensor:
-    """The size of the whole is given, for the last shard may be shorter."""
+    """The DTensor of a local result. The global shape is given, because the last shard may be shorter."""
     shape = torch.Size((*leading, *value.shape[len(leading) :]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)

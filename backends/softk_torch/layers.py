@@ -1,4 +1,4 @@
-"""The operator, and the attention made of it, as layers."""
+"""`softk.topk` and `softk.attention.attend` as modules."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ __all__ = ["TopK", "TopKAttention"]
 
 
 class TopK(torch.nn.Module):
-    """`softk.topk` as a module, whose k and epsilon may be learned.
+    """`softk.topk` as a module with optionally learnable k and epsilon.
 
     Parameters
     ----------
     k : float or tensor
-        How many to select. A `torch.nn.Parameter` (of one value, or one a slice) is learned with the model's others;
-        any other tensor is a buffer, which moves and is stored with the module. A tensor is held within [0, n] in the
-        forward pass, where outside of it there is no answer.
+        How many scores to select. A `torch.nn.Parameter` (one value, or one per slice) is trained with the model. Any
+        other tensor is a buffer, which is moved and saved with the module. Without weights, a tensor is clamped to
+        [0, n] in the forward pass, since the problem is infeasible outside.
     dim : int, optional
         The axis along which to select.
     mode : {"largest", "smallest"}, optional
-        Which end to select.
+        Whether to select the largest or the smallest scores.
     epsilon : float or tensor, optional
-        Strength of the entropy, in the units of the scores, a parameter or a buffer as `k` is; it must stay positive
-        (learn its logarithm where it might not).
+        Strength of the entropy, in the units of the scores. A tensor is a parameter or a buffer, as for `k`. It must
+        stay positive: learn its logarithm if it could become negative.
     hard : bool, optional
-        The exact indicator forward, the soft derivative backward. For a whole k.
+        The exact indicator in the forward pass, with the derivative of the soft mask. `k` must be a whole number.
 
     Raises
     ------
     TypeError, ValueError
-        For `mode` and for a number of `k` or `epsilon`, as `softk.topk`; one above n is found when n is known.
+        As `softk.topk`, for an invalid `mode` and for numbers `k` and `epsilon`. A `k` above n is detected in the
+        forward pass.
 
     Shape
     -----
-    Input and output are of one shape; see `softk.topk`.
+    The output has the shape of the input; see `softk.topk`.
 
     References
     ----------
@@ -70,7 +71,7 @@ class TopK(torch.nn.Module):
     ) -> None:
         super().__init__()
         _require(k, epsilon, mode=mode)
-        if hard and not isinstance(k, torch.Tensor):
+        if hard and not isinstance(k, torch.Tensor):  # raises if k is not a whole number
             softk.topk(_scores(max(math.ceil(k), 1)), k, hard=True)
         _hold(self, k=k, epsilon=epsilon)
         self.dim = dim
@@ -102,25 +103,25 @@ class TopK(torch.nn.Module):
 
 
 class TopKAttention(torch.nn.Module):
-    """`softk.attention.attend` as a module, whose k and epsilon may be learned, with dropout.
+    """`softk.attention.attend` as a module with dropout and optionally learnable k and epsilon.
 
-    It takes the place of `torch.nn.functional.scaled_dot_product_attention` and has no projections of its own.
+    It can replace `torch.nn.functional.scaled_dot_product_attention`, and has no projections of its own.
 
     Parameters
     ----------
     k : float or tensor
-        How many keys a query takes. A `torch.nn.Parameter` (of one value, or one a row of the weights) is learned with
-        the model's others; any other tensor is a buffer, which moves and is stored with the module. A tensor is held
-        at 0 or above in the forward pass.
+        How many keys a query attends to. A `torch.nn.Parameter` (one value, or one per row of the weights) is trained
+        with the model. Any other tensor is a buffer, which is moved and saved with the module. A negative value in a
+        tensor is clamped to 0 in the forward pass.
     epsilon : float or tensor, optional
-        Strength of the entropy, in the units of the scaled scores, a parameter or a buffer as `k` is; it must stay
-        positive.
+        Strength of the entropy, in the units of the scaled scores. A tensor is a parameter or a buffer, as for `k`. It
+        must stay positive.
     dropout : float, optional
-        The probability of each weight to be dropped, in training alone; the others are scaled up.
+        The probability with which a weight is set to 0 during training; the other weights are scaled up.
     scale : float, optional
-        What the dot products are multiplied by; one over the root of the number of features by default.
+        Factor of the dot products; by default one over the square root of the number of features.
     enable_gqa : bool, optional
-        Several heads of the queries share one of the keys and values.
+        Grouped-query attention: several heads of the queries share a head of the keys and values.
 
     Raises
     ------
@@ -183,10 +184,10 @@ class TopKAttention(torch.nn.Module):
         *,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """The values, mixed for each query.
+        """The attention output.
 
-        `attn_mask` is what a query may attend to, of bool, or what is added to the scaled scores, of floats;
-        `is_causal` leaves the places up to its own.
+        A boolean `attn_mask` is True for the keys that a query may attend to. A floating-point `attn_mask` is added to
+        the scaled scores. With `is_causal`, query i may attend only to the keys 0 to i.
         """
         masked = {} if attn_mask is None else {"where" if attn_mask.dtype == torch.bool else "bias": attn_mask}
         found: torch.Tensor = softk.attention.attend(
@@ -213,18 +214,19 @@ class TopKAttention(torch.nn.Module):
 
 
 def _scores(n: int) -> torch.Tensor:
-    """Scores without values, to ask what softk says of other arguments."""
+    """Scores without data, with which softk checks the other arguments."""
     return torch.empty(n, dtype=torch.float64, device="meta")
 
 
 def _require(k: float | torch.Tensor, epsilon: float | torch.Tensor, mode: Any = "largest") -> None:
-    """Raise for numbers that no call would take; how many scores there will be is not known yet."""
+    """Raise for numbers that are invalid for any input."""
     number, strength = (1.0 if isinstance(value, torch.Tensor) else value for value in (k, epsilon))
+    # n is unknown, so k must not be compared with it: with weights there is no upper end.
     softk.topk(_scores(1), number, mode=mode, epsilon=strength, weights=_scores(1))
 
 
 def _hold(module: torch.nn.Module, **values: float | torch.Tensor) -> None:
-    """A parameter is learned, any other tensor goes with the module, and a number stays one."""
+    """Set the attributes of a module: tensors that are no parameters become buffers, other values stay as they are."""
     for name, value in values.items():
         if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
             module.register_buffer(name, value)

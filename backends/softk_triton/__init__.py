@@ -1,7 +1,8 @@
-"""Fused kernels for PyTorch's tensors on CUDA devices, in Triton: the mask, its solver and its rule, below float64.
+"""Fused Triton kernels for PyTorch tensors on CUDA devices: the mask, its solver and its rule, for at most 32 bits.
 
-This file says what the kernels are and when they serve. `launch` calls them, `tiles` has those of rows that registers
-hold, `segments` those of longer ones. Triton is imported when the first tensor arrives that it will serve.
+This file declares the kernels and the arguments that they support. `launch` calls them. `tiles` has the kernels for
+rows that fit into registers, `segments` those for longer rows. Triton is imported when the first supported tensor
+arrives.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from softk.backend import Backend, Kernel, chosen_kernels
 
 __all__ = ["KERNELS"]
 
-#: The compute capability that Triton asks of a device.
+#: The smallest compute capability that Triton supports.
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: What kernels count to.
+#: The largest sizes that the kernels' integers can count.
 MOST_SCORES, MOST_ROWS = 1 << 30, 1 << 29
-#: The largest count that float32, in which they hold the mass, tells from the next.
+#: float32, in which the kernels hold k, represents every integer up to this one.
 MOST_SCORES_OF_A_MASS = 1 << 24
 
 Inputs = tuple[Any, ...]
@@ -31,7 +32,7 @@ Inputs = tuple[Any, ...]
 
 @cache
 def _absent(device: torch.device) -> str | None:
-    """Why no kernel runs on the device; None where kernels do."""
+    """The reason why no kernel runs on the device, or None if kernels run."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
@@ -44,7 +45,7 @@ def _absent(device: torch.device) -> str | None:
 
 
 def _is_interpreted(device: torch.device) -> bool:
-    """Whether the interpreter serves tensors in memory: it is slow, and used where it is asked for by name."""
+    """Whether Triton's interpreter serves CPU tensors. It is slow, so it is used only if chosen by name."""
     if device.type != "cpu" or chosen_kernels() != "triton" or importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -53,7 +54,7 @@ def _is_interpreted(device: torch.device) -> bool:
 
 
 def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
-    """Why the kernels do not serve a problem, None where they do."""
+    """The reason why the kernels do not support a problem, or None if they do."""
     x = inputs[0]
     if not isinstance(x, torch.Tensor) or not (x.device.type == "cuda" or _is_interpreted(x.device)):
         return f"the scores must be on a CUDA device, got {getattr(x, 'device', None)}"
@@ -68,7 +69,7 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
 
 
 def _refuses_count(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> str | None:
-    """The kernels hold the mass in float32."""
+    """`_refuses`, with a limit on k: the kernels hold k in float32, which would round a larger count."""
     if ranks is not None and max(ranks) > MOST_SCORES_OF_A_MASS:
         return f"k must be at most {MOST_SCORES_OF_A_MASS}, got {max(ranks)}"
     return _refuses(backend, inputs)
@@ -89,7 +90,7 @@ def _compute(part: str, backend: Backend, inputs: Inputs, *groups: Any, **option
     if part == "mask":
         return problem.mask()
     outputs, cotangents, needed = groups
-    # Of the offset, the reference and both cotangents; `where` and a count have none.
+    # The outputs after the mask are the offset and the reference. `where` and the integer k have no cotangent.
     found = problem.cotangents((*outputs[1:], *cotangents), needed[:4])
     return (*found, *(None for _ in inputs[4:]))
 

@@ -1,4 +1,4 @@
-"""How the kernels are called: the tiles or segments of a problem, its passes, and room for what they find."""
+"""The launch of the kernels: tiles or segments for a problem, the sequence of passes, and the output buffers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 
 from . import segments, tiles
 
-#: The longest row that a tile takes, or half of that with weights, and how many scores each of its warps.
+#: The longest row that one program solves in registers (half of it with weights), and the number of scores per warp.
 LONGEST = 32768
 PER_WARP = 1024
-#: How many columns of a short row are taken side by side: a warp has several rows, and what belongs to each is computed
-#: for several at once.
+#: The width of a chunk of a short row. A warp then has several rows, and computes the values of several rows at once.
 WIDTH = 32
-#: Of longer rows: the scores that a program takes at a time, the shortest segment, and how many segments at most.
+#: For longer rows: the scores that a program loads at a time, the shortest segment, and the largest number of segments.
 BLOCK = 4096
 SHORTEST = 32768
 SEGMENTS = 1024
@@ -26,7 +25,7 @@ Optional = torch.Tensor | None
 
 
 class Problem:
-    """Scores (..., n) and what belongs to them, as rows. Its results have the shapes of a primitive's."""
+    """The inputs of a primitive as rows of scores. Results have the shapes of the primitive's results."""
 
     grid: tuple[int]
     size: dict[str, int]
@@ -40,15 +39,15 @@ class Problem:
         self.weights = weights
 
     def per_item(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for a result of the scores' shape."""
+        """An empty buffer of the shape of the scores."""
         return torch.empty(self.x.shape, dtype=dtype or self.x.dtype, device=self.x.device)
 
     def per_row(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for a result, or some, of one value a slice."""
+        """An empty buffer for one value per slice, or for `count` such results."""
         return torch.empty((*count, *self.x.shape[:-1], 1), dtype=dtype, device=self.x.device)
 
     def run(self, kernel: Any, *arrays: Any, grid: tuple[int] | None = None, **options: Any) -> None:
-        """A kernel, on the device of the scores and its current stream."""
+        """Launch a kernel on the device of the scores and its current stream."""
         with _on(self.x.device):
             kernel[grid or self.grid](
                 *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size, **options
@@ -61,13 +60,13 @@ class Problem:
         return found
 
     def settled(self) -> tuple[Tensor, ...]:
-        """What the solver settles to."""
+        """The outputs of the solver primitive."""
         numbers, flags = self.per_row(4), self.per_row(4, dtype=torch.bool)
         self.forward(None, None, None, numbers, flags)
         return *numbers.unbind(), *flags.unbind()
 
     def cotangents(self, given: tuple[Optional, ...], needed: tuple[bool, ...]) -> tuple[Optional, ...]:
-        """Those of (x, k, tau, weights) that are needed, from the offset, the reference, u and c."""
+        """The cotangents of (x, k, tau, weights) that are needed, from the offset, the reference, u and c."""
         of_x, of_k, of_tau, of_weights = needed
         found = (
             self.per_item() if of_x else None,
@@ -88,12 +87,12 @@ class Problem:
 
 
 class Tiles(Problem):
-    """Rows of which a program takes one or more, once."""
+    """Rows that fit into registers: a program loads one or more rows once."""
 
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         block = max(1 << (self.n - 1).bit_length(), 16)
-        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # where rows are short, more warps are faster
+        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # short rows are faster with more warps
         rows = max(scores // block, 1)
         width = min(WIDTH, block) if rows > 1 else block
         self.grid = (-(-self.rows // rows),)
@@ -105,7 +104,7 @@ class Tiles(Problem):
             "FULL": self.n == block,
             "num_warps": warps,
         }
-        self.again = block == LONGEST
+        self.again = block == LONGEST  # load u again instead of holding it, which saves registers
 
     def forward(self, *found: Optional) -> None:
         self.run(tiles.solve_tile, *found)
@@ -115,7 +114,7 @@ class Tiles(Problem):
 
 
 class Segments(Problem):
-    """Rows of which many programs take a segment each, in passes."""
+    """Longer rows: many programs process one segment each, in several passes."""
 
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
@@ -134,21 +133,22 @@ class Segments(Problem):
         }
 
     def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for what segments hand on."""
+        """An empty buffer for the partial results of all segments."""
         return torch.empty((*count, self.rows, self.segments), dtype=dtype, device=self.x.device)
 
     def values(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for what belongs to a row on the way."""
+        """An empty buffer for an intermediate value of each row."""
         return torch.empty((*count, self.rows), dtype=dtype, device=self.x.device)
 
     @property
     def mass(self) -> torch.dtype:
-        """Without weights a mass is a count."""
+        """The dtype of a mass, which is a count without weights."""
         return torch.int32 if self.weights is None else torch.float32
 
     def forward(
         self, mask: Optional, offset: Optional, reference: Optional, numbers: Optional, flags: Optional
     ) -> None:
+        # For a mask, any reference within a temperature of the gap will do. The solver needs the scores at the gap.
         kernels, near = segments, float(mask is not None)
         survey = self.parts(5), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
         self.run(kernels.survey, *survey)
@@ -175,7 +175,11 @@ class Segments(Problem):
         self.run(kernels.mask_rows, gap, facts, state, tails, above, *results)
 
     def select(self, bracket: Tensor, mass: Tensor, near: float, *, upper: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The last but one bracket, the mass at its lower end, and what it leads to the last one."""
+        """Narrow the bracket of a score at the gap.
+
+        Returns the last bracket but one, the mass at its lower end, and the counts from which the next kernel computes
+        the last bracket.
+        """
         counts: Optional = None
         for _ in range(segments.PASSES):
             found = (
@@ -203,13 +207,13 @@ class Segments(Problem):
 
 
 def fault_on(device: torch.device) -> str | None:
-    """Why kernels do not start there: Triton needs a C compiler, among other things. None where they do."""
+    """The reason why kernels do not start on the device, such as a missing C compiler, or None if they do."""
     try:
         with _on(device):
             tiles.probe[(1,)](torch.empty(1, device=device))
     except Exception as reason:
         warnings.warn(
-            f"kernels do not run on {device} here, so softk leaves their work to PyTorch's operations: {reason!r}",
+            f"softk's kernels do not run on {device}, so softk uses PyTorch operations instead: {reason!r}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -218,7 +222,7 @@ def fault_on(device: torch.device) -> str | None:
 
 
 def problem(inputs: tuple[Any, ...]) -> Problem:
-    """The inputs of a primitive as tiles, where registers hold a row."""
+    """The inputs of a primitive as tiles if a row fits into registers, else as segments."""
     x, weights = inputs[0], inputs[3]
     return (Tiles if x.shape[-1] <= (LONGEST if weights is None else LONGEST // 2) else Segments)(*inputs)
 
@@ -228,12 +232,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _per_row(value: Tensor) -> tuple[Tensor, int]:
-    """An array of one value a slice, or one for all, and how far the next one is."""
+    """An array of one value per slice, or one for all, and its stride in elements: 0 for a shared value."""
     return (value, 0) if value.ndim == 0 else (value.contiguous(), 1)
 
 
 def _per_item(value: Optional) -> tuple[Optional, int]:
-    """An array of the scores' shape, and how far the next row is: no step where one row serves all."""
+    """An array of the shape of the scores, and the stride of its rows: 0 if all rows are the same."""
     if value is None:
         return None, 0
     pairs = zip(value.shape[:-1], value.stride(), strict=False)

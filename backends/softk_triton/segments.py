@@ -1,9 +1,9 @@
-"""The kernels for rows that no tile holds: the same in a few passes over the scores, each by many programs a row.
+"""The kernels for rows that are too long for a tile: several passes over the scores, each by many programs per row.
 
-A program sums up its segment of a row. What the segments of the pass before have found, every program of the next one
-adds up for itself, or a small one in between: so nothing waits but for the pass before, and nothing is added up in an
-order that varies. A pass that a row no longer needs reads nothing of it. What belongs to a row is a vector of one and
-what it reads a tile of one row, so that the functions for tiles serve.
+A program reduces its segment of a row to partial results. Every program of the next pass, or a small kernel between two
+passes, combines the partial results of all segments. Passes need no synchronization except their order, and the order
+of summation is fixed. A pass that a row no longer needs reads none of its scores. A value of a row is a vector of
+length 1, and loaded scores are tiles of one row, so that the functions of `tiles` apply.
 
 Forward: `survey`, `count` (brackets of keys, PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
 Backward: `nearest_rows`, `sum_rows`, `gain_rows`, `pull_rows`.
@@ -63,31 +63,31 @@ from .tiles import (
 )
 
 PIVOTS = tl.constexpr(8)
-#: Passes after which a bracket of all integers is one key, and sweeps after which the search ends.
+#: The number of passes that narrow a bracket of all integers to one key, and of sweeps after which the search ends.
 PASSES = 11
 SWEEPS = STEPS + 1
 
 
-# --- what programs know, and what they hand on
+# --- indices, partial results and values of rows
 
 
 @triton.jit
 def this_place(segments):
-    """The row of this program, as a vector of one, and its segment."""
+    """The row of this program, as a vector of length 1, and its segment."""
     program = tl.program_id(0)
     return program // segments + tl.arange(0, 1), program % segments
 
 
 @triton.jit
 def segment_of(segment, n, going, LENGTH: tl.constexpr):
-    """Where a segment begins and ends: at once where nothing is to be read."""
+    """The first column of a segment and its end, which are equal if the row is done and nothing is to be read."""
     begin = segment * LENGTH
     return begin, tl.where(tl.max(going.to(tl.int32), axis=0) > 0, tl.minimum(begin + LENGTH, n), begin)
 
 
 @triton.jit
 def parts_of(parts, field, row, rows, segments, SEGMENTS: tl.constexpr, other):
-    """What the segments of a row have found, as a tile."""
+    """Load the partial results of all segments of a row, as a tile."""
     segment = tl.arange(0, SEGMENTS)[None, None, :]
     place = (field * rows + across(row.to(tl.int64))) * segments + segment
     return tl.load(parts + place, mask=segment < segments, other=other)
@@ -95,23 +95,25 @@ def parts_of(parts, field, row, rows, segments, SEGMENTS: tl.constexpr, other):
 
 @triton.jit
 def hand_on(parts, field, row, rows, segment, segments, value):
+    """Store a partial result of a segment for the next pass."""
     tl.store(parts + (field * rows + row.to(tl.int64)) * segments + segment, value)
 
 
 @triton.jit
 def field_of(values, field, row, rows):
+    """Load a value of a row."""
     return tl.load(values + field * rows + row)
 
 
 @triton.jit
 def keep(values, field, row, rows, value, segment):
-    """A value of a row, written by the program of its first segment."""
+    """Store a value of a row. Only the program of the first segment writes it."""
     tl.store(values + field * rows + row, value, mask=segment + tl.arange(0, 1) == 0)
 
 
 @triton.jit
 def no_mass(weights, SIZE: tl.constexpr):
-    """A count, or a sum of weights, of nothing."""
+    """Zeros in the dtype of a mass, for the start of a sum."""
     if weights is None:
         nothing = tl.zeros([SIZE], tl.int32)
     else:
@@ -143,7 +145,7 @@ def survey(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: its lowest and highest score, also of those that count, its mass, and whether it is unsound."""
+    """Per segment: the extreme scores that can be selected, those of positive weight, the mass, and whether invalid."""
     row, segment = this_place(segments)
     lowest, highest = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
     first, last, total, bad = lowest, highest, no_mass(weights_given, 1), tl.zeros([1], tl.int32)
@@ -202,7 +204,7 @@ def open_bracket(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a row: what the survey says, and the bracket to begin with."""
+    """Per row: the combined results of the survey, and the initial bracket."""
     row = tl.program_id(0) + tl.arange(0, 1)
     k, _, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     lowest = min_of(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY))
@@ -223,6 +225,7 @@ def open_bracket(
     keep(flags, 0, row, rows, nothing, 0)
     keep(flags, 1, row, rows, everything, 0)
     keep(flags, 2, row, rows, valid, 0)
+    # A row without a search gets an empty bracket, so that the passes skip it.
     keep(bracket, 0, row, rows, tl.where(valid & ~nothing & ~everything, first, last), 0)
     keep(bracket, 1, row, rows, last, 0)
     keep(mass, 0, row, rows, total, 0)
@@ -230,7 +233,8 @@ def open_bracket(
 
 @triton.jit
 def pivots_in(low, high):
-    """Keys that cut a bracket into equal parts, above `low` and not above `high`."""
+    """Keys that cut a bracket into equal parts: above `low`, and at most `high`."""
+    # The width of a bracket of 32-bit keys needs 64 bits.
     part = tl.arange(0, PIVOTS).to(tl.int64) + 1
     width = high.to(tl.int64) - low.to(tl.int64)
     return (low.to(tl.int64) + (width * part + PIVOTS) // (PIVOTS + 1)).to(tl.int32)
@@ -238,14 +242,14 @@ def pivots_in(low, high):
 
 @triton.jit
 def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near, weights, SEGMENTS: tl.constexpr):
-    """The bracket that the pass before has led to, the mass at its lower end, and whether it is too wide yet."""
+    """The bracket after the previous pass, the mass at its lower end, and whether it must still be narrowed."""
     low, high, reached = field_of(bracket, 0, row, rows), field_of(bracket, 1, row, rows), field_of(mass, 0, row, rows)
     going = going_on(low, high, reached, bar, lower_bar, near, weights)
     if counts is not None:
         pivot, segment = tl.arange(0, PIVOTS), tl.arange(0, SEGMENTS)[None, :]
         place = (pivot * rows + row.to(tl.int64))[:, None] * segments + segment
         found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
-        # The pivots rise and what they find falls: the last that finds enough is `low`, below the next one.
+        # The mass falls as the pivots rise. The last pivot with enough mass is `low`; `high` is below the next pivot.
         pivots, enough = pivots_in(low, high), found > bar
         raised = tl.max(tl.where(enough, pivots, low), axis=0)
         lowered = tl.min(tl.where(enough, high, pivots - 1), axis=0)
@@ -282,11 +286,11 @@ def count(
     SEGMENTS: tl.constexpr,
     UPPER: tl.constexpr,
 ):
-    """Of a segment: the mass at and above each pivot, for the upper side of the gap or the lower one."""
+    """Per segment: the mass at and above each pivot, for the upper or the lower side of the gap."""
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     bar, lower_bar = bars(k, weights_given)
-    if not UPPER:
+    if not UPPER:  # the same search with the other bar finds the lower side
         bar = lower_bar
     low, high, reached, going = bracket_of(
         bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
@@ -331,7 +335,7 @@ def flank(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the scores on either side of the lower bound that the passes have led to."""
+    """Per segment: the nearest scores at or above the lower bound that the passes have found, and below it."""
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     bar, lower_bar = bars(k, weights_given)
@@ -348,7 +352,7 @@ def flank(
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        if weights_given is not None:
+        if weights_given is not None:  # an item of weight 0 is on no side of the gap
             x = tl.where(weights > 0.0, x, -INFINITY)
         above, below = beside(x, low)
         upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
@@ -378,7 +382,10 @@ def open_lower_bracket(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a row with weights: the bracket of the lower side, if it is apart; a weight may be within k's rounding."""
+    """Per row with weights: the bracket of the lower side of the gap, if the two sides differ.
+
+    Weights within the rounding of k may lie between the two sides, so the lower side needs a search of its own.
+    """
     row = tl.program_id(0) + tl.arange(0, 1)
     k, _, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     _, lower_bar = bars(k, weights_given)
@@ -418,7 +425,7 @@ def frame_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a row: both sides of the gap, the reference and their z, and where the search begins."""
+    """Per row: both sides of the gap, their z, the reference, and the initial state of the search."""
     row = tl.program_id(0) + tl.arange(0, 1)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     nothing = field_of(flags, 0, row, rows) != 0
@@ -443,6 +450,7 @@ def frame_rows(
     keep(gap, 2, row, rows, z_low, 0)
     keep(gap, 3, row, rows, high, 0)
     keep(gap, 4, row, rows, low, 0)
+    # The state of the search: the offset, the bracket, whether it is done, and whether the next step is the final one.
     fixed = (nothing | everything | ~valid).to(tl.float32)
     keep(state, 0, row, rows, 0.0 * tau, 0)
     keep(state, 1, row, rows, 0.0 * tau - INFINITY, 0)
@@ -453,7 +461,7 @@ def frame_rows(
 
 @triton.jit
 def search_of(state, tails, above, steps, half, k, row, rows, segments, weights, SEGMENTS: tl.constexpr):
-    """Where the pass before has led to: the offset, its bracket, and whether it is done."""
+    """The state of the search after the previous pass: the offset, its bracket, and whether it is done."""
     offset, least, most = field_of(state, 0, row, rows), field_of(state, 1, row, rows), field_of(state, 2, row, rows)
     done, last = field_of(state, 3, row, rows) != 0.0, field_of(state, 4, row, rows) != 0.0
     if tails is not None:
@@ -493,12 +501,13 @@ def sweep_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: what a sweep finds at the offset that the pass before has led to."""
+    """Per segment: the sums of a sweep at the offset of the previous pass."""
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
     half, _ = narrowed(z_high, z_low)
+    # Every program makes the step for itself, from the sums of all segments in the previous pass.
     offset, least, most, done, last = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
     )
@@ -558,7 +567,7 @@ def mask_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """The results: of a segment its mask, or, without one, what `softk._reference.threshold.solve` settles to."""
+    """Write the mask of each segment and the threshold, or, without `mask`, the outputs of the solver primitive."""
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
@@ -570,8 +579,8 @@ def mask_rows(
     )
     valid = (field_of(flags, 2, row, rows) != 0) & (offset == offset)
     level = tl.exp(offset)
-    offset += 0.5 * (z_high + z_low)
-    leads = segment + tl.arange(0, 1) == 0
+    offset += 0.5 * (z_high + z_low)  # the search measures it from the middle of the gap
+    leads = segment + tl.arange(0, 1) == 0  # only the first segment stores the values of a row
     if mask is None:
         most = field_of(flags, 3, row, rows) != 0
         store_settled(
@@ -618,7 +627,7 @@ def nearest_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the nearest scores above and below the threshold that have weight, and the largest weight."""
+    """Per segment: the nearest scores of positive weight above and below the threshold, and the largest weight."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
@@ -645,7 +654,7 @@ def nearest_rows(
 
 @triton.jit
 def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
-    """The nearest scores above and below the threshold that have weight, and the largest weight."""
+    """The nearest scores of positive weight above and below the threshold in a row, and the largest weight."""
     return (
         min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
         max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
@@ -661,7 +670,7 @@ def sums_of(values, upper):
 
 @triton.jit
 def greatest(values, u, share, best, u_best, share_best):
-    """The greatest value yet, and u and the share there. Of equal ones no one dominates, and any will do."""
+    """Update the greatest value, and u and the share there. Equal greatest values do not dominate, so any will do."""
     here = max_of(values)
     at = values == across(here)
     better = here > best
@@ -694,9 +703,9 @@ def sum_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment, on either side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest v'.
+    """Per segment and side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest a v'.
 
-    Each side is in units of its own.
+    Each side has its own units, which `join_rows` balances.
     """
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
@@ -764,7 +773,7 @@ def sum_rows(
 
 @triton.jit
 def both_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
-    """Two sums, below and above the threshold."""
+    """The sums over a row below and above the threshold."""
     return (
         sum_of(parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)),
         sum_of(parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)),
@@ -773,7 +782,7 @@ def both_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def greatest_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
-    """The greatest of the segments' greatest, and u and the share there."""
+    """The greatest value of a row over all segments, and u and the share there."""
     values = parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)
     u = parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)
     share = parts_of(sums, field + 2, row, rows, segments, SEGMENTS, 0.0)
@@ -807,7 +816,7 @@ def join_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a row: the balance of its sides, V', the level that u is measured from, and the cotangent of k."""
+    """Per row: the balance of the two sides, V', the level from which u is measured, and the cotangent of k."""
     row = tl.program_id(0) + tl.arange(0, 1)
     k, tau = load_per_row(k_given, row, rows, k_step, 0.0), load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
@@ -821,7 +830,7 @@ def join_rows(
     nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
     normal = safe_denominator(less * below + more * above)
-    origin = tl.where(more * above > less * below, high, low)  # where there is none on a side, there is no p
+    origin = tl.where(more * above > less * below, high, low)  # the side that has more of p
     origin = tl.minimum(tl.maximum(tl.where(tl.abs(origin) == INFINITY, reference, origin), -LARGEST), LARGEST)
     below, above = both_of(sums, 4, row, rows, segments, SEGMENTS)
     pulled = less * below + more * above
@@ -829,6 +838,7 @@ def join_rows(
     shares = less * below + more * above
     most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
     most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
+    # Whether the greatest item below or above the threshold dominates p.
     lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
     at_most = tl.where(upper, u_above / safe_denominator(share_above), u_below / safe_denominator(share_below))
     rate, inverse_slope = rates(nearest, normal)
@@ -850,7 +860,7 @@ def join_rows(
 
 @triton.jit
 def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows):
-    """Of a tile: v', v, and the multiple of the weights that u is measured from."""
+    """v', v, and the multiple of the weights from which u is measured, for a tile."""
     nearest, less, more = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
     high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
     normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
@@ -863,7 +873,7 @@ def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
         level = tl.where(inside, across(level), 0.0)
     else:
         level = tl.where(scaled > 0.0, weights, 0.0) / across(unit) * across(level)
-    # At the item that dominates exactly u. If there is one it has three quarters, and no other more than one.
+    # At a dominating item the level is exactly u. It has more than 3/4 of p, and every other item less than 1/4.
     most = across(held) & (weigh(weights, scaled) > across(0.5 * normal))
     return scaled, gain_of(z, scaled, tl.exp(-nearest), weights), tl.where(most, u, level)
 
@@ -891,7 +901,7 @@ def gain_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: <v, u>, with u measured from its level."""
+    """Per segment: <v, u>, with u measured from its level."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
@@ -939,12 +949,13 @@ def pull_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar>."""
+    """Per segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar>."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     normal, hbar = field_of(joined, 2, row, rows), field_of(joined, 5, row, rows)
     origin = field_of(joined, 10, row, rows)
+    # p g cancels the rest of the weighted mean of u, and adds the cotangent c of the offset.
     g = -sum_of(parts_of(gains, 0, row, rows, segments, SEGMENTS, 0.0))
     if c_given is not None:
         g += field_of(c_given, 0, row, rows)
@@ -997,7 +1008,7 @@ def temperature_rows(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Of a row: the cotangent of the temperature."""
+    """Per row: the cotangent of the temperature."""
     row = tl.program_id(0) + tl.arange(0, 1)
     tau, offset = load_per_row(tau_given, row, rows, tau_step, 1.0), field_of(offset_given, 0, row, rows)
     taubar = -sum_of(parts_of(moments, 0, row, rows, segments, SEGMENTS, 0.0))

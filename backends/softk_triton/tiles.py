@@ -1,16 +1,17 @@
 r"""The soft top-k mask and its derivative as fused kernels, in Triton, for float16, bfloat16 and float32.
 
-They are the solver and the rule of `softk._reference.threshold` over again, for a processor that computes faster than
-it reads: a tile of rows is loaded once, solved in registers and written once. The mathematics stands there, and names
-here are the names there. What differs is how things are found, not what is found:
+They implement the solver and the rule of `softk._reference.threshold`, under the same names. The mathematics is
+explained there. On a GPU arithmetic is cheaper than memory access, so a tile of rows is loaded once, solved in
+registers and written once. The results are the same, but some of the methods differ:
 
-- **The scores at the gap** are selected by counting. Floats ordered as integers are bracketed; the pivot is where the
-  log-odds of the mass above it would be right were they linear in between, or the middle of the bracket where the last
-  one did not halve it. It ends where the count is right, or the bracket is narrow beside the temperature.
-- **Counts** are integers, and so is the whole part of k: a float32 does not count beyond 2^24.
+- **The scores at the gap** are found by counting. The kernel brackets them as integer keys of the same order as the
+  floats. The pivot comes from linear interpolation of the log-odds of the mass above it, or is the midpoint of the
+  bracket if the previous pivot did not halve it. The search ends once the count is right, or the bracket is narrower
+  than the temperature.
+- **Counts** are integers, and so is the integer part of k, because float32 does not represent all integers above 2^24.
 - **The logarithm** of `operations` is a series near 1.
 
-A sum over a row is a tree that depends on the row's length alone: the same input gives the same bits.
+A sum over a row is a tree that depends only on the length of the row, so the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ LIMIT = tl.constexpr(STEPS)
 LOG2_E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FORMULAS = formulas.load(operations, triton.jit, tl=tl)  # the interpreter looks for its name
+_FORMULAS = formulas.load(operations, triton.jit, tl=tl)  # the interpreter looks for the name tl
 step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMULAS.excess_of
 rate_of = _FORMULAS.rate_of
 rounded_deficit, is_rounding = _FORMULAS.deficit, _FORMULAS.is_rounding
 share_of, is_beside = _FORMULAS.balance, _FORMULAS.is_beside
-#: Temperatures whose inverse is a number, with room for products.
+#: Between these temperatures 1 / tau neither overflows nor underflows, nor do its products.
 COLDEST, HOTTEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
 
 
 @triton.jit
 def probe(place):
-    """The least that a kernel can do, to see whether kernels run at all."""
+    """A minimal kernel, which tests whether kernels run at all."""
     tl.store(place, 1.0)
 
 
@@ -63,16 +64,17 @@ def probe(place):
 
 @triton.jit
 def columns(start, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns of a tile.
+    """The column indices of a tile.
 
-    The threads of a warp lie along the last axis, then along the first: few columns in a chunk give it several rows.
+    The threads of a warp are laid out along the last axis first, then along the rows. With narrow chunks a warp
+    therefore has several rows.
     """
     return start + tl.arange(0, CHUNKS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
 def across(values):
-    """One value a row, for a tile."""
+    """Broadcast one value per row against a tile."""
     return values[:, None, None]
 
 
@@ -99,7 +101,7 @@ def min_of(tile):
 
 @triton.jit
 def key_of(x):
-    """An integer that is ordered as the float is; its own inverse but for the type. -0 must have been made 0."""
+    """Map a float to an integer key of the same order. `score_of` is the inverse. -0 must have been replaced by 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
@@ -112,16 +114,16 @@ def score_of(key):
 
 @triton.jit
 def inverse(tau):
-    """1 / tau in two factors, neither of which over- or underflows."""
+    """1 / tau as a product of two factors that neither overflow nor underflow."""
     scale = tl.where(tau < COLDEST, 2.0**60, tl.where(tau > HOTTEST, 2.0**-60, 1.0))
     return 1.0 / (tau * scale), scale
 
 
 @triton.jit
 def logits(x, reference, tau):
-    """(x - reference) / tau, not clipped: what is far away is as good as infinite, in either direction."""
+    """(x - reference) / tau, not clipped: a distant score may be infinite."""
     factor, scale = inverse(tau)
-    small = tl.minimum(scale, 1.0)  # beside a large tau scores are made smaller before their difference overflows
+    small = tl.minimum(scale, 1.0)  # for a large tau, scale the scores first, so that their difference cannot overflow
     return (tl.minimum(x, LARGEST) * small - reference * small) * factor * tl.maximum(scale, 1.0)
 
 
@@ -133,7 +135,7 @@ def sigmoid(z):
 
 @triton.jit
 def inverse_of(b):
-    """1 / b for b well within the range of the numbers: one instruction, within 1 rounding."""
+    """1 / b for b far from overflow and underflow: one instruction, with an error of 1 rounding."""
     if INTERPRETED:
         return 1.0 / b
     else:
@@ -144,7 +146,7 @@ def inverse_of(b):
 
 @triton.jit
 def power_of_two(exponent):
-    """2 to a power: one instruction, within 2 roundings, and 0 below the normal numbers."""
+    """2**exponent: one instruction, with an error of 2 roundings. Subnormal results are 0."""
     if INTERPRETED:
         return tl.exp2(exponent)
     else:
@@ -155,7 +157,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def exponential(exponent):
-    """exp, and 0 below the normal numbers."""
+    """exp, by `power_of_two`. Subnormal results are 0."""
     return power_of_two(exponent * LOG2_E)
 
 
@@ -169,16 +171,19 @@ def safe_denominator(values):
 
 @triton.jit
 def rarity(mass, total, little):
-    """The log-odds of a mass, finite at both ends: nearly linear in the score where scores are bell-shaped."""
+    """The log-odds of a mass, made finite at both ends by `little`.
+
+    For bell-shaped distributions the log-odds of the mass above a score are nearly linear in the score.
+    """
     return tl.log2((mass + little) / (total - mass + little))
 
 
 @triton.jit
 def going_on(low, high, mass, bar, lower_bar, near, weights):
-    """Whether the bracket is too wide yet.
+    """Whether the bracket must still be narrowed.
 
-    Not so if `low` is the key; if it has the least count that will do; or if its score is so near that of `high` that
-    the threshold is next to both, and the next score, across a gap, is not wanted.
+    The search ends if `low` is the key, or if it has the smallest count that suffices. It also ends if both sides of
+    the gap lie in the bracket, and the bracket is narrower than `near`: any score in it is then near the threshold.
     """
     going = low < high
     if weights is None:
@@ -188,7 +193,7 @@ def going_on(low, high, mass, bar, lower_bar, near, weights):
 
 @triton.jit
 def mass_of(chosen, weights):
-    """The mass of the chosen items of a tile: their number, which floats add up exactly in a tile, or their weight."""
+    """The total weight of the chosen items of a tile; without weights their number, which is exact in float32."""
     if weights is None:
         mass = sum_of(tl.where(chosen, 1.0, 0.0)).to(tl.int32)
     else:
@@ -198,20 +203,23 @@ def mass_of(chosen, weights):
 
 @triton.jit
 def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
-    """A lower bound of the largest key at or above which there is more mass than `bar`, and that mass.
+    """Find the largest key at or above which the mass exceeds `bar`: a lower bound of the key, and the mass there.
 
-    Nothing lies between the bound and the key, unless it is nearer than `near`. There is `mass` > bar at or above
-    `low`, and less, or none, beyond `high`. Without weights a mass is a count. Keys bracket, and scores are compared.
+    No score lies between the bound and the key, except within `near`. Throughout, the mass at or above `low` is `mass`,
+    which exceeds `bar`, and the mass beyond `high` does not exceed it. Without weights a mass is a count. The bracket
+    is of integer keys, but scores are compared as floats.
     """
     going = going_on(low, high, mass, bar, lower_bar, near, weights)
     first, last = rarity(total, total, little), rarity(0.0 * total, total, little)
     aim = rarity(bar + little, total, little)
     halve = going != going
     while tl.max(going.to(tl.int32), axis=0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # the mean, rounded up; nothing overflows
+        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # the mean, rounded up, without overflow
+        # Interpolate linearly between the log-odds at both ends of the bracket. They fall as the score rises.
         share = tl.minimum(tl.maximum((aim - first) / tl.minimum(last - first, -LEAST), 0.0), 1.0)
         x_low, x_high = tl.maximum(score_of(low), -LARGEST), tl.minimum(score_of(high), LARGEST)
         pivot = tl.where(halve, middle, key_of(x_low * (1.0 - share) + x_high * share + 0.0))
+        # A pivot above `low` makes the bracket smaller in either case.
         pivot = tl.minimum(tl.maximum(pivot, low + 1), high)
         found = mass_of(x >= across(score_of(pivot)), weights)
         rare = rarity(found.to(tl.float32), total, little)
@@ -219,6 +227,7 @@ def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
         raised, lowered = going & enough, going & ~enough
         low, mass, first = tl.where(raised, pivot, low), tl.where(raised, found, mass), tl.where(raised, rare, first)
         high, last = tl.where(lowered, pivot - 1, high), tl.where(lowered, rare, last)
+        # Bisect next if this pivot has not halved the bracket. Differences of keys need 64 bits.
         halve = 2 * (high.to(tl.int64) - low.to(tl.int64)) > width
         going = going_on(low, high, mass, bar, lower_bar, near, weights)
     return low, mass
@@ -226,29 +235,35 @@ def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
 
 @triton.jit
 def beside(x, low):
-    """The scores on either side of a lower bound, which is a key; infinite where there is none."""
+    """The nearest scores at or above the key `low`, and below it; infinite if there are none."""
     above = x >= across(score_of(low))
     return min_of(tl.where(above, x, INFINITY)), max_of(tl.where(above, -INFINITY, x))
 
 
 @triton.jit
 def bars(k, weights):
-    """What the mass at and above the two sides of the gap exceeds, and the mass above them does not."""
+    """The bars of the two sides of the gap.
+
+    A side of the gap is the largest score at or above which the mass exceeds its bar.
+    """
     if weights is None:
         upper, lower = tl.ceil(k).to(tl.int32) - 1, tl.floor(k).to(tl.int32)
     else:
-        # A user's sum of weights is rounded in another way, so k is a short interval, with its lower end.
+        # The user's sum of weights has other rounding errors, so k is a short interval that includes its lower end.
         upper, lower = score_of(key_of(k * (1.0 - ROUNDING)) - 1), k * (1.0 + ROUNDING)
     return upper, lower
 
 
 @triton.jit
 def extent(k, total, of_all, n, weights):
-    """Whether everything is selected, and whether there is as much: of what can be selected, and of all items."""
+    """Whether k selects everything, and whether k is in its range.
+
+    `total` is the mass of the items that can be selected, `of_all` that of all items.
+    """
     if weights is None:
         everything, valid = tl.floor(k).to(tl.int32) >= total, (k >= 0.0) & (k <= n)
     else:
-        # Two sums of n weights, each added up in an order of its own, are apart by at most a rounding an item.
+        # Two sums of n weights in different orders differ by at most one rounding per item.
         everything = k >= total * (1.0 - ROUNDING)
         valid = (k >= of_all * -ROUNDING) & (k - of_all <= of_all * (ROUNDING + n * EPS))
     return (k > 0.0) & everything, valid
@@ -256,9 +271,9 @@ def extent(k, total, of_all, n, weights):
 
 @triton.jit
 def census(raw, x, inside, n, weights):
-    """Of a tile: the lowest score that can be selected, what mass can be, and whether all scores are sound.
+    """The lowest score of a tile that can be selected, the mass that can be selected, and whether no score is NaN.
 
-    Usually all scores are finite, and need not be looked at again.
+    If the lowest score is finite, as usual, all scores can be selected, and no further pass is needed.
     """
     lowest = min_of(tl.where(inside, x, INFINITY))
     if weights is None:
@@ -277,10 +292,10 @@ def census(raw, x, inside, n, weights):
 
 @triton.jit
 def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
-    """The scores on either side of the gap; whether nothing is selected, everything, and there is an answer.
+    """The scores on either side of the gap, and whether nothing is selected, everything is, and the problem is valid.
 
-    What cannot be selected has the score -inf; `of_all` is the weight of all items. Where both sides are nearer than
-    `near`, any score next to them will do.
+    Items that cannot be selected have the score -inf. `of_all` is the weight of all items. If both sides are closer to
+    each other than `near`, any score next to them will do.
     """
     nothing, highest = k <= 0.0, max_of(x)
     bar, lower_bar = bars(k, weights)
@@ -294,6 +309,7 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
         first = key_of(min_of(tl.where(heavy, x, INFINITY)) + 0.0)
         last = key_of(max_of(counted) + 0.0)
         little = 0.5 * total / n
+    # If k exceeds the mass that can be selected, the upper side of the gap is -inf.
     lowest = tl.where(bar < total, lowest, -INFINITY)
     everything, enough = extent(k, total, of_all, n, weights)
     valid = valid & enough
@@ -301,8 +317,9 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
     mass = total.to(tl.float32)
     low, reached = select(counted, weights, start, last, total, bar, lower_bar, near, mass, little)
     upper, lower = beside(counted, low)
-    apart = reached <= lower_bar
+    apart = reached <= lower_bar  # otherwise k lies within the mass of the upper score, and there is no gap
     if weights is not None:
+        # Scores whose weights are within the rounding of k may lie between both sides: search the lower one separately.
         below = key_of(lower + 0.0)
         start = tl.where(apart & (first < below), first, below)
         below, _ = select(counted, weights, start, below, total, lower_bar, lower_bar, 0.0 * near, mass, little)
@@ -316,28 +333,28 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
 
 @triton.jit
 def reference_of(high, low, tau):
-    """Both sides of the gap as finite scores, the reference, and z of the two."""
+    """Both sides of the gap as finite scores, the reference, and z of both sides."""
     high = tl.minimum(tl.maximum(high, -LARGEST), LARGEST)
     low = tl.minimum(tl.maximum(low, -LARGEST), LARGEST)
     reference = midpoint(high, low)
-    # As far apart as a derivative still sees.
+    # Clip z to the largest distance that still contributes to a derivative.
     z_high = tl.minimum(logits(high, reference, tau), FARTHEST)
     return high, low, reference, z_high, tl.maximum(logits(low, reference, tau), -FARTHEST)
 
 
 @triton.jit
 def narrowed(z_high, z_low):
-    """Half a gap that is not too wide, and what either side of it came closer by."""
+    """Half the narrowed gap, and the distance by which either side of the gap was moved."""
     half = 0.5 * (z_high - z_low)
     return tl.minimum(half, NARROW), excess_of(half, NARROW)
 
 
 @triton.jit
 def narrow_gap(x, high, low, reference, z_high, z_low, tau):
-    """exp(z) from the middle of the gap, narrowed.
+    """exp(z), with z measured from the middle of the narrowed gap.
 
-    On either side of a gap that is narrowed z is measured from its score, for in a wide one the narrowing itself would
-    be rounded away.
+    On either side of a narrowed gap, z is measured from the score at that side. In a wide gap the rounding of z would
+    otherwise be too coarse.
     """
     half, excess = narrowed(z_high, z_low)
     wide, middle = excess > 0.0, 0.5 * (z_high + z_low)
@@ -350,14 +367,14 @@ def narrow_gap(x, high, low, reference, z_high, z_low, tau):
 
 @triton.jit
 def is_ordinary(excess, tau, fixed):
-    """Whether no row of a tile needs more care than `odds_of` takes: for a gap, for the temperature, or altogether."""
+    """Whether `odds_of` suffices for all rows of a tile: no narrowed gap, no extreme temperature, no fixed offset."""
     extreme = (excess > 0.0) | (tau < COLDEST) | (tau > HOTTEST) | fixed
     return tl.max(extreme.to(tl.int32), axis=0) == 0
 
 
 @triton.jit
 def odds_of(x, reference, z_high, z_low, tau):
-    """What `narrow_gap` finds, but for far scores, where a gap is not narrowed: 0 for a score of -inf."""
+    """A cheaper `narrow_gap` for ordinary rows. Very low scores may underflow; a score of -inf gives 0."""
     factor, shift = 1.0 / tau * LOG2_E, (z_high + z_low) * 0.5 * LOG2_E
     exponent = (tl.minimum(x, LARGEST) - across(reference)) * across(factor) - across(shift)
     return power_of_two(tl.minimum(exponent, REACH * LOG2_E))
@@ -365,7 +382,7 @@ def odds_of(x, reference, z_high, z_low, tau):
 
 @triton.jit
 def sweep(odds, weights, level):
-    """Above the threshold: how many, or how much; the tails below and above it, and the slope of the mass."""
+    """One pass over a tile: the mass above the threshold, the tails below and above it, and the slope of the mass."""
     side = odds > across(level)
     tail = tl.minimum(odds, across(level)) * inverse_of(odds + across(level))
     weighted = tail
@@ -373,14 +390,14 @@ def sweep(odds, weights, level):
         weighted = weights * tail
     above, both = mass_of(side, weights), sum_of(weighted)
     upper = sum_of(tl.where(side, 1.0, 0.0) * weighted)
-    # At the root neither tail is lost in their sum, or what it lacks is nothing beside k. A maximum would hide a NaN.
+    # At the root neither tail is lost in their sum, or its error is negligible beside k. A maximum would hide a NaN.
     lower = both - upper
     return above, tl.where(lower < 0.0, 0.0, lower), upper, both - sum_of(weighted * tail)
 
 
 @triton.jit
 def deficit(above, k, offset, half, weights):
-    """delta: what the mass above the threshold lacks of k."""
+    """delta: k minus the mass above the threshold."""
     if weights is None:
         whole = tl.floor(k)
         delta = (whole.to(tl.int32) - above).to(tl.float32) + (k - whole)
@@ -391,11 +408,14 @@ def deficit(above, k, offset, half, weights):
 
 @triton.jit
 def newton(offset, least, most, done, last, steps, above, lower, upper, slope, half, k, weights):
-    """One step, within the middle of a bracket; after a small one a last one, as exact as the numbers are."""
+    """One safeguarded Newton step, clipped to the midpoint of the bracket.
+
+    After a small step, or at the limit, `last` is set. The next step is then the final one, and is not clipped.
+    """
     size = step_size(lower, upper, slope, deficit(above, k, offset, half, weights), EPS, SMALLEST)
     least, most = tl.where(size > 0.0, offset, least), tl.where(size < 0.0, offset, most)
     reach = tl.where(last, INFINITY, 0.5 * (most - least))
-    # Beyond it on either side all tails are exponentials, of which the last step is exact.
+    # Beyond the ceiling all tails are exponentials, for which the final step is exact.
     ceiling = tl.where(last, INFINITY, LOG_FARTHEST)
     moved = offset + tl.minimum(tl.maximum(size, -reach), reach)
     moved = tl.minimum(tl.maximum(moved, -ceiling), ceiling)
@@ -405,7 +425,7 @@ def newton(offset, least, most, done, last, steps, above, lower, upper, slope, h
 
 @triton.jit
 def search(odds, weights, half, k, fixed):
-    """The offset from the middle of the gap, NaN where there is none."""
+    """The offset from the middle of the gap; NaN if there is no solution."""
     offset = half - half
     least, most, done, last = offset - INFINITY, offset + INFINITY, fixed, fixed
     steps = 0
@@ -420,7 +440,7 @@ def search(odds, weights, half, k, fixed):
 
 @triton.jit
 def mask_of(odds, level, excess):
-    """The mask from the odds, on either side of a gap that was narrowed; nothing lies within it. Never more than 1."""
+    """The mask from the odds, with the narrowing of the gap undone. No score lies in the gap. It never exceeds 1."""
     side, shrunk, level = odds > across(level), across(tl.exp(-excess)), across(level)
     smaller = tl.where(side, level, odds) * shrunk
     tail = smaller * inverse_of(smaller + tl.where(side, odds, level))
@@ -432,7 +452,7 @@ def mask_of(odds, level, excess):
 
 @triton.jit
 def places(present, column, n, FULL: tl.constexpr):
-    """Which places of a tile are scores: all of a row that is there if the tile is FULL."""
+    """Which elements of a tile are scores. If the tile is FULL, its columns are exactly those of a row."""
     inside = across(present)
     if not FULL:
         inside = inside & (column < n)
@@ -441,19 +461,19 @@ def places(present, column, n, FULL: tl.constexpr):
 
 @triton.jit
 def load_tile(values, row, column, inside, step, other):
-    """A tile of a matrix whose rows are `step` apart: 0 where one row serves all."""
+    """Load a tile of a matrix with the row stride `step`, which is 0 if all rows are the same."""
     return tl.load(values + across(row.to(tl.int64)) * step + column, mask=inside, other=other)
 
 
 @triton.jit
 def load_per_row(values, row, rows, step, other):
-    """One value a row, or, with a step of 0, the same for all."""
+    """Load one value per row, or, with a stride of 0, the same for all rows."""
     return tl.load(values + row.to(tl.int64) * step, mask=row < rows, other=other)
 
 
 @triton.jit
 def load_kept(where, row, column, inside, step):
-    """The items that are not removed, of a tile."""
+    """Whether the items of a tile are not removed by `where`."""
     kept = inside
     if where is not None:
         kept = kept & (load_tile(where, row, column, inside, step, 0) != 0)
@@ -462,13 +482,13 @@ def load_kept(where, row, column, inside, step):
 
 @triton.jit
 def load_cotangent(u, row, column, kept, n):
-    """That of the mask, zero for the items that are removed, whatever stands there."""
+    """The cotangent of the mask, 0 for the items that are removed, even if it is NaN there."""
     return load_tile(u, row, column, kept, n, 0.0).to(tl.float32)
 
 
 @triton.jit
 def load_raw(x_given, where, row, column, inside, n, where_step):
-    """Scores as they are, -inf for what is removed."""
+    """Load scores in float32, with -inf for removed items."""
     raw = load_tile(x_given, row, column, inside, n, -INFINITY).to(tl.float32)
     if where is not None:
         raw = tl.where(load_kept(where, row, column, inside, where_step), raw, -INFINITY)
@@ -477,7 +497,7 @@ def load_raw(x_given, where, row, column, inside, n, where_step):
 
 @triton.jit
 def load_scores(x_given, where, row, column, inside, n, where_step):
-    """Scores, -inf for what is removed or no number; the items that can be selected; and which are sound."""
+    """Scores, with -inf for removed items and NaN; which items can be selected; and which are not NaN."""
     raw = load_raw(x_given, where, row, column, inside, n, where_step)
     x = tl.where(raw > -INFINITY, raw, -INFINITY)  # of a NaN too
     return x, x > -INFINITY, raw == raw
@@ -485,7 +505,7 @@ def load_scores(x_given, where, row, column, inside, n, where_step):
 
 @triton.jit
 def load_weights(weights_given, row, column, inside, able, step):
-    """Weights, 0 for what cannot be selected; those of all items; and which are sound: in range, or of no matter."""
+    """Weights, 0 for items that cannot be selected; the weights of all items; and which are valid or irrelevant."""
     weights = load_tile(weights_given, row, column, inside, step, 0.0)
     usable = (weights >= 0.0) & (weights < INFINITY)
     weights = tl.where(usable, weights, 0.0)
@@ -494,7 +514,7 @@ def load_weights(weights_given, row, column, inside, able, step):
 
 @triton.jit
 def load_numbers(k_given, tau_given, row, rows, k_step, tau_step):
-    """k and tau, harmless where they are out of their ranges, and whether they are within."""
+    """k and tau, replaced by 0 and 1 if either is out of its range, and whether both are in range."""
     k = load_per_row(k_given, row, rows, k_step, 0.0)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     valid = (tau > 0.0) & (tau <= LARGEST) & (k >= -LARGEST) & (k <= LARGEST)
@@ -503,7 +523,7 @@ def load_numbers(k_given, tau_given, row, rows, k_step, tau_step):
 
 @triton.jit
 def store_settled(found, flags, row, rows, present, reference, offset, z_high, z_low, nothing, everything, valid, most):
-    """What `softk._reference.threshold.solve` settles to."""
+    """Store the outputs of the solver primitive of `softk._reference.threshold.solve`."""
     tl.store(found + row, reference, mask=present)
     tl.store(found + rows + row, offset, mask=present)
     tl.store(found + 2 * rows + row, z_high, mask=present)
@@ -522,7 +542,7 @@ def final_offset(offset, nothing, everything, valid):
 
 @triton.jit
 def finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid):
-    """The mask."""
+    """The mask of a tile that may have narrowed gaps, fixed offsets or weights."""
     if weights is None:
         soft = mask_of(odds, level, excess)
         soft = tl.where(across(nothing) | (odds == 0.0), 0.0, tl.where(across(everything), 1.0, soft))
@@ -556,7 +576,7 @@ def solve_tile(
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """The threshold of each row and its mask; or, with `found` and `flags`, what the solver settles to."""
+    """Solve a tile of rows: write the mask and the threshold, or, without `mask`, the outputs of the solver."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), columns(0, CHUNKS, WIDTH)
     present = row < rows
     inside = places(present, column, n, FULL)
@@ -570,14 +590,14 @@ def solve_tile(
     lowest, total, sound = census(raw, x, inside, n, weights)
     valid = valid & sound
     k = tl.where(valid, k, 0.0)
-    near = tau  # a score that near is as good a reference as the one at the gap, but not for the hard mask
+    near = tau  # a score within tau of the gap is as good a reference, except for the hard mask, which needs the gap
     if mask is None:
         near = 0.0 * tau
     high, low, nothing, everything, valid = find_ends(x, weights, lowest, total, of_all, k, n, near, valid)
     most = high > LARGEST
     high, low, reference, z_high, z_low = reference_of(high, low, tau)
     half, excess = narrowed(z_high, z_low)
-    fixed = nothing | everything | ~valid
+    fixed = nothing | everything | ~valid  # these rows need no search
     ordinary = is_ordinary(excess, tau, fixed & present)
     if ordinary:
         odds = odds_of(x, reference, z_high, z_low, tau)
@@ -586,7 +606,7 @@ def solve_tile(
     offset = search(odds, weights, half, k, fixed)
     valid = valid & (offset == offset)
     level = tl.exp(offset)
-    offset += 0.5 * (z_high + z_low)
+    offset += 0.5 * (z_high + z_low)  # the search measures it from the middle of the gap
     if mask is None:
         store_settled(
             found, flags, row, rows, present, reference, offset, z_high, z_low, nothing, everything, valid, most
@@ -607,7 +627,7 @@ def solve_tile(
 
 @triton.jit
 def weigh(weights, values):
-    """weights * values, where the weight of an item with next to no value may be anything."""
+    """weights * values. The weight is ignored where the value is negligible, as of a removed item."""
     found = values
     if weights is not None:
         found = tl.where(values > 2.0 * LEAST, weights, 0.0) * values
@@ -616,24 +636,24 @@ def weigh(weights, values):
 
 @triton.jit
 def log_odds(x, reference, tau, offset):
-    """z, clipped to the farthest distance that a derivative still sees."""
+    """z, clipped to the largest distance that still contributes to a derivative."""
     z = logits(x, across(reference), across(tau)) - across(offset)
     return tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
 
 
 @triton.jit
 def nearest_of(z, inside, weights):
-    """The least |z| of the items that have weight."""
+    """The smallest |z| of the items of positive weight."""
     distance = tl.where(inside, tl.abs(z), INFINITY)
     if weights is not None:
         distance = tl.where(weights == 0.0, INFINITY, distance)
-    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    # A score at the largest distance does not contribute to a derivative, even if it is the nearest.
     return tl.minimum(min_of(distance), 0.5 * FARTHEST)
 
 
 @triton.jit
 def from_nearest(z, inside, weights, nearest):
-    """|z| less that of the nearest item; only one without weight comes closer."""
+    """|z| minus that of the nearest item of positive weight. Only an item of weight 0 can be nearer."""
     distance = tl.where(inside, tl.abs(z), INFINITY) - across(nearest)
     if weights is not None:
         distance = tl.maximum(distance, -LOG_FARTHEST)
@@ -642,7 +662,7 @@ def from_nearest(z, inside, weights, nearest):
 
 @triton.jit
 def edges_of(x, z, inside, weights):
-    """The scores, with weight, that are nearest to the threshold on either side; infinite where there is none."""
+    """The scores of positive weight nearest to the threshold above and below it; infinite if there are none."""
     upper, x = z > 0.0, tl.minimum(x, LARGEST)
     counted = inside
     if weights is not None:
@@ -653,9 +673,10 @@ def edges_of(x, z, inside, weights):
 
 @triton.jit
 def sides_of(high, low, reference, tau, offset):
-    """What either side is measured from: its nearest score with weight, |z| of that one, and what is across from it.
+    """The origin of each side: its nearest score of positive weight, |z| of that score, and a correction.
 
-    Where there is none, weightless items are measured from the nearest on the other side.
+    If a side has no such score, its items of weight 0 are measured from the nearest score on the other side, with the
+    correction.
     """
     no_high, no_low = high == INFINITY, low == -INFINITY
     high, low = tl.minimum(high, LARGEST), tl.maximum(low, -LARGEST)
@@ -668,7 +689,7 @@ def sides_of(high, low, reference, tau, offset):
 
 @triton.jit
 def from_sides(x, z, inside, weights, high, low, above, below, across_high, across_low, tau):
-    """|z| less that of the nearest item with weight on the same side, and exp(-|z|) of that one."""
+    """|z| minus that of the nearest item of positive weight on the same side, and exp(-|z|) of that item."""
     upper = z > 0.0
     distance = logits(x, tl.where(upper, across(high), across(low)), across(tau))
     distance = tl.where(upper, distance, -distance)
@@ -681,7 +702,7 @@ def from_sides(x, z, inside, weights, high, low, above, below, across_high, acro
 
 @triton.jit
 def tail_of(distance, height):
-    """The smaller of the mask and its complement, in units of `height`, and the larger one's inverse."""
+    """The smaller of the mask and its complement, in units of `height`, and the inverse of the larger."""
     decay = tl.where(-distance > LOG_LEAST, tl.exp(-distance), 0.0)
     larger = height * decay + 1.0
     return decay / larger, larger
@@ -689,7 +710,7 @@ def tail_of(distance, height):
 
 @triton.jit
 def balance_of(mass, low, high, k, above, below, weights):
-    """|z| of the nearest item, and what the tails below and above are to be multiplied with, each in its own units."""
+    """|z| of the nearest item, and the factors that bring the tails below and above to common units."""
     if weights is None:
         whole = tl.floor(k)
         delta = (whole.to(tl.int32) - mass).to(tl.float32) + (k - whole)
@@ -701,19 +722,19 @@ def balance_of(mass, low, high, k, above, below, weights):
     high, low = tl.where(exact, high, 1.0), tl.where(exact, low, 1.0)
     middle = 0.5 * (above + below)
     share = share_of(delta, high, low, middle, FARTHEST, LOG_FARTHEST)
-    # In a wider gap what k is off a count is a mass beside one of its sides, of which z is known well.
-    # So it is with weights, if k is off by more than a rounding. The other side may be at any distance.
+    # In a wider gap, a k that differs from the count above puts the threshold beside one side, whose z is accurate.
+    # The same holds with weights if the mass above misses k by more than a rounding. The other side may be far away.
     beside = is_beside(exact, delta, middle, LOG_FARTHEST)
     share = tl.where(beside, 0.5 * (above - below), share)
     less, more = tl.exp(share - tl.abs(share)), tl.exp(-share - tl.abs(share))
-    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+    # A score at the largest distance does not contribute to a derivative, even if it is the nearest.
     less, more = tl.where(below < 0.5 * FARTHEST, less, 0.0), tl.where(above < 0.5 * FARTHEST, more, 0.0)
     return tl.where(beside, tl.minimum(above, below), middle - tl.abs(share)), less, more
 
 
 @triton.jit
 def balance(z, tail, weights, k, above, below):
-    """The same of a tile."""
+    """`balance_of`, from the tails of a tile."""
     upper, weighted = z > 0.0, weigh(weights, tail)
     if weights is None:
         mass = sum_of(upper.to(tl.int32))
@@ -732,7 +753,7 @@ def rates(nearest, normal):
 
 @triton.jit
 def gain_of(z, scaled, height, weights):
-    """v: the derivative of the mask in z. With weights v' may be held back, and v is not in proportion to it."""
+    """v: the derivative of the mask in z. With weights v' may be clipped, so v is computed from z."""
     if weights is None:
         gain = across(height) * scaled
     else:
@@ -742,20 +763,20 @@ def gain_of(z, scaled, height, weights):
 
 @triton.jit
 def spaced(x, origin, tau):
-    """(x - x_ref) / tau, as far as a derivative still sees: x_ref is a score that has much of p."""
+    """(x - x_ref) / tau, clipped to the largest distance of a derivative. x_ref is a score that has much of p."""
     z = logits(x, across(origin), across(tau))
     return tl.minimum(tl.maximum(z, -FARTHEST), FARTHEST)
 
 
 @triton.jit
 def level_of(origin, reference, tau):
-    """The same of the reference."""
+    """(x_ref - reference) / tau, clipped in the same way."""
     return tl.minimum(tl.maximum(logits(origin, reference, tau), -FARTHEST), FARTHEST)
 
 
 @triton.jit
 def cotangent_of(x, u, gain, scaled, weights, normal, g, tau):
-    """That of the scores, u being measured from its level and g from what that leaves; +inf does not move."""
+    """The cotangent of the scores, from u and g measured relative to the level of u. A score of +inf has none."""
     xbar = u * gain + weigh(weights, scaled) / across(normal) * across(g)
     return tl.where(x < INFINITY, xbar / across(tau), 0.0)
 
@@ -787,9 +808,9 @@ def pull_tile(
     FULL: tl.constexpr,
     AGAIN: tl.constexpr,
 ):
-    """The cotangents that are asked for, from u of the mask and c of the offset.
+    """Compute the requested cotangents from u, the cotangent of the mask, and c, that of the offset.
 
-    AGAIN says to load u where it is needed, and not to hold it.
+    AGAIN loads u each time it is needed, instead of holding it in registers.
     """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), columns(0, CHUNKS, WIDTH)
     present = row < rows
@@ -808,6 +829,7 @@ def pull_tile(
         c = load_per_row(c_given, row, rows, 1, 0.0)
 
     z = log_odds(x, reference, tau, offset)
+    # The derivatives in k, tau and the weights need p exactly in a gap. The derivative in the scores underflows there.
     if (of_k is not None) | (of_tau is not None) | (of_weights is not None):
         high, low = edges_of(x, z, inside, weights)
         high, low, above, below, across_high, across_low = sides_of(high, low, reference, tau, offset)
@@ -822,11 +844,11 @@ def pull_tile(
     scaled /= larger
     weighted = weigh(weights, scaled)
     normal = safe_denominator(sum_of(weighted))
-    most = weighted > across(0.75 * normal)
+    most = weighted > across(0.75 * normal)  # the item that dominates p, if there is one
     held = max_of(most.to(tl.int32)) > 0
     rate, inverse_slope = rates(nearest, normal)
 
-    # u is measured from a multiple of the weights: that which is u at the item that dominates p, or their mean.
+    # Subtract a multiple of the weights from u: the one that equals u at the item that dominates p, or their mean.
     u = load_cotangent(u_given, row, column, kept, n)
     pulled, at_most = sum_of(scaled * u), sum_of(tl.where(most, u, 0.0))
     hbar = rate * pulled - inverse_slope * c
@@ -839,19 +861,21 @@ def pull_tile(
         unit = tl.where(held, sum_of(tl.where(most, share, 0.0)), max_of(share))
         share /= across(safe_denominator(unit))  # weights may be of any size
         level = share * across(tl.where(held, at_most, pulled / safe_denominator(sum_of(scaled * share))))
-        level = tl.where(most, u, level)  # exactly, which a quotient of equal numbers need not be
+        level = tl.where(most, u, level)  # exactly u, which the rounded product need not be
     gain = gain_of(z, scaled, height, weights)
+    # p g cancels the rest of the weighted mean of u, and adds the cotangent c of the offset.
     g = c - sum_of((u - level) * gain)
     if AGAIN:
         u = load_cotangent(u_given, row, column, kept, n)
     xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
-    bad = offset != offset
+    bad = offset != offset  # an invalid row has a NaN offset, which its cotangents must show
     place = across(row.to(tl.int64)) * n + column
     if of_x is not None:
         tl.store(of_x + place, tl.where(across(bad), float("nan"), xbar), mask=inside)
     if of_k is not None:
         tl.store(of_k + row, tl.where(bad, float("nan"), hbar), mask=present)
     if of_tau is not None:
+        # Measure z from a score that has much of p, since differences of z itself are lost in its rounding.
         origin = min_of(tl.where(inside & (weighted >= across(max_of(weighted))), x, INFINITY))
         origin = tl.minimum(tl.maximum(origin, -LARGEST), LARGEST)
         taubar = -sum_of(spaced(x, origin, tau) * xbar) - c * level_of(origin, reference, tau) / tau

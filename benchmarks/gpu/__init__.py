@@ -1,5 +1,5 @@
-"""How fast softk is on a CUDA device, beside a copy, softmax and the hard top-k: `python -m benchmarks.gpu`.
+"""Benchmarks on a CUDA device, compared with a copy, softmax and the hard top-k: `python -m benchmarks.gpu`.
 
-`cases` says what is measured, `drivers` and `on_*` what each framework supplies, `worker` measures one framework in a
-process of its own, `__main__` runs them all, and `report` shows the result.
+`cases` has the problems, `drivers` and `on_*` the functions of each framework. `worker` measures one framework in its
+own process, `__main__` runs all workers, and `report` writes the results.
 """

@@ -1,4 +1,4 @@
-"""Measures softk on a CUDA device, prints the tables, renews docs/benchmarks-gpu.md: `python -m benchmarks.gpu`."""
+"""Benchmark softk on a CUDA device, print the tables, and update docs/benchmarks-gpu.md: `python -m benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .worker import OVER, describe
 PAGE = ROOT / "docs" / "benchmarks-gpu.md"
 RESULTS = ROOT / "benchmarks" / "results_gpu.json"
 RESERVES = {"torch": 150.0, "cupy": 75.0, "jax": 150.0}
-"""Seconds that are left to each framework by those before it, come what may."""
+"""Seconds reserved for each framework; earlier frameworks must not use them."""
 DESCRIPTION = 120.0
-"""Seconds to import a framework and to name its device."""
+"""The time limit in seconds for importing a framework and describing its device."""
 
 
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
-"""JAX takes what it needs and not three quarters of the device's memory, which others may be using."""
+"""JAX allocates memory as needed, instead of three quarters of the device, which others may be using."""
 
 
 def devices(frameworks: list[str], device: str) -> dict[str, dict[str, Any]]:
-    """What each framework says of the device, or why it has none: in processes that end, so that they hold nothing."""
+    """Each framework's description of the device, or why it has none, from processes that end and free the device."""
     found = {}
     for framework in frameworks:
         done = processes.run(
@@ -50,7 +50,7 @@ def devices(frameworks: list[str], device: str) -> dict[str, dict[str, Any]]:
 
 
 def run_framework(framework: str, seconds: float, options: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
-    """The records of a framework on all of its cases. A process that dies loses its case and is followed by another."""
+    """The records of a framework on all of its cases. If a process dies, its case has failed; a new one continues."""
     cases = plan(framework, quick=options.quick)
     end = time.monotonic() + seconds
     records: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def run_framework(framework: str, seconds: float, options: argparse.Namespace, b
 
 
 def driver() -> str | None:
-    """The version of the device's driver, where its tool tells."""
+    """The version of the device driver, or None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -82,9 +82,9 @@ def driver() -> str | None:
 
 
 def environment(found: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The environment of the measurement."""
     named: dict[str, Any] = {}
-    for description in reversed(found):  # the first knows most of the device
+    for description in reversed(found):  # the first framework describes the device best, so its values win
         named |= {name: value for name, value in description.items() if name != "versions"}
     here = versions(["numpy"])
     if options.commit and "(" not in here["softk"]:
@@ -103,19 +103,19 @@ def environment(found: list[dict[str, Any]], options: argparse.Namespace) -> dic
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=report.COMMAND, description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: proves that it runs; never on the page")
-    parser.add_argument("--minutes", type=float, default=7.0, help="of measurement at most (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs; never on the page")
+    parser.add_argument("--minutes", type=float, default=7.0, help="time limit of the measurement (default: 7)")
     parser.add_argument("--frameworks", nargs="+", choices=tuple(NAMES), default=list(NAMES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for --quick")
-    parser.add_argument("--output", type=Path, help="a folder for a copy of the page and of its JSON")
-    parser.add_argument("--commit", help="of what is measured, where git cannot tell")
+    parser.add_argument("--output", type=Path, help="folder for a copy of the page and its JSON file")
+    parser.add_argument("--commit", help="commit of the measured code, if git is not available")
     parser.add_argument(
         "--redraw",
         type=Path,
         nargs="?",
         const=RESULTS,
         metavar="JSON",
-        help="measure nothing: the page from what is stored (default: benchmarks/results_gpu.json)",
+        help="measure nothing; make the page from a stored file (default: benchmarks/results_gpu.json)",
     )
     options = parser.parse_args(argv)
     if options.device == "cpu" and not options.quick:
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the workers one after the other, then write everything."""
+    """Run the workers one after the other, then write the results."""
     options = parse(argv)
     if options.redraw:
         stored = options.redraw.exists() or options.redraw != RESULTS
@@ -153,14 +153,14 @@ def main(argv: list[str] | None = None) -> int:
             seconds = end - time.monotonic() - sum(RESERVES[later] for later in runs[i + 1 :])
             result["records"] += run_framework(framework, seconds, options, bar)
             result["environment"]["minutes"] = (time.monotonic() - start) / 60.0
-            if options.output:  # a run that is stopped leaves what it has
+            if options.output:  # an interrupted run keeps its results so far
                 copy(result, options.output)
     publish(result, options.output)
     return 0 if any(record["status"] == "measured" for record in result["records"]) else 1
 
 
 def copy(result: dict[str, Any] | None, folder: Path) -> None:
-    """The page and its JSON in a folder."""
+    """Write the page and its JSON file to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PAGE.name).write_text(between(PAGE.read_text(), report.page(result)))
     if result is not None:
@@ -168,7 +168,7 @@ def copy(result: dict[str, Any] | None, folder: Path) -> None:
 
 
 def publish(result: dict[str, Any] | None, output: Path | None) -> None:
-    """Print the tables and write them with their JSON; those of a quick run into a folder alone."""
+    """Print the tables and write them with the JSON file. A quick run writes only to the output folder."""
     print(report.page(result))
     if output is not None:
         copy(result, output)

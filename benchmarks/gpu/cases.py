@@ -1,4 +1,4 @@
-"""What is measured on a device: shapes, k, epsilon and dtypes."""
+"""The problems measured on a device: shapes, k, epsilon and dtypes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ EPSILONS = (0.001, 0.01, 0.1, 1.0)
 EPSILON = 0.1
 HALVES = ("bfloat16", "float16")
 LARGEST_K = 10_000
-"""Of the small k, which is a hundredth of n."""
+"""The limit of the small k, which is n / 100."""
 COMPILED = ((16_384, 1024), (16, 10**6), QUICK_SHAPES[0])
-"""Where epsilon varies if each of its values is compiled anew, which takes longer than to measure it."""
+"""The only shapes with several values of epsilon on JAX, where compiling each value takes longer than measuring it."""
 
 
 def small(n: int) -> int:
-    """The small k."""
+    """The small k: n / 100, within limits."""
     return max(1, min(n // 100, LARGEST_K))
 
 
 def plan(framework: str, *, quick: bool = False) -> list[Case]:
-    """The cases of a framework in the order of their worth: if time runs out, it is the last that are missing."""
+    """The cases of a framework in the order of their importance. If time runs out, the last ones are dropped."""
     shapes = QUICK_SHAPES if quick else SHAPES
     first = [Case("gpu", rows, n, k, EPSILON) for rows, n in shapes for k in (small(n), n // 2)]
     halves = [replace(case, dtype=dtype) for case in first for dtype in HALVES] if framework == "torch" else []

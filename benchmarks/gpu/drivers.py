@@ -1,4 +1,4 @@
-"""What a framework supplies to be measured on a device."""
+"""The interface of a framework that is measured on a device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.timing import Call
 Array = Any
 NAMES = {"torch": "PyTorch", "cupy": "CuPy", "jax": "JAX jit"}
 ROTATED = 2**28
-"""Bytes of all sets of scores together, several times the level 2 cache of any device: what is read is not in it."""
+"""Bytes of all sets of scores together: several times the level 2 cache of any device, so that reads miss it."""
 MOST_SETS = 16
 SEED = 7
 
 
 class Inputs(NamedTuple):
-    """Scores, a cotangent, and where a copy of the scores goes."""
+    """Scores, a cotangent, and a buffer for a copy of the scores."""
 
     x: Array
     u: Array
@@ -31,11 +31,11 @@ class Inputs(NamedTuple):
 
 
 class Driver(ABC):
-    """One framework on one device. It raises when made where there is no such device."""
+    """One framework on one device. The constructor raises if there is no such device."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The device's name, its bytes of memory and of level 2 cache, where known, and versions."""
+        """The name of the device, its memory and level 2 cache in bytes, if known, and versions."""
 
     @abstractmethod
     def normal(self, rows: int, n: int, dtype: str, seed: int) -> Array:
@@ -43,34 +43,34 @@ class Driver(ABC):
 
     @abstractmethod
     def inputs(self, x: Array, u: Array) -> Inputs:
-        """Scores as this framework differentiates by them, and room for their copy."""
+        """The inputs, prepared for differentiation with respect to the scores."""
 
     @abstractmethod
     def calls(self, case: Case) -> dict[str, Callable[[Inputs], Any]]:
-        """What is timed: "copy", "forward", "both" (softk's mask, and with its derivative), "softmax" and "hard"."""
+        """The timed functions: "copy", "forward" (softk's mask), "both" (with its derivative), "softmax" and "hard"."""
 
     @abstractmethod
     def clock(self, call: Call, count: int) -> float:
-        """Seconds a call, of so many one after the other, on the device's clock if it has one."""
+        """The seconds per call of `count` consecutive calls, on the clock of the device if it has one."""
 
     @abstractmethod
     def mass_error(self, mask: Array, k: int) -> float:
-        """The largest |sum mask - k| / k of a slice."""
+        """The largest |sum mask - k| / k over the slices."""
 
     @abstractmethod
     def finite(self, gradient: Array) -> bool:
-        """Whether all of it is a number."""
+        """Whether all elements are finite."""
 
     @abstractmethod
     def peak(self, call: Callable[[Inputs], Any], inputs: Inputs) -> float | None:
-        """Bytes that a call holds at its peak, results included and inputs not; None where it cannot be told."""
+        """The peak memory of a call in bytes, including results but not inputs; None if it cannot be measured."""
 
     @abstractmethod
     def free(self) -> None:
-        """Give back what is cached, and wait for the device; raises if the device is beyond use in this process."""
+        """Free cached memory and wait for the device. Raises if this process can no longer use the device."""
 
     def sets(self, case: Case) -> list[Inputs]:
-        """As many as are needed for the scores not to be in the cache when their turn comes again."""
+        """So many sets of inputs that the scores of a set are no longer in the cache when it is used again."""
         count = min(MOST_SETS, max(2, math.ceil(ROTATED / (case.size * itemsize(case.dtype)))))
         shape = (case.rows, case.n, case.dtype)
         return [
@@ -79,18 +79,18 @@ class Driver(ABC):
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of a number; NumPy does not know all of them."""
+    """The size of a number in bytes. NumPy does not know bfloat16."""
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def rotating(function: Callable[[Inputs], Any], sets: list[Inputs]) -> Call:
-    """A call that takes the next set every time."""
+    """A call that uses the next set of inputs every time."""
     turn = cycle(sets)
     return lambda: function(next(turn))
 
 
 def load(framework: str, device: str) -> Driver:
-    """The driver of a framework; raises with the reason where it cannot be."""
+    """The driver of a framework. Raises with the reason if it is not available."""
     try:
         module = import_module(f"benchmarks.gpu.on_{framework}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""CuPy, with softk's derivative by `softk.vjp` and softmax's by hand, on the clock of the device's events."""
+"""CuPy: softk with `softk.vjp`, softmax with a hand-written derivative, timed by events of the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _CuPy(Driver):
     def __init__(self, device: str) -> None:
         if device != "cuda":
             raise RuntimeError("has arrays on a CUDA device only")
-        if cp.cuda.runtime.getDeviceCount() == 0:  # it raises where there is no driver
+        if cp.cuda.runtime.getDeviceCount() == 0:  # without a driver this call raises
             raise RuntimeError(f"cupy {cp.__version__} sees no CUDA device")
 
     def describe(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class _CuPy(Driver):
         }
 
     def normal(self, rows: int, n: int, dtype: str, seed: int) -> Array:
-        # By NumPy: CuPy's own need cuRAND, which is not everywhere.
+        # NumPy generates the numbers, because CuPy's generators need cuRAND, which may be missing.
         return cp.asarray(np.random.default_rng(seed).standard_normal((rows, n), dtype=np.dtype(dtype)))
 
     def inputs(self, x: Array, u: Array) -> Inputs:
@@ -73,7 +73,7 @@ class _CuPy(Driver):
         return bool(cp.isfinite(gradient).all())
 
     def peak(self, call: Callable[[Inputs], Any], inputs: Inputs) -> float | None:
-        # The pool does not tell its peak, but what it grows by, emptied before, is little more.
+        # The memory pool does not report its peak. The growth of the emptied pool is a close upper bound.
         self.free()
         pool = cp.get_default_memory_pool()
         before = pool.used_bytes()

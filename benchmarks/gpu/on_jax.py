@@ -1,4 +1,4 @@
-"""JAX under jit, several calls in one timing: its calls return before the device is done, and no event tells when."""
+"""JAX under jit, timed by the host over several calls: calls are asynchronous, and JAX has no device events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _JAX(Driver):
         return jax.random.normal(jax.random.key(seed), (rows, n), dtype)
 
     def inputs(self, x: Array, u: Array) -> Inputs:
-        return Inputs(x, u, None)  # arrays are not written to: a copy is a new one
+        return Inputs(x, u, None)  # arrays are immutable, so a copy allocates a new one
 
     def calls(self, case: Case) -> dict[str, Callable[[Inputs], Any]]:
         def mask(x: Array) -> Array:
@@ -57,7 +57,7 @@ class _JAX(Driver):
         return bool(jnp.all(jnp.isfinite(gradient)))
 
     def peak(self, call: Callable[[Inputs], Any], inputs: Inputs) -> float | None:
-        # Temporary and output buffers, as XLA plans them.
+        # The temporary and output buffers, according to XLA.
         assert isinstance(call, _Jitted)
         plan = call.function.lower(*call.arguments(inputs)).compile().memory_analysis()
         return None if plan is None else float(plan.temp_size_in_bytes + plan.output_size_in_bytes)
@@ -68,7 +68,7 @@ class _JAX(Driver):
 
 
 class _Jitted:
-    """A function of scores, and of a cotangent where it has one, of a set of inputs."""
+    """A jitted function of the scores, and optionally the cotangent, of a set of inputs."""
 
     def __init__(self, function: Callable[..., Any], *, cotangent: bool = False) -> None:
         self.function, self.cotangent = jax.jit(function), cotangent
@@ -81,7 +81,7 @@ class _Jitted:
 
 
 def _both(function: Callable[[Array], Array]) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """Output and derivative in one function, to be compiled as a whole."""
+    """A function that computes output and derivative, to be compiled as a whole."""
 
     def whole(x: Array, u: Array) -> tuple[Array, Array]:
         out, pullback = jax.vjp(function, x)
@@ -90,7 +90,7 @@ def _both(function: Callable[[Array], Array]) -> Callable[[Array, Array], tuple[
     return whole
 
 
-# What no case changes is compiled once for each shape.
+# These do not depend on the case, so they are compiled only once per shape.
 _COPY = _Jitted(jnp.copy)
 _SOFTMAX = _Jitted(_both(lambda x: jax.nn.softmax(x, axis=-1)), cotangent=True)
 

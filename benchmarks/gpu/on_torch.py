@@ -1,4 +1,4 @@
-"""PyTorch, replayed from CUDA graphs, on the clock of the device's events."""
+"""PyTorch, replayed from CUDA graphs and timed by events of the device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Torch(Driver):
         return Inputs(x.requires_grad_(), u, torch.empty_like(u))
 
     def calls(self, case: Case) -> dict[str, Callable[[Inputs], Any]]:
-        self.graphs.clear()  # those of the case before, and what they hold
+        self.graphs.clear()  # free the graphs of the previous case and their memory
 
         def mask(x: torch.Tensor) -> torch.Tensor:
             return softk.topk(x, case.k, epsilon=case.epsilon)
@@ -98,7 +98,7 @@ class _Torch(Driver):
     def peak(self, call: Callable[[Inputs], Any], inputs: Inputs) -> float | None:
         if not self.cuda:
             return None
-        self.free()  # what the last call's backward pass has held until now
+        self.free()  # free what the backward pass of the previous call still holds
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         call(inputs)

@@ -1,4 +1,4 @@
-"""The result as text: tables in Markdown, for the terminal and for docs/benchmarks-gpu.md."""
+"""The results as Markdown tables, for the terminal and for docs/benchmarks-gpu.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADER += ["forward + backward, ms", "over softmax", "over torch.topk", "arrays"
 
 
 def page(result: dict[str, Any] | None) -> str:
-    """Everything, as sections of a page; without a result, that there is none."""
+    """All results, as sections of a page, or a notice that there are none."""
     if result is None:
         return f"No device has been measured yet: `{COMMAND}` measures one, and writes its numbers here.\n"
     records = result["records"]
@@ -36,7 +36,7 @@ def page(result: dict[str, Any] | None) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Where, when and with what."""
+    """A paragraph about the environment of the measurement."""
     memory, cache = environment.get("memory"), environment.get("cache")
     parts = [environment["device"]]
     parts += [f"{memory / 2**30:.0f} GiB"] if memory else []
@@ -50,7 +50,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def times(records: list[Record], framework: str, dtype: str) -> str:
-    """One framework and dtype: a row for each case, those of a shape together."""
+    """The table of one framework and dtype, with one row per case, grouped by shape."""
     found = of(records, framework=framework, dtype=dtype, status="measured")
     found.sort(key=lambda record: (record["n"], record["rows"], record["k"], record["epsilon"]))
     rows = []
@@ -75,7 +75,7 @@ def times(records: list[Record], framework: str, dtype: str) -> str:
 
 
 def hard(record: Record, records: list[Record]) -> float | None:
-    """The forward pass over PyTorch's hard top-k: in the same rounds, or of the same run for another framework."""
+    """The forward time over that of PyTorch's hard top-k, per round, or from the same run for other frameworks."""
     if record["over_hard"] is not None:
         return float(record["over_hard"])
     names = ("rows", "n", "k", "dtype", "epsilon")
@@ -86,7 +86,7 @@ def hard(record: Record, records: list[Record]) -> float | None:
 
 
 def missing(result: dict[str, Any]) -> str:
-    """Everything that was asked for and not measured, with the reason."""
+    """The table of everything that was not measured, with the reasons."""
     found = [(NAMES[name], reason, "everything") for name, reason in result["absent"].items()]
     for record in result["records"]:
         where = f"{shape(record)} epsilon={record['epsilon']:g} {record['dtype']}"

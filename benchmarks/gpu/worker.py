@@ -1,7 +1,7 @@
-"""Measures one framework on a device: `python -m benchmarks.gpu.worker`, started by the command.
+"""Measure one framework on a device: `python -m benchmarks.gpu.worker`, started by `python -m benchmarks.gpu`.
 
-One record, a dictionary, is written for every case, in their order, whether it was measured, skipped, or failed. A case
-after which the device answers no more ends the process, and has no record; the command starts another for what is left.
+It writes one record, a dictionary, per case, in the order of the cases, whether it was measured, skipped, or failed. If
+the device stops responding, the process ends without a record of that case, and a new process measures the others.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .drivers import NAMES, Driver, Inputs, itemsize, load, rotating
 OVER = "the time for the whole run was over"
 TIMES = timing.Plan(rounds=20, sample=0.003, budget=0.25)
 ALLOWED = 0.01
-"""Largest error of the mask's sum, over k: a mask in half precision has half of it. Beyond, the time means nothing."""
+"""The largest allowed |sum mask - k| / k, twice the error in half precision. A result beyond it is a failure."""
 RATIOS = {"of_copy": ("copy", "forward"), "over_softmax": ("both", "softmax"), "over_hard": ("forward", "hard")}
-"""What is divided by what, round by round. A copy moves the bytes of scores and mask once, so its time over that of the
-forward pass is the share of its bandwidth."""
+"""The ratios, as (numerator, denominator), computed per round. A copy reads as many bytes as the scores and writes as
+many as the mask, so its time over that of the forward pass is the share of its bandwidth that softk reaches."""
 Record = dict[str, Any]
 
 
 class Data:
-    """The sets of inputs of one shape and dtype at a time."""
+    """The sets of inputs, held for one shape and dtype at a time."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -41,7 +41,7 @@ class Data:
         self.sets: list[Inputs] = []
 
     def of(self, case: Case) -> list[Inputs]:
-        """Those of a case; the ones before are given up first."""
+        """The sets of a case. The sets of the previous shape or dtype are freed first."""
         key = (case.rows, case.n, case.dtype)
         if key != self.key:
             self.key, self.sets = None, []
@@ -58,7 +58,7 @@ def measure(
     deadline: float = math.inf,
     watch: Callable[[Case], None] = lambda case: None,
 ) -> Iterator[Record]:
-    """A record of each case. What has not begun at the deadline is skipped."""
+    """One record per case. Cases after the deadline are skipped."""
     data = Data(driver)
     for case in cases:
         watch(case)
@@ -75,7 +75,7 @@ def measure(
 
 
 def measure_case(driver: Driver, data: Data, case: Case, times: timing.Plan, deadline: float, record: Record) -> None:
-    """Everything that is timed on one case, in turns, into its record."""
+    """Time all functions on one case, in turns, and write the results into its record."""
     sets = data.of(case)
     record["sets"] = len(sets)
     calls: dict[str, timing.Call] = {}
@@ -84,7 +84,7 @@ def measure_case(driver: Driver, data: Data, case: Case, times: timing.Plan, dea
         call = rotating(function, sets)
 
         def prepare(name: str = name, call: timing.Call = call) -> None:
-            estimates[name] = min(warm_up(driver, case, name, call), times.budget / 3)  # all get their three rounds
+            estimates[name] = min(warm_up(driver, case, name, call), times.budget / 3)  # at least 3 rounds each
 
         if guarded(driver, record, name, prepare):
             calls[name] = call
@@ -103,7 +103,7 @@ def measure_case(driver: Driver, data: Data, case: Case, times: timing.Plan, dea
 
 
 def guarded(driver: Driver, record: Record, name: str, step: Callable[[], object]) -> bool:
-    """Whether a step succeeds; if not, why goes into the record. Raises if the device answers no more."""
+    """Run a step, and record the reason if it fails. Raises if the device no longer responds."""
     failed = attempt(step)
     if failed is not None:
         record["reasons"][name] = failed
@@ -112,18 +112,18 @@ def guarded(driver: Driver, record: Record, name: str, step: Callable[[], object
 
 
 def attempt(step: Callable[[], object]) -> str | None:
-    """Why a step failed, if it did; nothing of it is held when this returns."""
+    """Run a step. Returns the reason if it fails. Its arrays are freed when this function returns."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # errors are recorded
+            warnings.simplefilter("ignore")  # only errors are recorded
             step()
-    except Exception as error:  # whatever it raises is its result
+    except Exception as error:  # a step may raise anything; the error is its result
         return short(error)
     return None
 
 
 def describe(case: Case, framework: str) -> Record:
-    """What identifies a case in a record."""
+    """The fields that identify a case in a record."""
     return {
         "framework": NAMES[framework],
         "rows": case.rows,
@@ -135,7 +135,7 @@ def describe(case: Case, framework: str) -> Record:
 
 
 def warm_up(driver: Driver, case: Case, name: str, call: timing.Call) -> float:
-    """Seconds a call, once all is compiled; raises if what softk computes is wrong."""
+    """The seconds per call after compilation. Raises if softk's result is wrong."""
     result: Any = call()
     if name in ("forward", "both"):
         mask = result if name == "forward" else result[0]
@@ -151,7 +151,7 @@ def warm_up(driver: Driver, case: Case, name: str, call: timing.Call) -> float:
 
 
 def arrays(driver: Driver, case: Case, function: Callable[[Inputs], Any], given: Inputs) -> float | None:
-    """What a call holds at its peak, in arrays of the scores' size."""
+    """The peak memory of a call, in arrays of the size of the scores."""
     peak = driver.peak(function, given)
     return None if peak is None else peak / (case.size * itemsize(case.dtype))
 
@@ -168,13 +168,13 @@ def summarise(record: Record, measured: dict[str, timing.Times]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the records as they come, one a line; or say what device there is."""
-    parser = argparse.ArgumentParser(description="Measure one framework on a device; the command starts this.")
+    """Measure one framework and write one record per line, or, with --describe, describe the device."""
+    parser = argparse.ArgumentParser(description="Measure one framework; started by python -m benchmarks.gpu.")
     parser.add_argument("framework", choices=tuple(NAMES))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--first", type=int, default=0, help="number of the case to begin with")
+    parser.add_argument("--first", type=int, default=0, help="index of the first case")
     parser.add_argument("--describe", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.describe:
             try:
                 found = load(options.framework, options.device).describe()
-            except Exception as error:  # a framework that is absent or broken is so in its own way
+            except Exception as error:  # an absent or broken framework may raise anything
                 found = {"absent": short(error).removeprefix("RuntimeError: ")}
             file.write(json.dumps(found) + "\n")
             return 0

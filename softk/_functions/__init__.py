@@ -1,3 +1,3 @@
-"""The public functions: arguments made canonical, a primitive applied, and the results put back."""
+"""The public functions. Each converts its arguments to canonical form, applies a primitive and converts the results."""
 
-from . import adapters as adapters  # so that the adapters are known wherever an array comes in
+from . import adapters as adapters  # importing it registers the adapters

@@ -1,9 +1,9 @@
-"""The adapters that softk comes with, and those of third parties.
+"""The registration of softk's own adapters and of third-party adapters.
 
 An adapter is imported when the first array of its library arrives. A third party adds one through the entry-point group
-``softk.backends``: the entry's name is the top-level module of the array types, its value a `Backend`.
+``softk.backends``. The name of the entry is the top-level module of the array types, and its value is a `Backend`.
 
-The loaders are import statements, which a framework that traces Python can follow.
+The loaders are plain import statements, because a framework that traces Python can trace those.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _autograd() -> Backend:
 
 
 def _third_party(entry: EntryPoint) -> Backend | None:
-    """A third party's adapter. A fault in it must not break softk for its users."""
+    """Load a third-party adapter. If it fails, warn and ignore it, so that softk keeps working."""
     try:
         found = entry.load()
         if isinstance(found, Backend):
@@ -65,7 +65,7 @@ def _third_party(entry: EntryPoint) -> Backend | None:
 
 
 def register_third_parties(entries: tuple[EntryPoint, ...]) -> None:
-    """Add the adapters of the entry points. softk's own are not replaced."""
+    """Add the adapters of the entry points. They do not replace softk's own adapters."""
     for entry in entries:
         ADAPTERS.setdefault(entry.name, Adapter(partial(_third_party, entry)))
 

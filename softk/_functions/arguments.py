@@ -1,7 +1,7 @@
-"""Arguments made canonical, and the results put back: what every public function does before and after its primitive.
+"""Conversion of arguments to the canonical form that primitives take, and of their results back to the user's form.
 
-Canonical means: the selected axis last, float32 or float64, k and epsilon of shape (..., 1) or (), weights and where
-of the shape of the scores, the smallest turned into the largest.
+In canonical form the selected axis is last, the dtype is float32 or float64, k and epsilon have the shape (..., 1) or
+(), weights and where have the shape of the scores, and the scores are negated if the smallest are selected.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from .shapes import cast, fits, move_axis, shrink
 
 
 class Slices:
-    """The scores and how they are sliced: what the other arguments are made canonical against."""
+    """The scores and the axis that slices them, against which the other arguments are checked and converted."""
 
     def __init__(self, x: Any, axis: Any, *, called: str = "x", smallest: bool = False, **others: Any) -> None:
         require_array(called, x)
         arrays = {}
         for name, value in others.items():
+            # where and weights have one value per item, so they cannot be numbers, but may be absent.
             per_item = name in ("where", "weights")
             if (value is None and per_item) or (is_number(value) and not per_item):
                 continue
@@ -60,7 +61,7 @@ class Slices:
         self.sign = -1.0 if smallest else 1.0
 
     def require_sizes(self) -> None:
-        """All sizes are numbers, or those of a library that computes block by block."""
+        """Require known sizes. Dask's unknown sizes, NaN, are allowed, because Dask computes block by block."""
         for axis, size in enumerate(self.shape):
             if size is None:
                 require_size("x", self.given, axis)
@@ -68,7 +69,7 @@ class Slices:
     # -- conversions
 
     def _repeat(self, values: Array, shape: tuple[Any, ...]) -> Array:
-        """Broadcast to a shape that is the batch, with axes of the values' own behind it or in front of it."""
+        """Broadcast to a shape of the batch axes, with further axes of the values before or after them."""
         if not any(unknown(size) for size in shape):
             return self.xp.broadcast_to(values, shape)
         return broadcast_like(self.xp, values, shape, self._last(self.given)[..., :1])
@@ -83,7 +84,7 @@ class Slices:
         return cast(self.xp, values, dtype)
 
     def _stretch(self, name: str, values: Array) -> Array:
-        """Broadcast an array of one value an item to the scores."""
+        """Broadcast an array of one value per item to the shape of the scores."""
         if tuple(values.shape) == self.shape:
             return values
         if not fits(tuple(values.shape), self.shape):
@@ -91,7 +92,7 @@ class Slices:
         return broadcast_like(self.xp, values, self.shape, self.given)
 
     def scores(self, *, narrow: bool = False) -> Argument:
-        """x; `narrow` is for a primitive that converts it by itself."""
+        """x. `narrow` keeps its dtype, for a primitive that converts it to the working dtype itself."""
 
         def push(values: Array) -> Array:
             values = self._last(self._cast(values, self.dtype if narrow else self.working))
@@ -108,6 +109,7 @@ class Slices:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
         xp = self.xp
         if is_number(value):
+            # A symbol of a trace stays a symbol, because float() would make the trace depend on its value.
             number = scale * (value if self.backend.memory(value) is None else float(value))
             return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
@@ -115,7 +117,7 @@ class Slices:
         slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         if not fits(shape, slices):
             raise ValueError(
-                f"{name} must be a number or an array that broadcasts to one value a slice, shape {slices}, "
+                f"{name} must be a number or an array that broadcasts to one value per slice, shape {slices}, "
                 f"got shape {shape}{self._with_axis(name, shape)}"
             )
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
@@ -137,14 +139,14 @@ class Slices:
         return Argument(push(value), value, *self._linear(value, push, pull))
 
     def mass(self, k: Any, weights: Any = None) -> Argument:
-        """k: without weights, an array's value that misses 0 or n by its rounding becomes that, and moves as before."""
+        """k. Without weights, a value that misses 0 or n by its rounding becomes that end and keeps its derivative."""
         argument = self.per_slice("k", k)
         if weights is not None or is_number(k):
             return argument
         return self._counted(argument, self.n)
 
     def whole_mass(self, k: Any) -> dict[str, Argument]:
-        """An array of counts as it is, where the working dtype does not tell each from the next."""
+        """An integer k as an extra input, if n exceeds the integers that the working dtype represents exactly."""
         xp, n = self.xp, self.n
         if is_number(k) or not isinstance(n, int) or n <= 2.0 / float(xp.finfo(self.working).eps):
             return {}
@@ -157,7 +159,7 @@ class Slices:
         return replace(argument, value=value + self.backend.constant(counted(self.xp, value, n)))
 
     def rounding_of(self, weights: Any) -> float | None:
-        """A rounding of weights that are narrower than what is computed in; None for others."""
+        """The machine epsilon of weights in a narrower dtype than the working dtype; None for other weights."""
         xp = self.xp
         if weights is None or not xp.isdtype(weights.dtype, "real floating"):
             return None
@@ -165,19 +167,20 @@ class Slices:
         return eps if eps > float(xp.finfo(self.working).eps) else None
 
     def mass_of_all(self, mass: Argument, x: Argument, weights: Argument, where: Argument) -> Argument:
-        """k that misses the sum of narrower weights by their roundings becomes that sum, and moves as before."""
+        """Set k to the sum of narrower weights if it misses it only by their rounding, with the same derivative."""
         eps, xp, value = self.rounding_of(weights.given), self.xp, weights.value
         if eps is None or value is None:
             return mass
         scores: Any = x.value
         able = scores > -math.inf if where.value is None else where.value & (scores > -math.inf)
         total = xp.sum(xp.where(able, value, 0.0), axis=-1, keepdims=True)
-        short = total - mass.value  # above the sum, each order of summation has its own rounding
+        short = total - mass.value
+        # The user may have summed in another order, so k may exceed the sum by a rounding per item.
         near = (short <= ROUNDINGS * eps * total) & (-short <= (ROUNDINGS + self.n) * eps * total)
         return replace(mass, value=mass.value + self.backend.constant(xp.where(near, short, 0.0)))
 
     def summed_to_one(self, weights: Argument) -> Argument:
-        """Narrower weights that sum to 1 but for their roundings do so in what is computed in."""
+        """Normalize narrower weights to a sum of 1 in the working dtype, if only their rounding keeps them from it."""
         eps, xp, value = self.rounding_of(weights.given), self.xp, weights.value
         if eps is None or value is None:
             return weights
@@ -186,12 +189,12 @@ class Slices:
         return replace(weights, value=value / self.backend.constant(xp.where(near, total, 1.0)))
 
     def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
-        """What to write where all that lacks for one value a slice is the selected axis."""
-        behind = self.ndim - 1 - self.axis
-        if len(shape) < behind or not fits(shape, self.batch):
+        """The hint of an error message for an array that lacks only the selected axis; else an empty string."""
+        after = self.ndim - 1 - self.axis
+        if len(shape) < after or not fits(shape, self.batch):
             return ""
-        ahead = len(shape) - behind
-        index = [*[":"] * ahead, "None", *[":"] * behind]
+        before = len(shape) - after
+        index = [*[":"] * before, "None", *[":"] * after]
         return f"; write {name}[{', '.join(index)}]"
 
     def per_item(self, name: str, value: Any) -> Argument:
@@ -220,30 +223,30 @@ class Slices:
         return Argument(self._last(self._stretch("where", where)), where)
 
     def probabilities(self, q: Any) -> Probabilities:
-        """q: a number, or an array whose axes come first."""
+        """q: a number, or an array whose axes become the first axes of the result."""
         xp = self.xp
         if is_number(q):
             return Probabilities(self.per_slice("q", q), ())
         if not xp.isdtype(q.dtype, ("real floating", "integral")):
             raise TypeError(f"q must be real, got dtype {q.dtype}")
         shape = tuple(q.shape)
-        apart, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
+        padded, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
 
         def push(values: Array) -> Array:
-            return self._repeat(xp.reshape(self._cast(values, self.working), apart), full)
+            return self._repeat(xp.reshape(self._cast(values, self.working), padded), full)
 
         def pull(cotangent: Array) -> Array:
-            return self._cast(xp.reshape(shrink(xp, cotangent, apart), shape), q.dtype)
+            return self._cast(xp.reshape(shrink(xp, cotangent, padded), shape), q.dtype)
 
         return Probabilities(self._counted(Argument(push(q), q, *self._linear(q, push, pull)), 1), shape)
 
     def per_anchor(self, name: str, value: Array, anchors: int | None = None) -> Argument:
-        """anchors or marginals: one value an anchor along the last axis, for all slices or for each."""
+        """anchors or marginals: one value per anchor along the last axis, for all slices or for each."""
         xp, shape = self.xp, tuple(value.shape)
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
         if not shape or shape[-1] < 2 or (anchors is not None and shape[-1] != anchors):
-            wanted = "at least 2 values" if anchors is None else f"{anchors} values, one an anchor,"
+            wanted = "at least 2 values" if anchors is None else f"{anchors} values, one per anchor,"
             raise ValueError(f"{name} must have {wanted} along its last axis, got shape {shape}")
         if not fits(shape[:-1], self.batch):
             raise ValueError(
@@ -265,7 +268,7 @@ class Slices:
     # -- results
 
     def like_scores(self, *, narrow: bool = False) -> Argument:
-        """A result of the scores' shape; `narrow` is for a primitive that converts it by itself."""
+        """A result of the shape of the scores. `narrow` is for a primitive that converts the dtype itself."""
 
         def push(values: Array) -> Array:
             return self._cast(self._back(values), self.dtype)
@@ -276,9 +279,9 @@ class Slices:
         return Argument(None, None, push, pull)
 
     def one_a_slice(self, keepdims: bool, leading: int = 0, *, in_units: bool = True) -> Argument:
-        """A result of one value a slice, after `leading` axes of its own.
+        """A result of one value per slice, with `leading` extra axes in front.
 
-        `in_units` says whether it is in the units of the scores, which are negative for the smallest.
+        `in_units` says whether it is in the units of the scores. If so, it is negated where the scores are.
         """
         xp = self.xp
         axis = leading + self.axis
@@ -296,11 +299,11 @@ class Slices:
         return Argument(None, None, push, pull)
 
     def diagnostic(self, dtype: Any) -> Argument:
-        """A result of one value a slice, in no units and without a derivative."""
+        """A result of one value per slice without a derivative. Its sign does not depend on that of the scores."""
         return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
 
     def one_a_row(self) -> Argument:
-        """A result of one value a row (..., m), in the units of the scores, in the place of the selected axis."""
+        """A result of one value per row (..., m), in the units of the scores. The rows replace the selected axis."""
 
         def push(values: Array) -> Array:
             return self._cast(self._back(values if self.sign > 0.0 else -values), self.dtype)
@@ -312,19 +315,19 @@ class Slices:
         return Argument(None, None, push, pull)
 
     def row_by_item(self) -> Argument:
-        """A result of one value for each row and each item (..., m, n), the two in the place of the selected axis."""
-        xp, here = self.xp, (self.axis, self.axis + 1)
+        """A result of one value per row and item (..., m, n). The two axes replace the selected axis."""
+        xp, target = self.xp, (self.axis, self.axis + 1)
 
         def push(values: Array) -> Array:
-            return self._cast(move_axis(xp, values, (-2, -1), here), self.dtype)
+            return self._cast(move_axis(xp, values, (-2, -1), target), self.dtype)
 
         def pull(cotangent: Array) -> Array:
-            return move_axis(xp, self._cast(cotangent, self.working), here, (-2, -1))
+            return move_axis(xp, self._cast(cotangent, self.working), target, (-2, -1))
 
         return Argument(None, None, push, pull)
 
     def item_by_row(self) -> Argument:
-        """The same with the items in the place of the selected axis and the rows last."""
+        """A result of one value per item and row. The items replace the selected axis, and the rows come last."""
         xp = self.xp
 
         def push(values: Array) -> Array:
@@ -338,18 +341,18 @@ class Slices:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """q made canonical, and the axes that it puts in front of everything else."""
+    """The canonical q, and the axes that it adds in front of the axes of the result."""
 
     argument: Argument
     leading: tuple[int, ...]
 
 
 def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
-    """The one library, and device, of all array arguments."""
+    """The backend that serves all array arguments. They must be of one library and on one device."""
     backend = backend_of(x)
     for value in others.values():
         other = backend_of(value)
-        if other.wraps == backend.name:
+        if other.wraps == backend.name:  # a boxed array among plain ones: the framework that boxes serves both
             backend = other
     for name, value in others.items():
         if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
@@ -366,9 +369,10 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
 
 
 def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
-    """ceil(k) and floor(k) + 1 of a number, as it is in the working dtype."""
+    """ceil(k) and floor(k) + 1 of a Python number, rounded to the working dtype; None for arrays and symbols."""
     if not is_number(k) or backend.memory(k) is None:
         return None
+    # struct rounds to float32 without NumPy, which need not be installed.
     rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
 

@@ -1,7 +1,7 @@
-"""A public function applied to arguments: what `softk.vjp` and `softk.jvp` start from.
+"""The description of a call of a public function, from which `softk.vjp` and `softk.jvp` start.
 
-Each argument becomes an `Argument`, which knows the linear part of its own conversion in both directions; where the
-framework has autodiff it differentiates the conversion by itself.
+Each argument becomes an `Argument`, which has the linear part of its conversion to canonical form, and the transpose. A
+framework with autodiff differentiates the conversion by itself and does not need them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Argument:
-    """A canonical argument. `push` maps its tangent to canonical form, `pull` a cotangent back; None for a number."""
+    """A canonical argument. `push` maps a tangent to canonical form, `pull` maps a cotangent back.
+
+    Both are None for an argument without a derivative, such as a number. An `Argument` without a value describes a
+    result: `push` converts an output of the primitive to what the user gets, and `pull` is the transpose.
+    """
 
     value: Array | None
     given: Any = None
@@ -30,24 +34,24 @@ class Argument:
     pull: Callable[[Array], Array] | None = None
 
     def through(self, push: Callable[[Array], Array], pull: Callable[[Array], Array]) -> Argument:
-        """The same, followed by another linear map; of a result, preceded by it."""
-        first, last = self.push, self.pull
+        """The argument followed by another linear map. For a result, the map comes first."""
+        own_push, own_pull = self.push, self.pull
         if self.value is None:
             return Argument(
                 None,
                 None,
-                None if first is None else lambda values: first(push(values)),
-                None if last is None else lambda cotangent: pull(last(cotangent)),
+                None if own_push is None else lambda values: own_push(push(values)),
+                None if own_pull is None else lambda cotangent: pull(own_pull(cotangent)),
             )
         return Argument(
             push(self.value),
             self.given,
-            None if first is None else lambda tangent: push(first(tangent)),
-            None if last is None else lambda cotangent: last(pull(cotangent)),
+            None if own_push is None else lambda tangent: push(own_push(tangent)),
+            None if own_pull is None else lambda cotangent: own_pull(pull(cotangent)),
         )
 
     def lead(self, xp: Any, leading: tuple[int, ...]) -> Argument:
-        """The same, repeated along new axes in front."""
+        """The argument, repeated along new leading axes."""
         value, push, pull = self.value, self.push, self.pull
         if not leading or value is None or value.ndim == 0:
             return self
@@ -69,9 +73,9 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call(Generic[R]):
-    """A public function applied to arguments: a primitive, its canonical inputs and the way back.
+    """A call of a public function: a primitive, its canonical inputs and the conversion of its outputs.
 
-    `restores` are for the outputs of the primitive from the first one; `build` makes of them what the user gets.
+    `restores` convert the first outputs of the primitive, one each. `build` makes the user's result from them.
     """
 
     backend: Backend
@@ -89,20 +93,22 @@ class Call(Generic[R]):
         return self.backend.bind(self.primitive, **self.options)
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
-        """The first outputs, as the user sees them. They are linear in the outputs, so tangents go the same way."""
+        """Convert the first outputs to the user's form. The conversion is linear, so it also converts tangents."""
+        # Further outputs of the primitive are internal.
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
     def evaluate(self) -> R:
-        """The result, differentiable by the arrays' own framework."""
+        """Compute the result. The framework of the arrays can differentiate it."""
         with self.backend.quiet():
             return self.build(*self.restore(self.bound()(*self.inputs)))
 
 
 def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
-    """The public function whose calls `describe` describes.
+    """Make a public function from `describe`, which turns its arguments into a `Call`.
 
-    Its attribute `call` is `describe`: what the function would compute, where `softk.vjp` and `softk.jvp` start.
+    The attribute `call` of the public function is `describe`, with the check of argument names. `softk.vjp` and
+    `softk.jvp` use it.
     """
     call = explained(describe)
 
@@ -110,6 +116,7 @@ def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         return call(*args, **kwargs).evaluate()
 
+    # The signature must show the type of the result instead of Call[...].
     returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")
     function.__annotations__ = {**describe.__annotations__, "return": returned}
     function.__signature__ = signature(describe).replace(return_annotation=returned)  # type: ignore[attr-defined]

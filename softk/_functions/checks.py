@@ -1,4 +1,4 @@
-"""Checks of numbers and kinds. Every error names the argument, its value and what is allowed."""
+"""Checks of types and numbers. Every error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softk.backend import Array, backend_of, is_array, unknown
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """A real number, or the symbol that stands for one in a trace of PyTorch's."""
+    """Whether the value is a real number, or the symbol of one in a PyTorch trace."""
     real = isinstance(value, numbers.Real) or hasattr(type(value), "__sym_float__")
     return real and not isinstance(value, bool)
 
@@ -26,14 +26,16 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
         )
     kind = type(value)
     if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
-        raise TypeError(f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, its mask as where=")
+        raise TypeError(
+            f"{name} must be an ordinary array, got {kind_of(value)}; pass its data, and its valid entries as where="
+        )
     dense = backend_of(value).densely(value)
     if dense is not None:
         raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
 
 
 def require_size(name: str, x: Array, axis: int) -> None:
-    """The size of an axis is a number, as a solver needs it, and not left open."""
+    """Require that the size of an axis is known, because the solver needs it."""
     if unknown(x.shape[axis]):
         words = backend_of(x).words
         raise ValueError(
@@ -42,7 +44,7 @@ def require_size(name: str, x: Array, axis: int) -> None:
 
 
 def require_equal_sizes(arrays: dict[str, Array]) -> None:
-    """No size is NaN, which equals none: nobody could say which blocks of two Dask arrays belong together."""
+    """Require that no size is NaN, with which the blocks of two Dask arrays could not be matched."""
     for name, value in arrays.items():
         for axis, size in enumerate(value.shape):
             if isinstance(size, float):
@@ -54,7 +56,7 @@ def kind_of(value: Any) -> str:
 
 
 def check_axis(axis: Any, ndim: int) -> int:
-    """The axis counted from the first."""
+    """Return the axis as a number from 0 to ``ndim - 1``."""
     try:
         if isinstance(axis, bool):
             raise TypeError
@@ -67,23 +69,23 @@ def check_axis(axis: Any, ndim: int) -> int:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Neither "no" nor an array is a switch, though both may count as true."""
+    """Require a bool. Other values, such as the string "no" or an array, could count as true by accident."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_mode(mode: Any) -> bool:
-    """Whether the smallest are meant."""
+    """Return whether the smallest scores are selected."""
     if not isinstance(mode, str) or mode not in ("largest", "smallest"):
         raise ValueError(f"mode must be 'largest' or 'smallest', got {mode!r}")
     return bool(mode == "smallest")
 
 
 def counted_number(k: Any, n: int | None, eps: float) -> Any:
-    """A number k, or the end, 0 or n, that it misses by its rounding; `formulas.counted` says it of arrays.
+    """Return a number k, replaced by 0 or n if it misses that end only by its rounding.
 
-    Without n, which weights decide, the only end is 0. The symbol of a trace stays as it is: a comparison would compile
-    it in.
+    `formulas.counted` does the same for arrays. With weights, n is None and the only end is 0. A symbolic number stays
+    as it is, because a comparison would make the trace depend on its value.
     """
     symbolic = not isinstance(k, numbers.Real)
     if symbolic:
@@ -92,13 +94,15 @@ def counted_number(k: Any, n: int | None, eps: float) -> Any:
         return k
     if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
         return n
+    # Only a negative k is set to 0. A positive k stays as it is, however small.
     return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
 
 
 def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "the size of x along axis") -> Any:
-    """k, which as a number must be 0 <= k <= n, or any that there is where weights decide how much is selected.
+    """Return k. A number must be from 0 to n, or, with weights, at least 0 and finite.
 
-    A number that misses an end by its rounding is returned as that end. The solver alone knows the sum of weights.
+    A number that misses an end by its rounding is returned as that end. With weights the upper end is their sum, which
+    only the solver knows.
     """
     if not is_number(k):
         return k
@@ -114,12 +118,12 @@ def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "t
 
 
 def working_dtype(xp: Any, dtype: Any) -> Any:
-    """What a real floating dtype is computed in: float32 at least."""
+    """The dtype in which arrays of a real floating dtype are computed: float32 at least."""
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
 def check_precision(xp: Any, name: str, value: Any, of: str, other: Any, *, besides: str = "") -> None:
-    """Two arrays that are computed in one dtype: float16, bfloat16 and float32 may stand beside each other."""
+    """Require that two arrays are computed in the same dtype. float16, bfloat16 and float32 may be mixed."""
     if xp.isdtype(value.dtype, "real floating") and working_dtype(xp, value.dtype) == working_dtype(xp, other.dtype):
         return
     narrow = ", or another of at most 32 bits" if xp.finfo(other.dtype).bits <= 32 else ""

@@ -1,4 +1,4 @@
-"""Explicit derivatives of softk's functions, on arrays of any library: the rules of the primitives, applied."""
+"""Explicit derivatives of softk's functions for arrays of any library. They apply the rules of the primitives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["jvp", "vjp"]
 
 
 def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R, Callable[[Any], dict[str, Array]]]:
-    """A function of softk and the pullback of its derivative (reverse mode), on arrays of any library.
+    """The result of a function of softk, and its pullback (reverse mode), on arrays of any library.
 
     Parameters
     ----------
@@ -28,17 +28,18 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     out
         ``f(x, *args, **kwargs)``.
     pullback : callable
-        ``pullback(cotangent) -> {argument name: cotangent}``, for a cotangent of the shape of `out` and for every
-        argument that is a real floating-point array. Each cotangent has its argument's shape and dtype. For
-        `softk.sorted_topk` it is a pair, of the values and of the assignment, of which one may be None; for
-        `softk.transport` it is that of the plan, the rest having no derivative.
+        ``pullback(cotangent) -> {argument name: cotangent}``. It takes a cotangent of the shape of `out` and returns
+        one for every argument that is a real floating-point array, with the shape and dtype of the argument. For
+        `softk.sorted_topk` it takes a pair of cotangents, for the values and for the assignment; one of them may be
+        None. For `softk.transport` it takes the cotangent of the plan, because the rest has no derivative.
 
     Raises
     ------
     TypeError
-        If `f` is not a function of softk; from `pullback`, if the cotangent is not real or not of the structure above.
+        If `f` is not a function of softk. `pullback` raises it if the cotangent is not real or does not have the
+        structure above.
     ValueError
-        From `pullback`, if the cotangent has another shape than `out`.
+        `pullback` raises it if the cotangent does not have the shape of `out`.
 
     See Also
     --------
@@ -62,6 +63,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
         outputs = call.bound()(*call.inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
+    # The indices of the results that have derivatives.
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
     names = getattr(type(out), "_fields", ())
     needed = tuple(argument.pull is not None for argument in call.arguments.values())
@@ -88,7 +90,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
 
 
 def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Array], **kwargs: Any) -> tuple[R, Any]:
-    """A function of softk and its derivative along tangents (forward mode), on arrays of any library.
+    """The result of a function of softk, and its derivative along tangents (forward mode), on arrays of any library.
 
     Parameters
     ----------
@@ -97,23 +99,24 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     x, *args, **kwargs
         Its arguments.
     tangents : mapping
-        ``{argument name: tangent}``, each of its argument's shape, for arguments that are real floating-point arrays.
-        The others are held constant.
+        ``{argument name: tangent}``, for arguments that are real floating-point arrays. Each tangent has the shape of
+        its argument. The other arguments are constant.
 
     Returns
     -------
     out
         ``f(x, *args, **kwargs)``.
     tangent : array
-        The derivative, of the shape and dtype of `out`; a pair for `softk.sorted_topk`, of the plan for
-        `softk.transport`.
+        The derivative, with the shape and dtype of `out`. For `softk.sorted_topk` it is a pair, for `softk.transport`
+        the derivative of the plan.
 
     Raises
     ------
     TypeError
-        If `f` is not a function of softk, `tangents` no mapping, or a tangent not real.
+        If `f` is not a function of softk, `tangents` is not a mapping, or a tangent is not real.
     ValueError
-        If a tangent names no such argument or has another shape than it.
+        If a name in `tangents` is not that of a real floating-point array argument, or a tangent does not have the
+        shape of its argument.
 
     See Also
     --------
@@ -160,23 +163,23 @@ def _describe(f: Any) -> Callable[..., Call[Any]]:
     if str(getattr(f, "__module__", "")).startswith("softk."):
         raise TypeError(
             f"f must be an operator with a rule of its own, such as softk.topk, got {f.__module__}.{f.__name__}, which "
-            "is a composition of array operations: differentiate it by the autodiff of PyTorch, JAX or HIPS autograd"
+            "is a composition of array operations: differentiate it with the autodiff of PyTorch, JAX or HIPS autograd"
         )
     raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
 
 
 def _require_structure(cotangent: Any, names: list[str]) -> None:
-    """One array, or a tuple of one for each of the results that have derivatives."""
+    """Require one array, or, for several differentiable results, a tuple with one cotangent for each of them."""
     if len(names) > 1 and (not isinstance(cotangent, (tuple, list)) or len(cotangent) != len(names)):
         got = f"{len(cotangent)} parts" if isinstance(cotangent, (tuple, list)) else kind_of(cotangent)
-        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), of which each may be None, got {got}")
+        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), where each may be None, got {got}")
     if len(names) <= 1 and isinstance(cotangent, (tuple, list, dict)):
-        of = f", that of {names[0]} alone" if names else ""
+        of = f", the cotangent of {names[0]}" if names else ""
         raise TypeError(f"cotangent must be one array{of}, got {kind_of(cotangent)}")
 
 
 def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:
-    """A tangent or cotangent has the library and the shape of what it belongs to."""
+    """Require that a tangent or cotangent has the library and the shape of its argument or result."""
     if is_number(given) and like.ndim == 0:
         return
     require_array(name, given)

@@ -1,4 +1,4 @@
-"""The public operators. Each one makes its arguments canonical and names the primitive that computes it."""
+"""The public mask and threshold operators. Each converts its arguments and names the primitive that computes it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ R = TypeVar("R")
 def _masked(
     primitive: Primitive, x: Any, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
 ) -> tuple[Slices, dict[str, Any]]:
-    """The arguments that topk and threshold share, checked and canonical."""
+    """The arguments that the mask and threshold operators share, checked and in canonical form."""
     smallest = check_mode(mode)
     slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
     k = check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
-    # A count of the hard mask is a number, however few digits the working dtype has.
+    # The hard mask counts in integers, so its k is not rounded to the working dtype.
     bits = 64 if primitive is primitives.hard_mask else slices.xp.finfo(slices.working).bits
     with slices.backend.quiet():
         arguments = {
@@ -58,54 +58,54 @@ def topk(
     """Soft indicator of the k largest scores along an axis, with useful gradients.
 
     The mask is the exact solution of the entropic optimal transport problem between the scores and the anchors 0
-    and 1: ``mask = sigmoid((x - t) / (epsilon / 2))``, with the one threshold ``t`` of each slice at which the mask
-    sums to `k`. For ``epsilon -> 0`` it is the ordinary top-k indicator.
+    and 1: ``mask = sigmoid((x - t) / (epsilon / 2))``, with one threshold ``t`` per slice at which the mask sums to
+    `k`. For ``epsilon -> 0`` it is the ordinary top-k indicator.
 
     Parameters
     ----------
     x : array
         Scores, of any shape with at least one axis, real floating-point. ``-inf`` is never selected, ``+inf`` always
-        (more of them than `k` share it); a slice with a NaN has a NaN mask. float16 and bfloat16 are computed in
-        float32.
+        (if there are more than `k`, they share `k` equally). A NaN makes the mask of its slice NaN. float16 and
+        bfloat16 are computed in float32.
     k : number or array
-        How many to select: from 0 to n, the size of `x` along `axis`, and not necessarily whole. An array holds one
-        value a slice: it broadcasts against `x` with size 1 along `axis`.
+        How many scores to select, from 0 to n, the size of `x` along `axis`. It may be fractional. An array has one
+        value per slice: it broadcasts against `x` with size 1 along `axis`.
     axis : int, optional
-        The axis along which to select. Every slice along it depends on itself alone.
+        The axis along which to select. Slices along it are independent of each other.
     mode : {"largest", "smallest"}, optional
-        Which end to select.
+        Whether to select the largest or the smallest scores.
     epsilon : number or array, optional
-        Strength of the entropy, in the units of `x`: scores that differ by much more than `epsilon` are told apart,
-        scores closer than that share. Positive. An array holds one value a slice, as for `k`.
+        Strength of the entropy, in the units of `x`. Positive. The mask separates scores that differ by much more than
+        `epsilon`; closer scores share the mass. An array has one value per slice, as for `k`.
     weights : array, optional
         Item weights, at least 0, broadcasting to the shape of `x`: then ``sum(weights * mask) = k`` and `k` may be
-        as large as their sum. An item of weight 0 has a mask but no say in the threshold; one that is removed, or at
-        ``-inf``, may have any weight.
+        as large as their sum. An item of weight 0 gets a mask value but does not affect the threshold. The weight of an
+        item that is removed, or has the score ``-inf``, is ignored.
     where : array of bool, optional
-        Items to choose from, broadcasting to the shape of `x`. The others have mask 0 and gradient 0, whatever their
-        score. If fewer than `k` remain, all of them are selected.
+        Items to choose from, broadcasting to the shape of `x`. The others are removed: they have mask 0 and gradient 0
+        for any score. If fewer than `k` remain, all of them are selected.
     hard : bool, optional
-        Return the exact indicator of the k largest (ties to the lowest index), with the derivative of the soft one.
-        For a whole `k` without weights.
+        Return the exact indicator of the k largest scores (ties go to the lowest index), with the derivative of the
+        soft mask. `k` must be a whole number, and `weights` are not supported.
 
     Returns
     -------
     array
-        The mask, of the shape, dtype and device of `x`, in [0, 1], with sum `k` along `axis`.
+        The mask, with the shape, dtype and device of `x`. Its values are in [0, 1] and sum to `k` along `axis`.
 
     Raises
     ------
     TypeError
         If an argument is not an array (or number) of the right kind, or is of another library or device than `x`.
     ValueError
-        If a number, `axis`, `mode` or a shape is out of its range. Arrays never raise for their values: a bad value
-        makes its slice NaN.
+        If a number, `axis`, `mode` or a shape is out of its range. Values in arrays never raise: an invalid value makes
+        its slice NaN.
 
     Notes
     -----
-    Derivatives flow to `x`, `k`, `epsilon` and `weights`, natively where the framework has autodiff, through
-    `softk.vjp` and `softk.jvp` on every other array. The mask for k = 1 is not a softmax (for more than two scores),
-    and it is not k times a softmax, which can exceed 1.
+    Derivatives flow to `x`, `k`, `epsilon` and `weights`: natively if the framework has autodiff, and through
+    `softk.vjp` and `softk.jvp` on every other array. For k = 1 the mask is not a softmax (for more than two scores).
+    For other k it is not k times a softmax, which can exceed 1.
 
     References
     ----------
@@ -126,13 +126,13 @@ def topk(
     check_flag("hard", hard)
     primitive = primitives.hard_mask if hard else primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
-    if slices.n == 0:
+    if slices.n == 0:  # an empty slice has no threshold
         call |= {"primitive": primitives.empty_mask, "options": {}}
     if hard and weights is not None:
-        raise ValueError("hard=True must come without weights, got weights; leave out one of the two")
+        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
     counted = call["arguments"]["k"].given
     if hard and is_number(counted) and counted != math.floor(counted):
-        raise ValueError(f"k must be whole with hard=True, got {k!r}")
+        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
     if hard and slices.n and weights is None:
         call["arguments"] |= slices.whole_mass(counted)
     return Call(**call, restores=(slices.like_scores(narrow=True),))
@@ -152,7 +152,8 @@ def log_topk(
 ) -> Call[ArrayT]:
     """Logarithm of the mask of `softk.topk`, accurate where the mask underflows or rounds to 1.
 
-    A cross-entropy needs it: ``-sum(target * log_topk(x, k))`` has a gradient for a target that is far from selected.
+    Use it in a cross-entropy: ``-sum(target * log_topk(x, k))`` has a useful gradient even if the mask underflows at a
+    target item.
 
     Parameters
     ----------
@@ -162,7 +163,8 @@ def log_topk(
     Returns
     -------
     array
-        ``log(topk(x, k))``, at most 0, of the shape, dtype and device of `x`; ``-inf`` for what is never selected.
+        ``log(topk(x, k))``, at most 0, with the shape, dtype and device of `x`. It is ``-inf`` for items that are never
+        selected.
 
     Raises
     ------
@@ -171,7 +173,7 @@ def log_topk(
 
     Notes
     -----
-    ``log(1 - topk(x, k))`` is the logarithm of the mask of the others: ``log_topk(x, n - k, mode="smallest")``.
+    ``log(1 - topk(x, k))``, the logarithm of the complement, is ``log_topk(x, n - k, mode="smallest")``.
 
     References
     ----------
@@ -215,8 +217,8 @@ def threshold(
     Returns
     -------
     array
-        The threshold of every slice, in the units of `x`, of its dtype and device: the shape of `x` without `axis`.
-        For k = 0 it is +inf and where everything is selected -inf (the other way round for the smallest).
+        The threshold of each slice, in the units, dtype and device of `x`: the shape of `x` without `axis`. It is +inf
+        for k = 0 and -inf if everything is selected. The signs are reversed with ``mode="smallest"``.
 
     Raises
     ------
@@ -225,9 +227,9 @@ def threshold(
 
     Notes
     -----
-    For ``epsilon -> 0`` and a whole k it is the middle between the k-th and the next score; its derivative with
-    respect to the scores is the weights of a soft selection of the marginal ones, ``p = softmax(log v)``,
-    ``v = mask * (1 - mask)``, which sum to 1.
+    For ``epsilon -> 0`` and a whole k it is the midpoint between the k-th and the next score. Its derivative with
+    respect to the scores is ``p = softmax(log v)`` with ``v = mask * (1 - mask)``: positive numbers that sum to 1 and
+    are largest for the scores near the threshold.
 
     References
     ----------
@@ -262,8 +264,9 @@ def quantile(
 ) -> Call[ArrayT]:
     """Soft quantile along an axis: NumPy's default quantile with soft order statistics.
 
-    The j-th smallest of n scores (j from 0) becomes the threshold at k = n - j - 1/2, half-way between the counts;
-    between two of them the quantile is interpolated linearly. For ``epsilon -> 0`` it is ``numpy.quantile``.
+    The j-th smallest of n scores (j from 0) becomes the threshold at k = n - j - 1/2, halfway between two counts.
+    Between two of these thresholds the quantile is interpolated linearly. For ``epsilon -> 0`` it is
+    ``numpy.quantile``.
 
     Parameters
     ----------
@@ -275,17 +278,17 @@ def quantile(
         As for `softk.topk`.
     weights : array, optional
         Frequencies, at least 0, broadcasting to the shape of `x`: how many observations each item stands for. Their sum
-        takes the place of n. Several items whose frequencies sum to at most 1 are no sample, and their quantile is NaN;
-        see the notes for weights that are probabilities.
+        replaces n. The quantile of several items whose frequencies sum to at most 1 is NaN. See the notes for weights
+        that are probabilities.
     where : array of bool, optional
-        Items that count, broadcasting to the shape of `x`.
+        Items to include, broadcasting to the shape of `x`.
     keepdims : bool, optional
         Keep `axis`, with size 1.
 
     Returns
     -------
     array
-        The quantiles, in the units, dtype and device of `x`: the shape of `q`, then that of `x` without `axis`.
+        The quantiles, in the units, dtype and device of `x`: the shape of `q`, then the shape of `x` without `axis`.
 
     Raises
     ------
@@ -294,16 +297,17 @@ def quantile(
 
     Notes
     -----
-    A soft quantile may lie beyond the data: it is a threshold, not a convex combination of the scores. Without weights
-    that for q = 1 is never below the largest score, since the mask of `softk.topk` sums to one half there. All soft
-    quantiles lie between ``min(x) - d`` and ``max(x) + d`` with ``d = epsilon / 2 * log(2 n - 1)``. Both bounds are
-    reached where all scores are equal.
+    A soft quantile may lie outside the range of the data: it is a threshold, not a convex combination of the scores.
+    Without weights, the quantile for q = 1 is never below the largest score, since the mask of `softk.topk` sums to one
+    half there. All soft quantiles lie between ``min(x) - d`` and ``max(x) + d`` with
+    ``d = epsilon / 2 * log(2 n - 1)``. Both bounds are attained if all scores are equal.
 
-    Weights have two readings. Here they are frequencies: doubling them all doubles the sample, and whole ones do what
-    repeating the items does. In ``numpy.quantile(x, q, weights=w, method="inverted_cdf")`` they are probabilities up to
-    a factor. That quantile is the level above which a share ``1 - q`` of the weight lies, with a soft twin in
-    ``softk.threshold(x, (1 - q) * w.sum(), weights=w)`` for q between 0 and 1. Frequencies are made of probabilities by
-    multiplying with the number of observations that they stand for; the more, the nearer the two readings are.
+    Weights can be interpreted in two ways. Here they are frequencies: doubling all of them doubles the sample, and
+    whole weights are equivalent to repeated items. In ``numpy.quantile(x, q, weights=w, method="inverted_cdf")`` they
+    are probabilities up to a factor. That quantile is the level above which a share ``1 - q`` of the weight lies. Its
+    soft counterpart is ``softk.threshold(x, (1 - q) * w.sum(), weights=w)`` for q between 0 and 1. To turn
+    probabilities into frequencies, multiply them by the number of observations; the larger that is, the closer the two
+    quantiles are.
 
     References
     ----------
@@ -317,7 +321,7 @@ def quantile(
     >>> softk.quantile(np.linspace(0, 10, 11), np.asarray([0.1, 0.5, 0.75]), epsilon=0.01).round(6).tolist()
     [1.0, 5.0, 7.5]
 
-    Probabilities, by the two readings, as a sample of ten and as a level above which half of them lie:
+    Probabilities, first as the frequencies of ten observations, then as the level above which 75 % of the weight lies:
 
     >>> x, w = np.asarray([1.0, 2.0, 3.0, 4.0]), np.asarray([0.1, 0.2, 0.3, 0.4])
     >>> float(softk.quantile(x, 0.25, epsilon=0.01, weights=10 * w).round(2))

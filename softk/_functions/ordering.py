@@ -1,4 +1,4 @@
-"""The public operators that put scores in order: the sorted top-k, sort and rank."""
+"""The public operators that sort scores: the sorted top-k, sort and rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .signatures import plain_tuple
 
 @plain_tuple
 class SortedTopK(NamedTuple, Generic[ArrayT]):
-    """The soft twin of a library's top-k.
+    """The result of `softk.sorted_topk`.
 
     Attributes
     ----------
     values : array
-        The k largest (smallest) scores in order: the shape of `x` with k in the place of n.
+        The k largest (smallest) scores in order: the shape of `x` with k in place of n.
     assignment : array
-        Which scores they are made of: the shape of `x` with two axes (k, n) in the place of n.
+        The share of each score in each value: the shape of `x` with two axes (k, n) in place of n.
     """
 
     values: ArrayT
@@ -33,7 +33,7 @@ class SortedTopK(NamedTuple, Generic[ArrayT]):
 
 
 def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, step: float) -> dict[str, Any]:
-    """The call of a primitive with `rows` anchors of mass `unit` at the distance `step`."""
+    """The parts of a `Call` whose primitive has `rows` anchors of mass `unit`, a distance `step` apart."""
     slices.require_sizes()
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
@@ -44,7 +44,8 @@ def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, st
             "where": slices.kept(where),
         }
     ranks = None
-    if slices.backend.memory(rows) is not None and 2 * rows <= slices.n and rows <= 64:  # else sorting is no dearer
+    # Selection by known ranks is cheaper than sorting only for a few of the largest scores.
+    if slices.backend.memory(rows) is not None and 2 * rows <= slices.n and rows <= 64:
         edges = [unit * (row + 1) for row in range(rows)]
         ranks = (*(math.ceil(edge) for edge in edges), *(math.floor(edge) + 1 for edge in edges))
     return {"backend": slices.backend, "arguments": arguments, "options": {"rows": rows, "ranks": ranks}}
@@ -61,22 +62,23 @@ def sorted_topk(
     epsilon: float | AnyArray = 0.1,
     where: AnyArray | None = None,
 ) -> Call[SortedTopK[ArrayT]]:
-    """Soft top-k in order: the k largest values, and which scores each of them is made of.
+    """Soft top-k in sorted order: the k largest values, and the share of each score in each of them.
 
-    The scores are transported to the anchors k, ..., 1, which take one unit each, and 0, which takes the rest. Row j of
-    the assignment is a soft indicator of the j-th largest score; for distinct scores and ``epsilon -> 0`` it is the
-    hard one.
+    The scores are transported to the anchors k, ..., 1, which take one unit of mass each, and the anchor 0, which takes
+    the rest. Row j of the assignment is a soft indicator of the j-th largest score. For distinct scores and
+    ``epsilon -> 0`` it is the exact indicator.
 
     Parameters
     ----------
     x : array
-        Scores, as for `softk.topk`. ``+inf`` come first, ``-inf`` never.
+        Scores, as for `softk.topk`. ``+inf`` comes first; ``-inf`` is never selected.
     k : int
-        How many, from 0 to n, the size of `x` along `axis`. A Python number: shapes depend on it.
+        How many scores to select, from 0 to n, the size of `x` along `axis`. It must be a Python integer, because the
+        shapes of the results depend on it.
     axis : int, optional
         The axis along which to select.
     mode : {"largest", "smallest"}, optional
-        Which end to select; the smallest come in ascending order.
+        Whether to select the largest scores, in descending order, or the smallest, in ascending order.
     epsilon : number or array, optional
         Strength of the entropy, in the units of `x`, as for `softk.topk`.
     where : array of bool, optional
@@ -85,9 +87,9 @@ def sorted_topk(
     Returns
     -------
     SortedTopK
-        `values`, ``assignment @ x``, and `assignment`, whose rows sum to 1 and whose columns to at most 1, both of the
-        dtype and device of `x`. Rows for which no items are left are zero, and their values ``-inf`` (``+inf`` for the
-        smallest).
+        `values`, which are ``assignment @ x``, and `assignment`. Both have the dtype and device of `x`. The rows of the
+        assignment sum to 1 and its columns to at most 1. If there are fewer than k items to select, the last rows are
+        zero, and their values are ``-inf`` (``+inf`` for the smallest).
 
     Raises
     ------
@@ -96,8 +98,8 @@ def sorted_topk(
 
     Notes
     -----
-    The sum of the rows is not the mask of `softk.topk`, except for k = 1 and in the limit. Time and memory are
-    O(n k), and one system of k equations is solved for each Newton step and each derivative.
+    The sum over the rows is not the mask of `softk.topk`, except for k = 1 and in the limit ``epsilon -> 0``. Time and
+    memory are O(n k). Each Newton step and each derivative solves one system of k equations.
 
     References
     ----------
@@ -118,7 +120,7 @@ def sorted_topk(
     rows = _whole_number("k", k, 0, slices.n, "the size of x along axis")
     call = _ladder(slices, epsilon, where, max(rows, 1), 1.0, 1.0)
     values, assignment = slices.one_a_row(), slices.row_by_item()
-    if rows == 0:
+    if rows == 0:  # the primitive needs one row at least, so for k = 0 a row is computed and dropped
         values, assignment = _without_rows(slices, values, 1), _without_rows(slices, assignment, 2)
     return Call(primitive=sorted_plan, restores=(values, assignment), build=SortedTopK, **call)
 
@@ -135,8 +137,8 @@ def sort(
 ) -> Call[ArrayT]:
     """Soft sort along an axis.
 
-    The scores are transported to n anchors at unit distance, of equal mass; each sorted value is the mean of the scores
-    that its anchor takes.
+    The scores are transported to n anchors of equal mass, a unit distance apart. Each sorted value is the mean of the
+    scores that are transported to its anchor.
 
     Parameters
     ----------
@@ -145,17 +147,17 @@ def sort(
     axis : int, optional
         The axis along which to sort.
     descending : bool, optional
-        The largest first.
+        Sort the largest score first.
     epsilon : number or array, optional
         Strength of the entropy, in the units of `x`, as for `softk.topk`.
     num_anchors : int, optional
-        How many anchors, evenly over 0 ... n - 1, from 2 to n. Fewer than n cost less, O(n num_anchors), and each takes
-        the mean of n / num_anchors scores.
+        The number of anchors, from 2 to n, spaced evenly over 0 ... n - 1; n by default. Fewer anchors reduce the cost
+        to O(n num_anchors), and each value is then the mean of n / num_anchors scores.
 
     Returns
     -------
     array
-        The sorted values, of the dtype and device of `x`: its shape, with `num_anchors` in the place of n.
+        The sorted values, with the dtype and device of `x`: its shape with `num_anchors` in place of n.
 
     Raises
     ------
@@ -189,22 +191,22 @@ def rank(
     epsilon: float | AnyArray = 0.1,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
-    """Soft ranks along an axis: 0 for the smallest score, n - 1 for the largest; ties share their mean.
+    """Soft ranks along an axis: 0 for the smallest score, n - 1 for the largest. Tied scores get their mean rank.
 
-    The scores are transported to n anchors 0, ..., n - 1 of equal mass; the rank of a score is the mean of the anchors
-    that it goes to. For ``epsilon -> 0`` it is ``argsort(argsort(x))``.
+    The scores are transported to n anchors 0, ..., n - 1 of equal mass. The rank of a score is the mean of the anchors
+    to which it is transported. For distinct scores and ``epsilon -> 0`` it is ``argsort(argsort(x))``.
 
     Parameters
     ----------
     x, axis, epsilon, num_anchors
         As for `softk.sort`.
     descending : bool, optional
-        0 for the largest.
+        Give rank 0 to the largest score.
 
     Returns
     -------
     array
-        The ranks, of the shape, dtype and device of `x`.
+        The ranks, with the shape, dtype and device of `x`.
 
     Raises
     ------
@@ -236,19 +238,19 @@ def _anchored(slices: Slices, epsilon: Any, num_anchors: int | None) -> dict[str
 
 
 def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
-    """None of the one row that was computed."""
-    here = (..., slice(0, 0), *(slice(None),) * (axes - 1))
+    """The result without its one row. The row is the first of the last `axes` axes."""
+    no_rows = (..., slice(0, 0), *(slice(None),) * (axes - 1))
 
     def pull(cotangent: Array) -> Array:
         shape = (*cotangent.shape[:-axes], 1, *cotangent.shape[cotangent.ndim - axes + 1 :])
         return slices.xp.zeros(shape, dtype=slices.working, device=slices.backend.device(slices.given))
 
-    return result.through(lambda values: values[here], pull)
+    return result.through(lambda values: values[no_rows], pull)
 
 
 def _whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python integer, on which shapes may depend, got {value!r}")
+        raise TypeError(f"{name} must be a Python integer, because shapes depend on it, got {value!r}")
     if not least <= int(value) <= most:
         raise ValueError(f"{name} must be from {least} to {most}, {most_is}, got {value!r}")
     return int(value)

@@ -8,12 +8,12 @@ from softk.backend import Array, unknown
 
 
 def cast(xp: Any, values: Array, dtype: Any) -> Array:
-    """astype, without a copy where nothing is converted."""
+    """``astype``, without a copy if the dtype is already right."""
     return values if values.dtype == dtype else xp.astype(values, dtype)
 
 
 def move_axis(xp: Any, values: Array, source: Any, destination: Any) -> Array:
-    """moveaxis, which not every library can batch."""
+    """``moveaxis``, by operations that every library can batch."""
     ndim = values.ndim
     sources, targets = (
         [i % ndim for i in (axes if isinstance(axes, tuple) else (axes,))] for axes in (source, destination)
@@ -24,7 +24,7 @@ def move_axis(xp: Any, values: Array, source: Any, destination: Any) -> Array:
 
 
 def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether an array of the shape broadcasts to the target without enlarging it."""
+    """Whether an array of the shape broadcasts to the target. Unknown sizes are assumed to fit."""
     pairs = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(
         size in (1, full) or (unknown(size) and full != 1) or unknown(full) for size, full in pairs
@@ -32,7 +32,7 @@ def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def shrink(xp: Any, values: Array, shape: tuple[int, ...]) -> Array:
-    """The transpose of broadcasting: sum over what broadcasting repeated."""
+    """The transpose of broadcasting: sum over the axes that broadcasting repeated."""
     lead = values.ndim - len(shape)
     repeated = tuple(i for i in range(values.ndim) if i < lead or (shape[i - lead] == 1 and values.shape[i] != 1))
     if repeated:

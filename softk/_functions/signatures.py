@@ -1,4 +1,4 @@
-"""What a caller sees of a public function: its signature, and the argument that he means by another library's name."""
+"""Error messages for wrong argument names, with suggestions for the names that other libraries use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ R = TypeVar("R")
 
 _EPSILON = ("eps", "reg", "regularization", "regularization_strength", "softness", "sigma", "blur")
 
-#: Another library's name of an argument -> what it is here: the argument, and how it is given. The first that the
-#: function has is the answer.
+#: An argument name of other libraries -> candidates here: the argument, and how to write it. The message suggests the
+#: first candidate that the function has.
 NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(("dim", "dims", "axes", "reduction_dimension"), (("axis", "axis="),)),
     "largest": (("mode", 'mode="largest" or mode="smallest"'), ("descending", "descending=")),
@@ -32,15 +32,15 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(("k", "K", "num_beams", "beam_size", "beam_width"), (("k", "k="), ("beams", "beams="))),
     **dict.fromkeys(("p", "probs", "quantiles"), (("q", "q="),)),
 }
-#: What is no argument of any function.
+#: Arguments of other libraries that no function has here -> the explanation in the message.
 ABSENT = {
-    "sorted": "sorted values come from softk.sorted_topk, which always sorts; a mask is in the order of the scores",
-    "stable": "there is nothing to choose: the result is the same for the same input, and equal scores share",
+    "sorted": "a mask keeps the order of the scores, and softk.sorted_topk always sorts",
+    "stable": "results are always deterministic, and equal scores get equal results",
 }
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which answers an argument that it does not have with the name of the one that it has."""
+    """Wrap the function so that an unknown argument raises a TypeError that suggests the right name."""
     parameters = signature(function).parameters.values()
     named = frozenset(one.name for one in parameters if one.kind is not Parameter.POSITIONAL_ONLY)
     places = sum(one.kind is not Parameter.KEYWORD_ONLY for one in parameters)
@@ -58,8 +58,9 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def plain_tuple(kind: type[R]) -> type[R]:
-    """A named tuple without the base Generic, which is there for type checkers: with it, some releases of PyTorch take
-    the tuple for a leaf.
+    """The named tuple without the base class Generic, which only type checkers need.
+
+    Some releases of PyTorch treat a generic named tuple as a leaf of a tree instead of a container.
     """
     plain: Any = NamedTuple(kind.__name__, kind.__annotations__.items())  # type: ignore[misc]
     plain.__doc__, plain.__module__ = kind.__doc__, kind.__module__
@@ -74,14 +75,14 @@ def _unexpected(function: Callable[..., Any], keyword: str) -> str:
     parameters = signature(function).parameters
     for name, given in NAMES.get(keyword, ()):
         if name in parameters:
-            return f"{_called(function)} has no argument {keyword!r}; here it is {given}"
+            return f"{_called(function)} has no argument {keyword!r}; use {given}"
     text = f"{_called(function)} has no argument {keyword!r}"
     if keyword in ABSENT:
         return f"{text}; {ABSENT[keyword]}"
     first = next(iter(parameters.values()))
     if first.kind is Parameter.POSITIONAL_ONLY and keyword in (first.name, "input", "operand", "a", "logits"):
-        return f"{text} by name; {first.name} comes first, without one"
-    return f"{text}; it has {', '.join(parameters)}"
+        return f"{text} by name; pass {first.name} as the first positional argument"
+    return f"{text}; its arguments are {', '.join(parameters)}"
 
 
 def _too_many(function: Callable[..., Any], count: int) -> str:
@@ -89,6 +90,6 @@ def _too_many(function: Callable[..., Any], count: int) -> str:
     places = [one.name for one in parameters if one.kind is not Parameter.KEYWORD_ONLY]
     others = [f"{one.name}=" for one in parameters if one.kind is Parameter.KEYWORD_ONLY]
     return (
-        f"{_called(function)} takes the arguments {', '.join(places)} by position, got {count}; "
-        f"the others are given by name: {', '.join(others)}"
+        f"{_called(function)} takes only {', '.join(places)} by position, got {count} positional arguments; "
+        f"pass the others by name: {', '.join(others)}"
     )

@@ -1,4 +1,4 @@
-"""The public operator for the transport problem itself: any anchors, any marginals, and diagnostics."""
+"""The public operator for the transport problem with any anchors and marginals, with diagnostics."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ class Plan(NamedTuple, Generic[ArrayT]):
     Attributes
     ----------
     plan : array
-        What each score gives to each anchor: the shape of `x`, then one axis for the anchors. The sum over the anchors
-        is the weight of the score, over the scores the normalised marginal.
+        The mass that each score sends to each anchor: the shape of `x`, then one axis for the anchors. Its sum over the
+        anchors is the weight of the score. Its sum over the scores is the normalized marginal.
     potentials : array
-        The dual potentials of the anchors, in the units of the squared distance, 0 for the lowest anchor that takes
-        anything, -inf for those that take nothing: the shape of `x` without the selected axis, then the anchors.
+        The dual potentials of the anchors, in the units of the squared distance: the shape of `x` without the selected
+        axis, then the anchors. The potential is 0 for the lowest anchor with a positive marginal, and -inf for anchors
+        whose marginal is 0.
     marginal_error : array
-        The largest difference of a column sum and its marginal, one a slice.
+        The largest absolute difference between a column sum and its marginal, one value per slice.
     iterations : array
-        How many were done, an integer a slice.
+        The number of iterations, one integer per slice.
     converged : array of bool
-        Whether the marginal error is within the tolerance, one a slice.
+        Whether the marginal error is within the tolerance, one value per slice.
     """
 
     plan: ArrayT
@@ -65,34 +66,36 @@ def transport(
 ) -> Call[Plan[ArrayT]]:
     """Entropic optimal transport between scores and anchors on a line, with diagnostics.
 
-    The plan minimises ``sum(plan * cost) + epsilon * sum(plan * (log(plan) - 1))`` with ``cost = (x - anchor)**2``
-    among all that give each score its weight and each anchor its marginal.
+    The plan minimizes ``sum(plan * cost) + epsilon * sum(plan * (log(plan) - 1))`` with ``cost = (x - anchor)**2``
+    among all plans whose row sums are the weights of the scores and whose column sums are the marginals of the anchors.
 
     Parameters
     ----------
     x : array
         Scores, as for `softk.topk`. ``-inf`` is not transported.
     anchors : array
-        Positions, in the units of `x` and in any order, at least 2: shape (m,), or (..., m) with one set a slice.
+        Positions of at least 2 anchors, in the units of `x` and in any order: shape (m,), or (..., m) with one set per
+        slice.
     marginals : array
-        What each anchor takes, at least 0, of the same shape as `anchors` or broadcasting. They are normalised to the
-        total weight of the scores. An anchor that takes nothing is left out, with no derivative in its marginal.
+        The mass of each anchor, at least 0, with the shape of `anchors` or one that broadcasts. The marginals are
+        normalized to the total weight of the scores. An anchor of marginal 0 is left out, and its marginal has no
+        derivative.
     axis : int, optional
         The axis of the scores.
     epsilon : number or array, optional
         Strength of the entropy, in the units of the cost.
     weights : array, optional
-        Item weights, at least 0, broadcasting to the shape of `x`. Without them every score weighs 1.
+        Item weights, at least 0, broadcasting to the shape of `x`. Without them every score has weight 1.
     where : array of bool, optional
         Items to transport, broadcasting to the shape of `x`.
     method : {"newton", "sinkhorn"}, optional
-        Newton's method on the m - 1 thresholds between neighbouring anchors, or the algorithm of the paper, in the log
-        domain, as a reference.
+        Newton's method on the m - 1 thresholds between neighboring anchors, or Sinkhorn's algorithm in the log domain,
+        which the paper uses, for comparison.
     tolerance : float, optional
         The marginal error that counts as converged, in units of weight. By default 1e-8 for float64 and 1e-4 for
-        float32, or 4 eps times the number of scores where that is more. `"sinkhorn"` stops there.
+        float32, or 4 eps times the number of scores if that is larger. `"sinkhorn"` stops when it is reached.
     max_iterations : int, optional
-        By default 40 for `"newton"` and 1000 for `"sinkhorn"`.
+        The largest number of iterations; by default 40 for `"newton"` and 1000 for `"sinkhorn"`.
 
     Returns
     -------
@@ -107,12 +110,13 @@ def transport(
     Warns
     -----
     ConvergenceWarning
-        If a slice has not converged, where looking costs nothing: on the CPU, outside a trace.
+        If a slice has not converged. The check is made only on the CPU and outside a trace, where reading a value costs
+        nothing.
 
     Notes
     -----
     Derivatives flow to `x`, `anchors`, `marginals`, `epsilon` and `weights`, by the implicit function theorem at the
-    solution; what `"sinkhorn"` has not solved has the derivative of neither.
+    solution. If `"sinkhorn"` has not converged, they are neither those of the solution nor those of the iteration.
 
     References
     ----------
@@ -172,7 +176,7 @@ def transport(
 
     restores = (
         slices.item_by_row(),
-        Argument(None),  # the offsets and the references are nobody's business
+        Argument(None),  # the offsets and the references are internal
         Argument(None),
         slices.diagnostic(slices.dtype),
         slices.diagnostic(index_dtype(slices.xp)),

@@ -1,4 +1,4 @@
-"""The scores of a block of queries beside all keys, and the blocks of a problem."""
+"""The scores of a block of queries against all keys, and the division of a problem into blocks."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from softk._reference.threshold.rule import Linearisation, LogLinearisation
 from softk._reference.threshold.solve import solve
 from softk.backend import Array, Backend, rows_of
 
-#: How many distances a block has, unless a single query has more.
+#: The largest number of distances in a block, except that a block has at least one query.
 CELLS = 2**20
-#: Up to this many dimensions differences are formed; beyond them a matrix product is much cheaper.
+#: Distances are computed from differences up to this dimension; above it a matrix product is much cheaper.
 FEW_DIMENSIONS = 8
 
 
 class Keys:
-    """The keys around their own mean."""
+    """The keys, centered at their mean."""
 
     def __init__(self, backend: Backend, keys: Array) -> None:
         self.xp = xp = backend.xp
-        # A key that is not a number may be removed by `where`, and must not reach the others through a product.
+        # `where` may remove a key with a NaN, which must not reach the other keys through the mean or a product.
         finite = xp.isfinite(keys)
         clean = xp.where(finite, keys, 0.0)
         self.origin = backend.constant(xp.mean(clean, axis=-2, keepdims=True))
         self.points = xp.where(finite, clean - self.origin, 0.0)
         self.few = keys.shape[-1] <= FEW_DIMENSIONS
-        # An infinite key is infinitely far away.
+        # A key with an infinity gets the score -inf, a key with a NaN the score NaN.
         zero = xp.zeros_like(keys[..., 0])
         strange = xp.where(xp.any(xp.isnan(keys), axis=-1), math.nan, zero - math.inf)
         penalty = xp.where(xp.all(finite, axis=-1), zero, strange)
         if not self.few:
             penalty = penalty - xp.sum(self.points * self.points, axis=-1)
-        self.own = xp.expand_dims(penalty, axis=-2)  # the part of the score that is the key's alone
+        self.own = xp.expand_dims(penalty, axis=-2)  # the term of the score that depends only on the key
 
     def centre(self, queries: Array) -> Array:
-        """A query that is not finite has no neighbours: it is NaN."""
+        """The queries, relative to the mean of the keys. A coordinate that is not finite becomes NaN."""
         return self.xp.where(self.xp.isfinite(queries), queries - self.origin, math.nan)
 
     def scores(self, queries: Array) -> Array:
-        """Of centred queries (..., q, d): (..., q, n)."""
+        """The scores (..., q, n) of centered queries (..., q, d)."""
         xp, points = self.xp, self.points
         if not self.few:
             return self.own + 2.0 * (queries @ transpose(xp, points))
         total = self.own
+        # One coordinate at a time, so that no array (..., q, n, d) is formed.
         for i in range(points.shape[-1]):
             difference = queries[..., i : i + 1] - transpose(xp, points[..., i : i + 1])
             total = total - difference * difference
@@ -77,7 +78,7 @@ class Keys:
 
 
 class Block:
-    """Some queries beside all keys."""
+    """A block of queries with all keys: its scores and the operations of the top-k on them."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Block:
         self.queries = keys.centre(queries)
         scores = keys.scores(self.queries)
         allowed = self._allowed(where, exclude, scores.shape)
-        # Whatever is not a choice is infinitely far away: said once here, and not by each of the rules again.
+        # Keys that may not be selected get the score -inf here, so that the rules need no `where`.
         self.scores = scores if allowed is None else self.xp.where(allowed, scores, -math.inf)
 
     def _allowed(self, where: Array | None, exclude: Array | None, shape: tuple[int, ...]) -> Array | None:
@@ -121,7 +122,7 @@ class Block:
         return self.scores, self.k, self.tau, None, None
 
     def rule(self, offset: Array, reference: Array, *, balanced: bool) -> Linearisation:
-        """The mask's, which needs no balance where only the derivative in the points is asked for."""
+        """The rule of the mask. It needs no balance if only the derivative in the points is needed."""
         return Linearisation(self.backend, self.inputs, reference, offset, balanced=balanced)
 
     def log_rule(self, offset: Array, reference: Array) -> LogLinearisation:
@@ -129,7 +130,7 @@ class Block:
 
 
 def transpose(xp: Any, values: Array) -> Array:
-    """The last two axes exchanged, in a way that every library can batch."""
+    """Swap the last two axes, by an operation that every library can batch."""
     axes = range(values.ndim - 2)
     return xp.permute_dims(values, (*axes, values.ndim - 1, values.ndim - 2))
 
@@ -138,18 +139,19 @@ def transpose(xp: Any, values: Array) -> Array:
 
 
 def block_rows(queries: Array, keys: Array) -> int:
-    """How many queries a block has. All of them where a trace has no numbers for the shapes."""
+    """The number of queries per block. All of them if a trace has symbolic shapes."""
     batch = queries.shape[:-2]
     count: int = queries.shape[-2]
     n: int = keys.shape[-2]
     if not all(isinstance(size, int) for size in (*batch, count, n)):
         return count
+    # The smallest number of blocks within the limit, with the queries divided evenly.
     blocks: int = max(1, -(-count // max(1, CELLS // max(1, math.prod(batch) * n))))
     return max(1, -(-count // blocks))
 
 
 def blocks_of(queries: Array, keys: Array, *arrays: Array | None) -> Iterator[tuple[Any, ...]]:
-    """The queries, and the arrays that have a row for each of them, block by block."""
+    """Iterate over the blocks of the queries and of the arrays that have one row per query."""
     count, rows = queries.shape[-2], block_rows(queries, keys)
     if rows == count:
         yield queries, *arrays
@@ -158,7 +160,7 @@ def blocks_of(queries: Array, keys: Array, *arrays: Array | None) -> Iterator[tu
 
 
 def pull_blocks(backend: Backend, found: Iterator[tuple[Any, ...]], rows: int) -> list[Array]:
-    """Cotangents block by block: the first `rows` of them belong to the block, the others add up."""
+    """Combine the cotangents of all blocks: concatenate the first `rows` of them, sum the others over the blocks."""
     parts: list[tuple[Any, ...]] = []
     totals: tuple[Any, ...] = ()
     for block in found:

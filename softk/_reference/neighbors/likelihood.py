@@ -15,7 +15,7 @@ Arrays = tuple[Array, ...]
 
 
 class Shares:
-    """The parts that the keys have in the likelihood of each query."""
+    """The shares s_j of the keys in the likelihood of each query, scaled by the largest term so as not to underflow."""
 
     def __init__(
         self, block: Block, targets: Array, values: Array, floor: Array, offset: Array, reference: Array
@@ -27,19 +27,20 @@ class Shares:
             votes = targets == transpose(xp, values)
         else:
             agreement = targets @ transpose(xp, values)
-            votes = ~(agreement == 0.0)
+            votes = ~(agreement == 0.0)  # a NaN is a vote, so that it reaches the result
         z = block.z(offset, reference)
         votes = votes & ~((block.scores == -math.inf) | (block.k <= 0.0))
         self.log_mask = xp.where(z < 0.0, z, 0.0) - xp.log1p(exponential(xp, -xp.abs(z)))
         found = self.log_mask
         if not self.integers:
             found = found + xp.log(xp.where(votes, agreement, 1.0))
+        # The floor f k is another term of the sum. The largest term is the shift of the log-sum-exp.
         bottom = xp.log(floor) + xp.log(block.k)
         peak = xp.max(xp.where(votes, found, -math.inf), axis=-1, keepdims=True)
         peak = xp.maximum(peak, bottom)
         self.peak = block.backend.constant(xp.where(peak == -math.inf, 0.0, peak))
         self.parts = xp.where(votes, exponential(xp, xp.where(votes, found - self.peak, 0.0)), 0.0)
-        # NaN stays NaN: a query that is none has no votes to say so.
+        # Comparisons drop a NaN, so the offset propagates it: a query with a NaN has no votes.
         total = xp.sum(self.parts, axis=-1, keepdims=True) + xp.exp(bottom - self.peak) + 0.0 * offset
         self.total = safe_denominator(xp, total)
         self.likelihood = xp.where(total == 0.0, -math.inf, self.peak + xp.log(self.total)) - xp.log(block.k)
@@ -48,7 +49,7 @@ class Shares:
         return self.parts / self.total
 
     def per_agreement(self) -> Array:
-        """s / a, which is the mask over the likelihood; not larger than what a derivative can be."""
+        """s / a, which is the mask over the likelihood, clipped to the largest value that a derivative may have."""
         xp = self.xp
         ceiling = math.log(limits(xp, self.log_mask.dtype).farthest)
         return xp.exp(xp.minimum(self.log_mask - self.peak, ceiling)) / self.total

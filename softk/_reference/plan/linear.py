@@ -1,4 +1,4 @@
-"""Systems of linear equations with a symmetric positive definite matrix, whose rows may be of any size."""
+"""Linear systems with a symmetric positive definite matrix whose rows may differ by many orders of magnitude."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from softk.backend import Array, Backend
 
 
 def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
-    """The solution of ``matrix @ solution = right``; zero for the unknowns whose row vanishes.
+    """Solve ``matrix @ solution = right``. The solution is 0 for unknowns whose diagonal element vanishes.
 
     Parameters
     ----------
     backend : Backend
-        The framework of the arrays. Its linear algebra is used where its namespace has the extension.
+        The framework of the arrays. Its ``linalg`` extension is used if its namespace has one.
     matrix : array
         Shape (..., b, b), positive semidefinite.
     right : array
@@ -29,8 +29,8 @@ def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
     diagonal = xp.broadcast_to(diagonal, matrix.shape)
     size = xp.sum(xp.where(diagonal, matrix, 0.0), axis=-1, keepdims=True)
     active = size > 4.0 * float(info.smallest_normal)
-    # In units of the diagonal: rows differ by as many orders of magnitude as the gaps between scores make them. A unit
-    # of the last digit more on the diagonal keeps the matrix regular, whatever rounding does to it.
+    # Scale the diagonal to 1, since gaps between scores make rows differ by many orders of magnitude. The additional
+    # b eps on the diagonal keeps the matrix positive definite under rounding.
     scale = xp.sqrt(xp.where(active, size, 1.0))
     matrix = xp.where(active & xp.matrix_transpose(active), matrix / scale / xp.matrix_transpose(scale), 0.0)
     matrix = xp.where(diagonal, 1.0 + b * float(info.eps), matrix)
@@ -40,7 +40,7 @@ def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
 
 
 def _eliminate(backend: Backend, matrix: Array, right: Array) -> Array:
-    """Gauss-Jordan elimination, which needs no pivoting where the matrix is positive definite."""
+    """Gauss-Jordan elimination without pivoting, which a positive definite matrix does not need."""
     xp, b = backend.xp, matrix.shape[-1]
     index = xp.reshape(xp.arange(b, device=backend.device(matrix)), (b, 1))
     index = xp.broadcast_to(index, (*matrix.shape[:-1], 1))

@@ -1,12 +1,12 @@
 r"""The boundaries of a plan by Newton's method.
 
-**The start.** Each boundary alone is the threshold of a top-k with the mass C_j. The differences of neighbouring masks
-are a plan with the right masses; (x - r) / tau less its log-odds, on average, is a start that is exact for epsilon -> 0
-and close when epsilon is large.
+**The start.** Each boundary, taken by itself, is the threshold of a top-k with the mass C_j. The differences of the
+masks of neighboring boundaries form a plan with the right masses. The offset starts at the mean of (x - r) / tau minus
+the log-odds of this plan. That is exact for epsilon -> 0 and close for a large epsilon.
 
-**The step.** The dual is a sum of logarithms of sums of exponentials: a Newton step d shortened to log(1 + |d|) / |d|
-of itself always ascends, if |d| is its range in the potentials. With the largest change of a threshold in the place of
-the range the steps are longer and nearly always better; the range is used from where Newton's decrement has grown.
+**The step.** The dual is a sum of logarithms of sums of exponentials. If |d| is the range of a Newton step d in the
+potentials, the step times log(1 + |d|) / |d| always ascends. With the largest change of a threshold instead of the
+range, the steps are longer and nearly always better. Once Newton's decrement has grown, the range is used.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from softk.backend import Array, Backend, Form, Primitive, peek
 
 from .system import Boundaries, System, Task, excess, log_odds, plan, running, sides
 
-#: Newton steps at most. In the measured range (the guide's table) 30 always sufficed, 10 nearly always.
+#: The largest number of Newton steps. In measurements over the supported range, 30 always sufficed, 10 nearly always.
 STEPS = 40
 
 
 def newton(
     backend: Backend, task: Task, *, weighted: bool, ranks: tuple[int, ...] | None = None, limit: int = STEPS
 ) -> Boundaries:
-    """The boundaries by Newton's method.
+    """Find the boundaries by Newton's method.
 
-    `weighted` says whether the weights of the task are the user's; `ranks` are ceil(C) of every boundary and then
-    floor(C) + 1, where they are known without looking into an array; `limit` is the number of steps at most.
+    `weighted` says whether the user gave the weights of the task. `ranks` are ceil(C) of all boundaries, followed by
+    floor(C) + 1 of all, if they are known as Python numbers. `limit` is the largest number of steps.
     """
     xp = backend.xp
     constants = tuple(backend.constant(value) for value in task)
     found = backend.run(solver, "forward", constants, weighted=weighted, ranks=ranks, limit=limit)
     reference, offset, count, valid = found
     if backend.differentiates_operations:
+        # The solver's result is a constant; these corrections give it the derivative of the solution.
         z = log_odds(backend, task, reference)
         for _ in range(CORRECTIONS):
             offset = offset + _step(backend, z - offset, task.mass, task.masses, task.weights)[0]
@@ -49,9 +50,10 @@ def newton(
 def _approach(
     backend: Backend, inputs: tuple[Any, ...], *, weighted: bool, ranks: tuple[int, ...] | None, limit: int
 ) -> tuple[Array, ...]:
-    """What Newton's method settles to, without a derivative."""
+    """The result of Newton's method, without a derivative."""
     xp, task = backend.xp, Task(*inputs)
     near = None if weighted or ranks is None else window(backend, task.x, xp.max(task.tau, axis=-2), ranks)
+    # Try the few scores near the boundaries first; use all scores if the result does not confirm that these suffice.
     if near is not None:
         within = task._replace(x=near, weights=xp.expand_dims(effective_weights(xp, near, None), axis=-2))
         found, sure = _approach_within(backend, within, weighted, ranks, limit, task.x.shape[-1])
@@ -63,11 +65,11 @@ def _approach(
 def _approach_within(
     backend: Backend, task: Task, weighted: bool, ranks: tuple[int, ...] | None, limit: int, n: int
 ) -> tuple[tuple[Array, ...], Array]:
-    """What Newton's method settles to, from all n scores or those of a window; and whether a window was wide enough."""
+    """The result of Newton's method from all n scores or a window of them, and whether the window was wide enough."""
     xp = backend.xp
     bound = limits(xp, task.x.dtype)
     mass = task.mass[..., 0]
-    if not weighted:  # sums of fractions that should be whole are
+    if not weighted:  # a mass that misses a whole number by its rounding is set to it, as the edges depend on that
         nearest = xp.round(mass)
         mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
     weights = task.weights[..., 0, :] if weighted else None
@@ -80,20 +82,22 @@ def _approach_within(
     alone, _ = search(backend, odds, half, mass, task.weights, ends.nothing | ends.everything)
     del odds
     offset = _together(xp, z, alone + middle(gap), task.weights)
+    # A saturated offset makes the shares above or below the boundary exactly 0.
     offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
 
     def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
-        offset, count, last, careful, done = state
+        offset, count, previous, careful, done = state
         size, wanted = _step(backend, z - offset, mass, task.masses, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
-        careful = careful | (decrement > last)
+        careful = careful | (decrement > previous)
         potentials = running(xp, size, reverse=True)
         span = xp.max(potentials, axis=-2, keepdims=True) - xp.min(potentials, axis=-2, keepdims=True)
         length = xp.where(careful, span, xp.max(xp.abs(size), axis=-2, keepdims=True))
         short = xp.where(length == 0.0, 1.0, xp.log1p(length) / safe_denominator(xp, length))
         offset = xp.where(done, offset, offset + short * size)
         count = xp.where(done, count, count + 1.0)
-        done = done | ~(span > bound.eps**0.25)  # two steps of second order away from eps: the corrections
+        # Newton's error is squared by each step: the two corrections take eps^(1/4) to eps. A NaN also ends the loop.
+        done = done | ~(span > bound.eps**0.25)
         return (offset, count, decrement, careful, done), done
 
     none = xp.zeros_like(offset[..., :1, :])
@@ -102,8 +106,8 @@ def _approach_within(
     for _ in range(CORRECTIONS):
         offset = offset + _step(backend, z - offset, mass, task.masses, task.weights)[0]
     valid = xp.all(ends.valid, axis=-2, keepdims=True) & (task.tau > 0.0) & (task.tau <= bound.largest)
-    # A window leaves out what is log(n / eps) and the margin below the lower side of every gap. That is nothing beside
-    # the score there, where it is below the boundary; else it must be beside all that is shared at the boundary.
+    # A window omits scores more than log(n / eps) plus the margin below the lower side of every gap. They are
+    # negligible if the boundary is above that side; otherwise their tail is compared with what the boundary shares.
     above, below = sides(xp, plan(xp, z - offset))
     shared = xp.sum(task.weights * (above * below), axis=-1, keepdims=True)
     sure = ends.nothing | ends.everything | (offset >= gap.low) | (xp.exp(gap.low - offset - MARGIN) <= shared)
@@ -117,12 +121,12 @@ def _forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]
     return number, number, Form((*batch, 1, 1), x.dtype), Form((*batch, boundaries, 1), xp.bool)
 
 
-#: The iteration, as one operation of a graph.
+#: The iteration, as one operation in a framework's graph.
 solver = Primitive("solve_plan", _approach, _forms, constants=("reference", "offset", "steps", "valid"))
 
 
 def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array) -> tuple[Array, Array]:
-    """Newton's step of the offsets, and the excess of the boundaries that asks for it."""
+    """Newton's step of the offsets, and the excess of the boundaries that it removes."""
     xp = backend.xp
     share = plan(xp, z)
     above, below = sides(xp, share)
@@ -133,14 +137,17 @@ def _step(backend: Backend, z: Array, mass: Array, masses: Array, weights: Array
 
 
 def _together(xp: Any, z: Array, alone: Array, weights: Array) -> Array:
-    """Offsets from the plan that the boundaries on their own make: the mean of its log-odds, where it has any."""
+    """The initial offsets: the mean of z minus the log-odds of the plan that the separate boundaries form.
+
+    `alone` has the offsets of the separate boundaries. They are kept where that plan has no finite log-odds.
+    """
     y = z - alone
     positive = y > 0.0
     decay = xp.exp(-xp.abs(y))
     tail = decay / (1.0 + decay)
     above, below = xp.where(positive, 1.0 - tail, tail), xp.where(positive, tail, 1.0 - tail)
     all_of_it, none = xp.ones_like(above[..., :1, :]), xp.zeros_like(above[..., :1, :])
-    # The difference of two masks is also that of their complements: taken of the small ones.
+    # Two masks and their complements have the same differences, up to sign. Subtract the smaller numbers.
     by_mask = xp.concat([above, all_of_it], axis=-2) - xp.concat([none, above], axis=-2)
     by_rest = xp.concat([all_of_it, below], axis=-2) - xp.concat([below, none], axis=-2)
     share = xp.where(xp.concat([positive, all_of_it > 0.0], axis=-2), by_rest, by_mask)

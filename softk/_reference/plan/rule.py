@@ -1,21 +1,22 @@
-r"""The derivative of the transport plan, once, for every operator that is made of it and every framework.
+r"""The derivative of the transport plan, written once for every framework and every operator based on a plan.
 
 Differentiate sum_i a_i Q_ij = C_j, with z_ij = (x_i - r_j) / tau_j - s_j, M_i and J as in the docstring of this
-package. Write w_ij = dx_i / tau_j - (x_i - r_j) / tau_j^2 dtau_j, the change of z for an offset that stays. Then, for
+package. Write w_ij = dx_i / tau_j - (x_i - r_j) / tau_j^2 dtau_j, the change of z at a constant offset. Then, for
 each score, dQ = M dz and
 
     dz = w - ds,   J ds = sum_i a_i M_i w_i + sum_i da_i Q_i - dC,
     dP_j = P_j (sum_{l >= j} R_l dz_l - sum_{l < j} Q_l dz_l).
 
 M is never formed: (M w)_j = R_j sum_{l <= j} Q_l w_l + Q_j sum_{l > j} R_l w_l. For a cotangent U of the plan, with the
-differences of neighbours D_j = U_j - U_j+1,
+differences D_j = U_j - U_j+1,
 
     <U, dP> = <D, dQ>,   so   zbar = M D,   J lambda = c - sum_i zbar_i,   wbar = zbar + a M lambda,
     xbar = sum_j wbar_j / tau_j,   taubar_j = -sum_i wbar_ij (x_i - r_j) / tau_j^2,
     abar = sum_j lambda_j Q_j,   Cbar = -lambda
 
-(c the cotangent of s). At a boundary that one score dominates, w less its mean and D + a lambda nearly cancel: both are
-measured from that score, and are zero there by a choice, as in the rule of the mask.
+(c the cotangent of s). If one score dominates a boundary, w minus its mean and D + a lambda nearly cancel there. Both
+are therefore measured from their value at that score, and set to 0 there by ``where`` instead of a subtraction, as in
+the rule of the mask.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .system import System, Task, log_odds, plan, running, sides
 
 
 class PlanLinearisation:
-    """The derivative at one point. Rows are boundaries (m - 1) or anchors (m), columns scores.
+    """The derivative at one point. Rows are boundaries (m - 1) or anchors (m), columns are scores.
 
     Parameters
     ----------
@@ -46,6 +47,7 @@ class PlanLinearisation:
         self.share = plan(xp, self.apart - offset)
         self.above, self.below = sides(xp, self.share)
         self.system = System(backend, self.share, self.above, self.below, task.weights)
+        # The scores of the largest weight at each boundary. One dominates only if it does not tie.
         weight = task.weights * (self.above * self.below)
         self.peak = (weight >= xp.max(weight, axis=-1, keepdims=True)) & (weight > 0.0)
         self.alone = self.peak & (xp.count_nonzero(self.peak, axis=-1, keepdims=True) == 1)
@@ -54,13 +56,13 @@ class PlanLinearisation:
         return self.xp.sum(values, axis=-1, keepdims=True)
 
     def at_peak(self, values: Array) -> Array:
-        """The value at the score that dominates each boundary; the mean of several."""
+        """The value at the score of the largest weight a Q R at each boundary; the mean over ties."""
         xp = self.xp
         count = xp.astype(xp.count_nonzero(self.peak, axis=-1, keepdims=True), self.apart.dtype)
         return self.total(xp.where(self.peak, values, 0.0)) / safe_denominator(xp, count)
 
     def across(self, w: Array) -> Array:
-        """dQ = M w, score by score, for a change w of the log-odds."""
+        """dQ = M w for each score, for a change w of the log-odds."""
         before = running(self.xp, self.above * w)[..., 1:, :]
         before = self.below * before
         behind = running(self.xp, self.below * w, reverse=True)[..., 1:, :]
@@ -73,13 +75,13 @@ class PlanLinearisation:
         return change * self.share
 
     def weighed(self, w: Array) -> Array:
-        """sum_i a_i M_i w_i, for the unknowns of the system."""
+        """sum_i a_i M_i w_i, in the unknowns of the system."""
         weights = self.task.weights
         boundaries = self.total(self.across(w) * weights)
         return self.system.choose(boundaries, self.total((self.spread(w) * weights)[..., :-1, :]))
 
     def moving(self) -> Array:
-        """The scores that a tangent moves: those that are finite."""
+        """Whether a tangent moves a score: only finite scores move."""
         most = limits(self.xp, self.apart.dtype).largest
         return self.xp.expand_dims((self.task.x >= -most) & (self.task.x <= most), axis=-2)
 
@@ -89,13 +91,14 @@ class PlanLinearisation:
         """Tangents (dP, ds), from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c (..., m, 1)."""
         xp, tau = self.xp, self.task.tau
         w = xp.zeros_like(self.apart)
-        # In a small temperature w may be no number before its mean is subtracted: it is measured in a unit.
+        # At a small temperature w may overflow before its mean is subtracted, so it is computed in a smaller unit.
         least = xp.min(tau, axis=-2, keepdims=True)
         unit = xp.where(least < 2.0**-40, xp.sqrt(least), 1.0)
         if dx is not None:
             w = w + xp.where(self.moving(), dx, 0.0) * (unit / tau)
         if dtau is not None:
             w = w - self.apart * (dtau * (unit / tau))
+        # Measure w from the dominating score, where it is then exactly 0.
         origin = self.at_peak(w)
         w = xp.where(self.alone, 0.0, w - origin)
         change = self.weighed(w)
@@ -111,6 +114,7 @@ class PlanLinearisation:
         """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
         xp, tau, weights = self.xp, self.task.tau, self.task.weights
         difference = xp.zeros_like(self.apart) if u is None else u[..., :-1, :] - u[..., 1:, :]
+        # Subtract the multiple of the weights that equals the difference at the dominating score.
         origin = self.at_peak(difference) / safe_denominator(
             xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape))
         )

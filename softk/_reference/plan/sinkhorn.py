@@ -1,4 +1,4 @@
-"""The boundaries of a plan by Sinkhorn's algorithm, as the paper has it."""
+"""The boundaries of a plan by Sinkhorn's algorithm, as in the paper."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .system import Boundaries, Task, log_odds, plan
 
 
 def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolerance: float, limit: int) -> Boundaries:
-    """The boundaries by the algorithm of the paper, in the log domain, from potentials of zero.
+    """Find the boundaries by the algorithm of the paper, in the log domain, starting from potentials of zero.
 
-    With the rows normalised, one iteration adds epsilon log(c_j / sum_i a_i P_ij) to the potential g_j, and moves a
-    threshold by the difference of its neighbours.
+    One iteration, with normalized rows, adds epsilon log(c_j / sum_i a_i P_ij) to the potential g_j. An offset changes
+    by the difference of these logarithms at the two anchors of its boundary.
 
     Parameters
     ----------
@@ -24,13 +24,13 @@ def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolera
     masses, anchors : array
         Shape (..., m).
     tolerance : float
-        The error in a mass that is good enough.
+        The iteration stops when the error of every mass is at most this.
     limit : int
-        Iterations at most.
+        The largest number of iterations.
     """
     xp = backend.xp
     masses, anchors = (xp.expand_dims(backend.constant(value), axis=-1) for value in (masses, anchors))
-    reference = 0.5 * (anchors[..., :-1, :] + anchors[..., 1:, :])  # where g = 0
+    reference = 0.5 * (anchors[..., :-1, :] + anchors[..., 1:, :])  # the threshold for g = 0
     constants = tuple(backend.constant(value) for value in task)
     options = {"tolerance": tolerance, "limit": limit}
     offset, count = backend.run(solver, "forward", (*constants, masses, reference), **options)
@@ -39,7 +39,7 @@ def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolera
 
 
 def _iterate(backend: Backend, inputs: tuple[Any, ...], *, tolerance: float, limit: int) -> tuple[Array, ...]:
-    """The offset, and the number of iterations."""
+    """The offset and the number of iterations."""
     *given, masses, reference = inputs
     xp, task = backend.xp, Task(*given)
     z = log_odds(backend, task, reference)
@@ -50,7 +50,7 @@ def _iterate(backend: Backend, inputs: tuple[Any, ...], *, tolerance: float, lim
         found = xp.sum(task.weights * plan(xp, z - offset), axis=-1, keepdims=True)
         done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= tolerance)
         rise = xp.log(xp.where(taken, masses, 1.0)) - xp.log(xp.maximum(found, least))
-        rise = xp.where(taken, rise, math.log(least))
+        rise = xp.where(taken, rise, math.log(least))  # a finite number for log(0), since inf - inf is NaN
         move = rise[..., 1:, :] - rise[..., :-1, :]
         return (xp.where(done, offset, offset + move), xp.where(done, count, count + 1.0), done), done
 
@@ -65,5 +65,5 @@ def _forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]
     return Form((*batch, boundaries, 1), dtype), Form((*batch, 1, 1), dtype)
 
 
-#: The iteration, as one operation of a graph.
+#: The iteration, as one operation in a framework's graph.
 solver = Primitive("solve_plan_by_sinkhorn", _iterate, _forms, constants=("offset", "iterations"))

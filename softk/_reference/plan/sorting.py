@@ -1,10 +1,10 @@
-"""Sorting and ranking: rows of equal mass at equal distances, and one more anchor for the rest, which may be nothing.
+"""Sorting and ranking: anchors of equal mass at equal distances, and one more anchor for the remaining mass, if any.
 
-As for the mask, the outputs end with the offsets, from which the rule is built, and with constants. Rows are anchors or
-the boundaries between them, from the highest to the lowest; columns are scores.
+As for the mask, the last outputs are the offsets, from which the rule is computed, and constants. Rows are anchors or
+the boundaries between them, from the highest to the lowest. Columns are scores.
 
-Inputs, in this order: scores x (..., n), tau between neighbouring anchors (..., 1) or (), the mass of a row (), where
-(..., n) or None. How many rows there are is an option; in a rule the offsets say it, of which each row has one.
+Inputs, in this order: scores x (..., n), tau between neighboring anchors (..., 1) or (), the mass of a row (), where
+(..., n) or None. The number of rows is an option. In a rule it is the number of offsets, one per row.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def _push(rule: PlanLinearisation, tangents: Inputs) -> tuple[Array, Array]:
 
 
 def _column(xp: Any, values: Array) -> Array:
-    """One value a slice, for every boundary."""
+    """Align an array of one value per slice with the boundaries."""
     return xp.expand_dims(values, axis=-1) if values.ndim else values
 
 
 def _one(xp: Any, taubar: Array, tau: Array) -> Array:
-    """The cotangent of the one temperature that all boundaries share."""
+    """The cotangent of the temperature that all boundaries share: the sum of theirs."""
     shared = xp.sum(taubar, axis=-2)
     return shared if tau.ndim else xp.sum(shared)
 
 
 class _Means:
-    """The mean score that each row takes: r + sum_i P_ij (x_i - r) / c_j.
+    """The mean score of each row: r + sum_i P_ij (x_i - r) / c_j.
 
-    Measured from a constant r near it, which keeps an offset of the scores out of the sum. A row that takes of +inf is
-    +inf; one for which not enough scores are left is -inf.
+    The sum is measured from a constant r near the mean, so that a common offset of the scores adds no rounding error.
+    The mean of a row that takes some of a +inf is +inf. If too few scores are left for a row, its mean is -inf.
     """
 
     def __init__(self, backend: Backend, task: Task, reference: Array, unit: Array) -> None:
@@ -74,6 +74,7 @@ class _Means:
         least = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
         most = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
         some = least <= most
+        # The reference may be a clipped infinity, so it is clipped to the range of the finite scores.
         near = clip(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
         far = limits(xp, x.dtype).largest
@@ -84,6 +85,7 @@ class _Means:
         first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
         mass = clip(xp, count - before, 0.0, unit)
         none = xp.zeros_like(mass)
+        # The infinite part of a mean: +inf for rows that get some of a +inf, -inf for rows that lack scores.
         self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
         self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
 
@@ -160,11 +162,11 @@ sorted_plan = Primitive(
 )
 
 
-# --- the soft rank: the mean position of the rows that a score goes to, 0 for the highest
+# --- the soft rank: the mean position of the rows to which a score is transported, 0 for the highest
 
 
 def _positions(backend: Backend, x: Array, rows: int) -> Array:
-    """Evenly over 0 ... n - 1, from the highest to the lowest row (..., m - 1, 1)."""
+    """The positions of the rows, evenly over 0 ... n - 1, from the highest row to the lowest (..., m - 1, 1)."""
     xp = backend.xp
     step = (x.shape[-1] - 1) / max(rows - 1, 1)
     place = step * xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype)
@@ -177,7 +179,7 @@ def _rank_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks
     share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
     place = _positions(backend, task.x, rows)
     found = xp.sum(share * place, axis=-2)
-    # -inf is never selected: those are behind all others, and tie.
+    # Scores of -inf are not transported. They come after all others, and share their mean rank.
     count = xp.count_nonzero(task.x > -math.inf, axis=-1, keepdims=True)
     last = 0.5 * (xp.astype(count, found.dtype) + (task.x.shape[-1] - 1))
     last = xp.where(xp.isnan(offset[..., 0, :]), math.nan, last)

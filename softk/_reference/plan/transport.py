@@ -1,7 +1,7 @@
-"""The transport problem itself: any anchors, any masses.
+"""The primitive of the transport problem with any anchors and marginals.
 
 Inputs, in this order: scores x (..., n), anchors and marginals (..., m) in any order, tau = epsilon / 2 (..., 1) or (),
-item weights and where (..., n) or None. The outputs are the plan, the offsets, from which the rule is built, and
+item weights and where (..., n) or None. The outputs are the plan, the offsets, from which the rule is computed, and
 constants.
 """
 
@@ -23,7 +23,7 @@ Arrays = tuple[Array, ...]
 
 
 class _Order:
-    """Anchors from the highest to the lowest, those that take nothing last; and back."""
+    """The sorting of the anchors from the highest to the lowest, those of marginal 0 last, and its inverse."""
 
     def __init__(self, xp: Any, anchors: Array, marginals: Array) -> None:
         self.xp = xp
@@ -48,16 +48,16 @@ class _Order:
 
 
 class _Transport(NamedTuple):
-    """The problem in canonical form, and what its derivative needs of the way there."""
+    """The problem in canonical form, and the parts of the conversion that its derivative needs."""
 
     order: _Order
     task: Task
-    anchors: Array  # (..., m)
-    masses: Array  # (..., m), of the total weight of the scores
+    anchors: Array  # sorted (..., m)
+    masses: Array  # sorted marginals, normalized to the total weight of the scores (..., m)
     scale: Array  # masses / marginals (..., 1)
-    sum: Array  # of the marginals
-    total: Array  # of the weights
-    distance: Array  # of neighbouring anchors (..., m - 1)
+    sum: Array  # the sum of the marginals (..., 1)
+    total: Array  # the sum of the weights (..., 1)
+    distance: Array  # the distance of neighboring anchors (..., m - 1)
     fixed: Array  # whether that distance is a constant
 
 
@@ -67,17 +67,17 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     anchors, marginals = order.sorted(anchors), order.sorted(marginals)
     valid = xp.all((marginals >= 0.0) & (marginals < math.inf), axis=-1, keepdims=True)
     taken = marginals > 0.0
-    # Neither an anchor that takes nothing nor the distance of two that are equal is a scale to measure scores on.
+    # tau is divided by the distance, which is therefore 1 beside an anchor of marginal 0, and bounded below elsewhere.
     both = taken[..., :-1] & taken[..., 1:]
     least = tau / limits(xp, x.dtype).farthest ** 0.5
     distance = xp.where(both, anchors[..., :-1] - anchors[..., 1:], 1.0)
     distance = xp.where(distance <= least, least, distance)
     x = selectable(xp, x, where)
-    held = effective_weights(xp, x, weights)
-    whole, total = (xp.sum(values, axis=-1, keepdims=True) for values in (marginals, held))
+    effective = effective_weights(xp, x, weights)
+    whole, total = (xp.sum(values, axis=-1, keepdims=True) for values in (marginals, effective))
     scale = total / xp.where(valid & (whole > 0.0), whole, math.nan)
     masses = marginals * scale
-    task = prepare(xp, x, masses, tau / distance, held)
+    task = prepare(xp, x, masses, tau / distance, effective)
     return _Transport(order, task, anchors, masses, scale, whole, total, distance, ~both)
 
 
@@ -94,8 +94,8 @@ def _transport_forward(
         reference, offset, count = sinkhorn(backend, task, masses, anchors, tolerance, limit)
     share = task.weights * plan(xp, log_odds(backend, task, reference) - offset)
     error = xp.max(xp.abs(xp.sum(share, axis=-1) - masses), axis=-1, keepdims=True)
-    # (2 x y - y^2 + g) / epsilon differs between neighbours by z. The zero of g, which is free, is at the lowest anchor
-    # that takes anything.
+    # (2 x y - y^2 + g) / epsilon differs by z between neighboring anchors, which gives the differences of g. The free
+    # constant of g is chosen such that g = 0 at the lowest anchor of a positive marginal.
     apart = anchors[..., :-1] - anchors[..., 1:]
     squares = apart * (anchors[..., :-1] + anchors[..., 1:])
     rise = squares - 2.0 * (reference[..., 0] * apart + tau * offset[..., 0])
@@ -126,7 +126,7 @@ def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, t
         growth = growth - xp.where(problem.fixed, 0.0, moved / problem.distance)
     dmasses = xp.zeros_like(problem.masses)
     if dmarginals is not None:
-        # An anchor without a marginal is left out, and so is its derivative.
+        # An anchor of marginal 0 is left out of the problem, so its marginal has no derivative.
         dmarginals = xp.where(problem.masses > 0.0, problem.order.sorted(dmarginals), 0.0)
         lost = problem.masses * (xp.sum(dmarginals, axis=-1, keepdims=True) / safe_denominator(xp, problem.sum))
         dmasses = dmasses + problem.scale * dmarginals - lost
@@ -153,9 +153,11 @@ def _transport_vjp(
         ubar = problem.order.sorted_rows(ubar)
     xbar, taubar, abar, massbar = rule.pull(None if ubar is None else task.weights * ubar, c)
     massbar = massbar[..., 0]
+    # The masses are the marginals times total / sum, so the cotangents of both also have a term through the sums.
     taken = xp.sum(massbar * problem.masses, axis=-1, keepdims=True)
     marginalbar = problem.scale * massbar - taken / safe_denominator(xp, problem.sum)
     marginalbar = xp.where(problem.masses > 0.0, marginalbar, 0.0)
+    # tau_j is tau over the distance of two anchors: its relative change is that of tau minus that of the distance.
     growth = (taubar * task.tau)[..., 0]
     moved = xp.where(problem.fixed, 0.0, -growth / problem.distance)
     none = xp.zeros_like(moved[..., :1])

@@ -1,4 +1,4 @@
-"""For those who write an adapter: what the libraries' own differentiation says, on every device that there is."""
+"""What a library says of itself: the devices that it has, and its own automatic differentiation."""
 
 from __future__ import annotations
 

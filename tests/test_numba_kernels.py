@@ -1,0 +1,27 @@
+"""The kernels for arrays in memory keep the contract of the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import softk_numba
+from softk.testing import check_kernel
+
+IDS = [f"{kernel.primitive.name}-{kernel.part}" for kernel in softk_numba.KERNELS]
+
+
+@pytest.mark.parametrize("kernel", softk_numba.KERNELS, ids=IDS)
+def test_with_numpy(kernel: Any) -> None:
+    report = check_kernel(kernel, np.asarray, dtypes=("float16", "float32", "float64"))
+    assert report.served
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kernel", softk_numba.KERNELS, ids=IDS)
+def test_with_torch(kernel: Any) -> None:
+    report = check_kernel(kernel, torch.from_numpy, dtypes=("float16", "bfloat16", "float32", "float64"))
+    assert report.served
