@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from .cache import compiled, kernel
+from .lanes import mask_lanes, pull_lanes
 from .operations import EXACT, FAST, exponential
 from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_row, push_row
@@ -178,7 +179,10 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
     raw, clean = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
     some, odds = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
     kept, room = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    done = mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop)
     for row in range(start, stop):
+        if done[row - start]:
+            continue
         values = masked_row(x, where, row, -math.inf, raw)
         mass, temperature = number_of(k, row), number_of(tau, row)
         item_weights = None if weights is None else row_of(weights, row, room)
@@ -216,7 +220,10 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
     raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
     z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
     nobody = np.empty(0, dtype)
+    done = pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop)
     for row in range(start, stop):
+        if done[row - start]:
+            continue
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
         out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
         asked = abar[row] if abar.shape[0] > 0 else nobody
