@@ -78,8 +78,8 @@ def assert_same(f: Callable[[], Any], tolerance: float) -> None:
 
 
 def targets(f: Callable[..., Any], *given: Any) -> list[str]:
-    """The kernels in a compiled program, in the order of their calls."""
-    lines = jax.jit(f).lower(*given).compile().as_text().splitlines()
+    """The kernels in a program, which is compiled anew, in the order of their calls."""
+    lines = jax.jit(lambda *given: f(*given)).lower(*given).compile().as_text().splitlines()
     return [line.split(TARGET)[1].split('"')[0] for line in lines if TARGET in line]
 
 
@@ -340,10 +340,31 @@ def test_exported_programs_have_no_kernel(rng: Any) -> None:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Whether XLA takes the kernels is asked anew."""
-    kernels.fault.cache_clear()
+    """Nothing is known of the kernels, before and after, and nothing is compiled."""
+
+    def forget() -> None:
+        kernels.fault.cache_clear()
+        kernels.starts.cache_clear()
+        jax.clear_caches()
+
+    forget()
     yield
-    kernels.fault.cache_clear()
+    forget()
+
+
+def test_a_kernel_that_does_not_compile(unchecked: None, monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    """A warning says so once, and the reference serves."""
+
+    def handlers(dtype: str, weighted: bool) -> Any:
+        raise RuntimeError("LLVM has no such instruction")
+
+    x = random(rng, jnp.zeros((2, 9), "float32"))
+    assert kernels.fault() is None
+    monkeypatch.setattr("softk_numba.xla._targets", {"softk_probe": None})
+    monkeypatch.setattr("softk_numba.xla._handlers", handlers)
+    with pytest.warns(RuntimeWarning, match="LLVM has no such instruction"):
+        assert targets(lambda x: softk.topk(x, 2.5, epsilon=0.2), x) == []
+    assert targets(lambda x: softk.topk(x, 2.5, epsilon=0.2) + 1.0, x) == []
 
 
 @pytest.mark.parametrize("failure", ["refused", "unread", "absent"])
@@ -357,11 +378,9 @@ def test_without_a_handshake_the_reference_serves(
 
         monkeypatch.setattr("softk_numba.xla._targets", {})
         monkeypatch.setattr(kernels, "_register", register)
-        jax.clear_caches()
         said = "the version of the interface is not supported"
     elif failure == "unread":
         monkeypatch.setattr(kernels, "_is_for_one_cpu", lambda context: False)
-        jax.clear_caches()
         said = "an unknown way"
     else:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -12,6 +12,7 @@ differentiated.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -336,7 +337,10 @@ def _operation(name: str, avals: Any, by_reference: Any, by_kernel: Any) -> Any:
     kernel = mlir.lower_fun(by_kernel, multiple_results=True)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        return (kernel if _is_for_one_cpu(context) else reference)(context, *operands, **params)
+        serves = _is_for_one_cpu(context)
+        if serves and "present" in params:
+            serves = starts(name.removeprefix("softk_"), str(context.avals_in[0].dtype), params["present"][3])
+        return (kernel if serves else reference)(context, *operands, **params)
 
     mlir.register_lowering(found, reference)
     mlir.register_lowering(found, lower, platform="cpu")
@@ -349,6 +353,20 @@ def _is_for_one_cpu(context: Any) -> bool:
     """Whether the program that is being lowered runs in this process and on one device."""
     module = context.module_context
     return getattr(module.axis_context, "num_devices", 0) == 1 and not module.lowering_parameters.for_export
+
+
+@cache
+def starts(part: str, dtype: str, weighted: bool) -> bool:
+    """Whether a kernel compiles. Where it does not, a warning says why."""
+    from softk_numba import xla
+
+    try:
+        xla.target(part, dtype, weighted, _register)
+    except Exception as error:
+        message = f"softk computes without its kernels for JAX: {type(error).__name__}: {error}"
+        warnings.warn(message.splitlines()[0], RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 solve = _operation("softk_solve", _solve_avals, _solved, _solve_by_kernel)
