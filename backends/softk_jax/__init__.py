@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from softk.backend import Array, Backend, Primitive, Words, pick
+from softk.backend import Array, Backend, Primitive, Words, chosen_kernels, pick
+
+from .kernels import KERNELS
 
 __all__ = ["JaxBackend", "backend"]
 
@@ -20,10 +22,11 @@ class JaxBackend(Backend):
     """JAX arrays and tracers."""
 
     autodiff = "every JAX transform"
+    kernels = KERNELS
     words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
-        return _bound(primitive, tuple(sorted(options.items())))
+        return _bound(primitive, tuple(sorted(options.items())), chosen_kernels())
 
     def device(self, x: Array) -> Any:
         return None  # JAX places new arrays by itself, inside a trace and outside
@@ -156,7 +159,7 @@ def _exact() -> AbstractContextManager[Any]:
 
 
 @cache
-def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callable[..., tuple[Array, ...]]:
+def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: str) -> Callable[..., tuple[Array, ...]]:
     def forward(*inputs: Array | None) -> tuple[Array, ...]:
         with _exact():
             return backend.run(primitive, "forward", inputs, **dict(options))
