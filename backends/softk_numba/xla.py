@@ -20,7 +20,6 @@ from numba.extending import intrinsic, overload
 
 from . import masks
 from .launch import bound_of
-from .operations import EXACT
 
 #: The oldest version of the interface that has all that is read here: jaxlib rejects versions newer than its own.
 MAJOR, MINOR = 0, 1
@@ -33,7 +32,7 @@ FRAME_SIZE, LIST_SIZE, BUFFER_SIZE = 168, 40, 48
 
 #: How the elements of an array are read. Numba computes with neither float16 nor bfloat16; `rows` converts their bits.
 KINDS = (types.boolean, types.float32, types.float64, types.uint16, types.int16)
-#: Indices into `KINDS`. Handlers close over numbers only, so that Numba can find them in its cache on disk.
+#: Indices into `KINDS`.
 NONE, BOOL, FLOAT32, FLOAT64 = -1, 0, 1, 2
 KIND_OF = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
 
@@ -288,7 +287,7 @@ def target(part, dtype, weighted, register):
     with _lock:
         if name not in _targets:
             function = probe if part == "probe" else _handlers(dtype, weighted)[part]
-            compiled = cfunc(types.int64(types.int64), error_model="numpy", cache=EXACT["cache"])(function)
+            compiled = cfunc(types.int64(types.int64), error_model="numpy")(function)
             register(name, _capsule(compiled.address))
             _targets[name] = compiled  # keeps the code in memory
     return name
