@@ -67,6 +67,16 @@ def test_every_row_is_computed_once(rows: int, parts: int) -> None:
     assert target.tolist() == list(range(1, rows + 1))
 
 
+def test_the_parts_are_computed_at_the_same_time() -> None:
+    barrier = threading.Barrier(4)
+
+    def kernel(start: int, stop: int) -> None:
+        barrier.wait(60)  # fails unless four threads are here at once
+
+    for _ in range(3):
+        pool.run_parts(kernel, (), 4, 4, 4)
+
+
 def test_the_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
     numba()
     x, found = scores(), []
