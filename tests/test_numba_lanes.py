@@ -173,4 +173,4 @@ def test_which_rows() -> None:
     """The lengths that the tests above are chosen by."""
     assert lanes.SHORTEST == 4
     assert lanes.LONGEST == 256
-    assert lanes.LONGEST_PULLED == 64
+    assert [lanes.VECTORS * lanes.lanes_of(np.dtype(name)) for name in ("float32", "float64")] == [64, 32]

@@ -50,8 +50,8 @@ from .vectors import (
 
 #: Rows of so many scores are computed here.
 SHORTEST, LONGEST = 4, 256
-#: The rule has one exponential per score and no steps: longer rows are no faster here.
-LONGEST_PULLED = 64
+#: The rule has one exponential per score and no steps: rows longer than so many vectors are no faster here.
+VECTORS = 4
 #: How many sums are formed one after the other, before they are added up.
 PART = 16
 #: How many passes search for the scores at the gap.
@@ -483,7 +483,7 @@ def _pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, t
     def compute(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop):
         n, lanes, dtype = x.shape[1], width_of(offsets), offsets.dtype
         done = np.zeros(stop - start, np.bool_)
-        if not (SHORTEST <= n <= LONGEST_PULLED) or where.shape[0] > 0:
+        if not (SHORTEST <= n <= VECTORS * lanes) or where.shape[0] > 0:
             return done
         scores, values, gains = np.empty((n, lanes), dtype), np.empty((n, lanes), dtype), np.empty((n, lanes), dtype)
         room, numbers = np.empty((lanes, n), dtype), np.empty((7, lanes), dtype)
