@@ -25,3 +25,12 @@ def test_with_numpy(kernel: Any) -> None:
 def test_with_torch(kernel: Any) -> None:
     report = check_kernel(kernel, torch.from_numpy, dtypes=("float16", "bfloat16", "float32", "float64"))
     assert report.served
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_tensor_is_read_in_place(dtype: str) -> None:
+    from softk_numba import launch
+
+    x = torch.zeros(3, 5, dtype=getattr(torch, dtype)).requires_grad_()
+    assert launch.numpy_of(x).ctypes.data == x.data_ptr()
+    assert launch.rows_of(x.T[:, None], 3).ctypes.data == x.data_ptr()

@@ -146,10 +146,12 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
         return (-largest, 0.0, 0.0, 0.0), (nothing, everything, True, False), CAREFUL
     if nothing or everything:
         if weights is None:
-            unbounded = infinite >= max(math.ceil(k), 1.0)
+            unbounded, reached = infinite >= max(math.ceil(k), 1.0), math.ceil(k) <= able
         else:
-            unbounded = infinite > 0 if nothing else infinite == able
-        return (highest if nothing else lowest, 0.0, 0.0, 0.0), (nothing, everything, True, unbounded), CAREFUL
+            unbounded, reached = infinite > 0 if nothing else infinite == able, held >= k * (1.0 - unit)
+        # Where the mass cannot be reached, nothing depends on it: no score is near the reference.
+        reference = highest if nothing else lowest if reached else -largest
+        return (reference, 0.0, 0.0, 0.0), (nothing, everything, True, unbounded), CAREFUL
     if weights is None and not exact and not careful:
         reference, offset, whole, good = solve_guessed(scores, facts, k, tau, bound, some, odds)
         if good:

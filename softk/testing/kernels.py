@@ -463,6 +463,9 @@ class _Case:
         able = (x > -math.inf).sum(axis=-1, keepdims=True)
         infinite = (x == math.inf).sum(axis=-1, keepdims=True)
         with np.errstate(invalid="ignore"):
+            # A solver gets another mass and temperature in the place of invalid ones.
+            epsilon = np.broadcast_to(np.asarray(problem.epsilon, float), reference.shape)
+            nan = nan | ~((epsilon > 0.0) & (epsilon < math.inf))
             matters = ~nan & (k == np.floor(k)) & (k > infinite) & (k <= able)
             above, level = ((x > reference).sum(-1, keepdims=True), (x >= reference).sum(-1, keepdims=True))
         wrong = matters & ((above > k) | (level < k))
