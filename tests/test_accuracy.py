@@ -446,3 +446,20 @@ def test_quantile_lies_between_thresholds(eager: Library, rng: np.random.Generat
     wanted = np.interp(places, np.arange(n), thresholds)
     found = eager.evaluate(softk.quantile, x, places / (n - 1), epsilon=0.3)
     np.testing.assert_allclose(found, wanted, rtol=0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [3, 12, 40])
+def test_masses_at_a_running_sum_of_weights(n: int, rng: np.random.Generator) -> None:
+    """k within roundings of what the largest scores weigh, whether or not it counts as the same: both tails are next to
+    nothing, and a step from either side may go far past the root, or swing between the two sides.
+    """
+    rows, eps = 60_000, np.finfo("float32").eps
+    x = rng.normal(size=(rows, n)) * np.exp(rng.normal(size=(rows, n)) * rng.uniform(0.0, 10.0, size=(rows, 1)))
+    weights = rng.exponential(size=(rows, n)) ** rng.uniform(0.2, 4.0, size=(rows, 1)) + 1e-9
+    x, weights = x.astype("float32"), weights.astype("float32")
+    sums = np.cumsum(np.take_along_axis(weights, np.argsort(-x, axis=-1), axis=-1)[:, ::-1], axis=-1)
+    k = sums[:, -1:] - np.take_along_axis(sums, rng.integers(0, n - 1, size=(rows, 1)), axis=-1)
+    k = (k * (1.0 + eps * rng.integers(-6, 7, size=(rows, 1)))).astype("float32")
+    epsilon = (10.0 ** rng.uniform(-4.0, 1.5, size=(rows, 1))).astype("float32")
+    mass = np.sum(weights.astype(float) * softk.topk(x, k, epsilon=epsilon, weights=weights), axis=-1, keepdims=True)
+    assert np.all(np.abs(mass - k) <= 16.0 * eps * np.maximum(k, np.max(weights, axis=-1, keepdims=True)))

@@ -49,7 +49,7 @@ def test_peak(k: float, dtype: str, given: str, rng: np.random.Generator) -> Non
         mask, pullback = softk.vjp(softk.topk, x, k, epsilon=0.1, **options)
         return mask, pullback(u)
 
-    softk.vjp(softk.topk, x[:10], 1)
+    both()  # the first call may compile
     gc.collect()
     tracemalloc.start()
     try:

@@ -10,7 +10,7 @@ from .cache import compiled, kernel
 from .log_rule import pull_log_row, push_log_row
 from .masks import CAREFUL, solve_row
 from .operations import EXACT, FAST, exponential
-from .rows import fill, masked_row, number_of, row_of, store_row, target_of
+from .rows import fill, is_read_in_place, masked_row, number_of, room_for, row_of, store_row, target_of
 from .solve import log_odds
 
 
@@ -53,9 +53,10 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
     n = x.shape[1]
     number = offsets.dtype.type
     largest = bound[5]
-    raw, clean = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
-    some, odds = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
-    kept, room = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    clean = room_for(n, weights is not None or not is_read_in_place(found, offsets), offsets)
+    some, odds = room_for(n, True, offsets), room_for(n, True, offsets)
+    kept, room = room_for(n, weights is not None, offsets), room_for(n, weights is not None, offsets)
     for row in range(start, stop):
         values = masked_row(x, where, row, -math.inf, raw)
         mass, temperature = number_of(k, row), number_of(tau, row)
@@ -90,9 +91,11 @@ def pull_log_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kb
     """The cotangents of the inputs, from those of the log mask and the offset. Those without rows are not wanted."""
     n = x.shape[1]
     dtype = offsets.dtype
-    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    room = room_for(n, weights is not None, offsets)
+    clean = room_for(n, where.shape[0] > 0 or not is_read_in_place(u, offsets), offsets)
+    target = room_for(n, xbar.shape[0] == 0 or not is_read_in_place(xbar, offsets), offsets)
     direct = np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
     nobody = np.empty(0, dtype)
     for row in range(start, stop):
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
@@ -121,8 +124,6 @@ def pull_log_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kb
                 out,
                 asked,
                 direct,
-                z,
-                scaled,
             )
         if xbar.shape[0] > 0:
             store_row(out, xbar, row)
@@ -137,9 +138,11 @@ def push_log_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, 
     """The tangents of the log mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]
     dtype = offsets.dtype
-    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    by_weight = np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    room = room_for(n, weights is not None, offsets)
+    clean = room_for(n, True, offsets)
+    target = room_for(n, not is_read_in_place(moved, offsets), offsets)
+    by_weight = room_for(n, da.shape[0] > 0, offsets)
     nobody = np.empty(0, dtype)
     for row in range(start, stop):
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
@@ -170,8 +173,6 @@ def push_log_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, 
                 bound,
                 bound[9] < temperature < bound[10],
                 out,
-                z,
-                scaled,
             )
         store_row(out, moved, row)
         doffset[row] = found

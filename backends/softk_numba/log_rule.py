@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .cache import compiled
 from .operations import EXACT, FAST, exponential, larger
 from .rule import (
@@ -73,7 +75,7 @@ def complement_at(z, scaled, nearest, k, bound, weights):
 
 
 @compiled(EXACT)
-def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, direct, z, scaled):
+def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, direct):
     """Cotangents of scores and weights, from those of the log mask and the offset; returns those of k and tau."""
     n = x.shape[0]
     number = x.dtype.type
@@ -98,6 +100,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
                 if x[i] == -math.inf:
                     xbar[i] = 0.0
             return (product - c) / total, 0.0
+    z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
     # Above the threshold (1 - m) / V has no bound, and is formed from v' / V'; below it 1 - m is formed first.
@@ -145,7 +148,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
 
 
 @compiled(EXACT)
-def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
+def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved):
     """The tangent of the log mask, from those of the scores, k, tau and the weights; returns that of the offset."""
     n = x.shape[0]
     number = x.dtype.type
@@ -159,6 +162,7 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
                 if x[i] == -math.inf:
                     moved[i] = 0.0
             return mean / tau
+    z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
     origin = origin_of(x, weights, scaled, bound)

@@ -9,7 +9,18 @@ import numpy as np
 from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
 from .operations import EXACT, FAST, exponential
-from .rows import compact, compact_weighted, fill, masked_row, number_of, row_of, store_row, target_of
+from .rows import (
+    compact,
+    compact_weighted,
+    fill,
+    is_read_in_place,
+    masked_row,
+    number_of,
+    room_for,
+    row_of,
+    store_row,
+    target_of,
+)
 from .rule import pull_row, push_row
 from .solve import BLOCK, log_odds, solve_exactly, solve_guessed, survey_block
 
@@ -120,6 +131,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
         scores = x
         if not math.isfinite(facts[2] - facts[2] + facts[3]):
             careful = True
+            clean = clean if clean.shape[0] >= n else np.empty(n, clean.dtype)
             able, infinite, broken = compact(x, largest, clean)
             valid &= not broken
             scores = clean[:able]
@@ -178,9 +190,10 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
 def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
-    raw, clean = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
-    some, odds = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
-    kept, room = np.empty(n + 1, offsets.dtype), np.empty(n + 1, offsets.dtype)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    clean = room_for(n, weights is not None or not is_read_in_place(mask, offsets), offsets)
+    some, odds = room_for(n, True, offsets), room_for(n, True, offsets)
+    kept, room = room_for(n, weights is not None, offsets), room_for(n, weights is not None, offsets)
     done = mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop)
     for row in range(start, stop):
         if done[row - start]:
@@ -219,8 +232,10 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
     """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
     n = x.shape[1]
     dtype = offsets.dtype
-    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    room = room_for(n, weights is not None, offsets)
+    clean = room_for(n, where.shape[0] > 0 or not is_read_in_place(u, offsets), offsets)
+    target = room_for(n, xbar.shape[0] == 0 or not is_read_in_place(xbar, offsets), offsets)
     nobody = np.empty(0, dtype)
     done = pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop)
     for row in range(start, stop):
@@ -251,8 +266,6 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
                 taubar.shape[0] > 0,
                 out,
                 asked,
-                z,
-                scaled,
             )
         if xbar.shape[0] > 0:
             store_row(out, xbar, row)
@@ -267,9 +280,11 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
     """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
     n = x.shape[1]
     dtype = offsets.dtype
-    raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    by_weight = np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
+    room = room_for(n, weights is not None, offsets)
+    clean = room_for(n, True, offsets)
+    target = room_for(n, not is_read_in_place(moved, offsets), offsets)
+    by_weight = room_for(n, da.shape[0] > 0, offsets)
     nobody = np.empty(0, dtype)
     for row in range(start, stop):
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
@@ -300,8 +315,6 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
                 bound,
                 bound[9] < temperature < bound[10],
                 out,
-                z,
-                scaled,
             )
         store_row(out, moved, row)
         doffset[row] = found
@@ -311,10 +324,10 @@ def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, 
 def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
     """What the solver settles to: four numbers and four flags a row."""
     n = x.shape[1]
-    dtype = numbers.dtype
-    raw, clean = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
-    some, odds = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
-    kept, room = np.empty(n + 1, dtype), np.empty(n + 1, dtype)
+    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, numbers), numbers)
+    clean = room_for(n, weights is not None, numbers)
+    some, odds = room_for(n, True, numbers), room_for(n, True, numbers)
+    kept, room = room_for(n, weights is not None, numbers), room_for(n, weights is not None, numbers)
     for row in range(start, stop):
         values = masked_row(x, where, row, -math.inf, raw)
         item_weights = None if weights is None else row_of(weights, row, room)

@@ -91,6 +91,23 @@ def _row_of(x, row, room):
     return view if x.layout == "C" and x.dtype == room.dtype else copy
 
 
+def is_read_in_place(x, like):
+    """Whether rows are views: contiguous, and of the dtype that is computed in, which is that of `like`."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(is_read_in_place, jit_options=_INLINED)
+def _is_read_in_place(x, like):
+    found = x.layout == "C" and x.dtype == like.dtype
+    return lambda x, like: found
+
+
+@compiled(EXACT)
+def room_for(n, is_needed, like):
+    """Room for a row, where it is needed."""
+    return np.empty(n if is_needed else 0, like.dtype)
+
+
 @compiled(EXACT)
 def copy_row(x, room):
     n = x.shape[0]

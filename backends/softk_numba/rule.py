@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger
 from .solve import BLOCK, log_odds
@@ -256,10 +258,10 @@ def origin_of(x, weights, scaled, bound):
 
 
 @compiled(EXACT)
-def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
+def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar):
     """Cotangents of the scores and the weights, from those of the mask and the offset; returns those of k and tau.
 
-    `abar` has no items where nobody asks for it. `z` and `scaled` are room in float64.
+    `abar` has no items where nobody asks for it.
     """
     number = x.dtype.type
     n = x.shape[0]
@@ -288,6 +290,7 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
                         taubar -= (float(x[i]) - origin) / tau * xbar[i]
                 taubar -= c * ((origin - reference) / tau) / tau
             return hbar, taubar
+    z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
     slope = over_slope(1.0, nearest, rate, bound)
@@ -389,7 +392,7 @@ def tangents_of(x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, no
 
 
 @compiled(EXACT)
-def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved, z, scaled):
+def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved):
     """The tangent of the mask, from those of the scores, k, tau and the weights; returns those of offset and threshold.
 
     `da` has no items where there is none.
@@ -404,6 +407,7 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
             mean = product / total - dk * tau / total
             write_product(dx, number(mean), inverse, moved)
             return mean / tau, mean
+    z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
     origin = origin_of(x, weights, scaled, bound)
@@ -447,7 +451,7 @@ def scale(values, factor):
 
 
 @compiled(EXACT)
-def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, z, scaled):
+def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar):
     """Cotangents of scores and weights, from those of the threshold and the offset; returns those of k and tau."""
     number = x.dtype.type
     n = x.shape[0]
@@ -457,6 +461,7 @@ def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain
         if ordinary:
             scale(xbar, number((b + c / tau) / total))
             return -(tau * b + c) / total, 0.0
+    z, scaled = np.empty(n), np.empty(n)
     nearest, normal, _ = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
     hbar = -over_slope(1.0, nearest, rate, bound) * c - over_slope(tau, nearest, rate, bound) * b

@@ -483,8 +483,8 @@ def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, od
         else:
             fill_far_odds(kept, (high, low, reference, excess > 0.0), middle, half, tau, odds)
         offset, _, tails = search(odds[:count], kept_weights, above, k, half, bound)
-        # A window leaves out a tail of exp(-MARGIN) roundings of those at the sides of the gap.
-        sure = math.exp(-half - math.fabs(offset) - MARGIN) <= tails
+        # What a window leaves out on either side is at most a rounding of both tails.
+        sure = math.exp(min(math.fabs(offset) - half - MARGIN, 80.0)) * (total / n) <= tails
         if count == n or sure:
             break
     return reference, offset + middle, z_high, z_low, high

@@ -20,7 +20,6 @@ def pull_threshold_rows(
     n = x.shape[1]
     dtype = offsets.dtype
     raw, room, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
     nobody = np.empty(0, dtype)
     for row in range(start, stop):
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
@@ -47,8 +46,6 @@ def pull_threshold_rows(
                 taubar.shape[0] > 0,
                 out,
                 asked,
-                z,
-                scaled,
             )
         if xbar.shape[0] > 0:
             store_row(out, xbar, row)
@@ -67,7 +64,6 @@ def push_threshold_rows(
     dtype = offsets.dtype
     raw, room, clean, target = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
     by_weight = np.empty(n, dtype)
-    z, scaled = np.empty(n, np.float64), np.empty(n, np.float64)
     nobody = np.empty(0, dtype)
     for row in range(start, stop):
         temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
@@ -95,7 +91,5 @@ def push_threshold_rows(
                 bound,
                 bound[9] < temperature < bound[10],
                 target,
-                z,
-                scaled,
             )
         doffset[row], dt[row] = found, moved
