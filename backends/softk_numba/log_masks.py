@@ -10,7 +10,7 @@ from .cache import compiled, kernel
 from .log_rule import pull_log_row, push_log_row
 from .masks import CAREFUL, solve_row
 from .operations import EXACT, FAST, exponential
-from .rows import fill, is_read_in_place, masked_row, number_of, room_for, row_of, store_row, target_of
+from .rows import fill, fill_invalid, is_read_in_place, masked_row, number_of, room_for, row_of, store_row, target_of
 from .solve import log_odds
 
 
@@ -102,7 +102,7 @@ def pull_log_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kb
         out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
         asked = abar[row] if abar.shape[0] > 0 else nobody
         if offset != offset:
-            fill(out, math.nan)
+            fill_invalid(out, where, row)
             fill(asked, math.nan)
             hbar = tbar = math.nan
         else:

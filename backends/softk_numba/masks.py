@@ -13,6 +13,7 @@ from .rows import (
     compact,
     compact_weighted,
     fill,
+    fill_invalid,
     is_read_in_place,
     masked_row,
     number_of,
@@ -245,7 +246,7 @@ def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, 
         out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
         asked = abar[row] if abar.shape[0] > 0 else nobody
         if offset != offset:
-            fill(out, math.nan)
+            fill_invalid(out, where, row)
             fill(asked, math.nan)
             hbar = tbar = math.nan
         else:

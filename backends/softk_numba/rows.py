@@ -179,6 +179,17 @@ def fill(values, number):
         values[i] = number
 
 
+@compiled(EXACT)
+def fill_invalid(values, where, row):
+    """NaN for the items of a row without an answer, but 0 for those that are removed."""
+    fill(values, math.nan)
+    if where.shape[0] > 0 and values.shape[0] > 0:
+        kept = where[row if where.shape[0] > 1 else 0]
+        for i in range(kept.shape[0]):
+            if not kept[i]:
+                values[i] = 0.0
+
+
 # --- what can be selected
 
 

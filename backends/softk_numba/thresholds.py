@@ -8,7 +8,7 @@ import numpy as np
 
 from .cache import kernel
 from .operations import EXACT
-from .rows import fill, masked_row, number_of, row_of, store_row, target_of
+from .rows import fill, fill_invalid, masked_row, number_of, row_of, store_row, target_of
 from .rule import pull_threshold_row, push_row
 
 
@@ -26,7 +26,7 @@ def pull_threshold_rows(
         out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
         asked = abar[row] if abar.shape[0] > 0 else nobody
         if offset != offset:
-            fill(out, math.nan)
+            fill_invalid(out, where, row)
             fill(asked, math.nan)
             hbar = tbar = math.nan
         else:
