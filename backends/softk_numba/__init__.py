@@ -1,9 +1,10 @@
 """Fused kernels for arrays in the memory of the host, in Numba: the threshold, the mask and its rule.
 
 They serve every framework whose arrays lie in memory, of float16, bfloat16, float32 and float64. This file says when.
-`launch` calls them; `masks` has the loops over rows, `solve` and `rule` what is done in each, `lanes` the same for
-several short rows at once, in `vectors`; `rows` how a row is read and written, `operations` the arithmetic and `pool`
-the threads. Numba is imported when the first array arrives that a kernel will serve.
+`launch` calls them. `masks`, `log_masks` and `thresholds` are the kernels, and `loops` the loops over rows that they
+share. `solve`, `rule` and `log_rule` have what is done in a row, `lanes` the same for several short rows at once, with
+the type of `vectors`. `rows` reads and writes a row, `operations` has the arithmetic, `pool` the threads and `cache`
+the compilation. Numba is imported when the first array arrives that a kernel will serve.
 """
 
 from __future__ import annotations

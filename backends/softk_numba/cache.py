@@ -21,7 +21,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ _HERE = Path(__file__).resolve().parent
 # --- the decorators
 
 
+def declared(function: Any) -> Any:
+    """Declare a function whose code Numba's `overload` chooses by the types of the arguments. Python cannot call it."""
+
+    @wraps(function)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{function.__name__} is called by compiled functions only")
+
+    return refuse
+
+
 def compiled(options: dict[str, Any]) -> Callable[[Any], Any]:
     """Compile a function that kernels call.
 
@@ -55,24 +65,20 @@ def compiled(options: dict[str, Any]) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         dispatcher = numba.njit(**options, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise TypeError(f"{function.__name__} is called by compiled functions only")
-
         # Without this, a call from Python would jump to address 0.
-        dispatcher._compile_for_args, dispatcher._insert = refuse, lambda *args, **kwargs: None
+        dispatcher._compile_for_args, dispatcher._insert = declared(function), lambda *args, **kwargs: None
         return dispatcher
 
     return decorate
 
 
-def kernel(options: dict[str, Any]) -> Callable[[Any], Any]:
-    """Compile a function that Python calls, and keep its machine code."""
+def kernel(options: dict[str, Any], name: str | None = None) -> Callable[[Any], Any]:
+    """Compile a function that Python calls, and keep its machine code under a name of its own."""
 
     def decorate(function: Any) -> Any:
         dispatcher = numba.njit(**options, no_cfunc_wrapper=True)(function)
         if hasattr(dispatcher, "_cache"):
-            dispatcher._cache = _Store(function.__name__)
+            dispatcher._cache = _Store(name or function.__name__)
         else:
             _give_up("this version of Numba has another cache")
         return dispatcher

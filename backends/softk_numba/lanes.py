@@ -29,7 +29,7 @@ from softk._reference.threshold import formulas
 from softk._reference.threshold.limits import STEPS
 
 from . import vectors
-from .cache import compiled
+from .cache import compiled, declared
 from .operations import EXACT
 from .rows import copy_row, store_row
 from .rule import LEAST_GAIN
@@ -64,9 +64,9 @@ step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMU
 # --- blocks of rows
 
 
+@declared
 def width_of(values):
     """How many rows are computed at once, for arrays of a dtype."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(width_of, jit_options=EXACT)
@@ -88,9 +88,9 @@ def transpose(rows, first, columns):
         store(found[3], columns, j + 3)
 
 
+@declared
 def take(x, first, count, room, columns):
     """Some rows of an array as columns; the last one stands also in the place of those that are missing."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(take, jit_options=EXACT)
@@ -117,9 +117,9 @@ def copied_rows(x, first, count, room):
     return room
 
 
+@declared
 def place_of(out, first, count, room):
     """Where the rows of a block are computed: in their place, or in `room`; and the first row there."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(place_of, jit_options=EXACT)
@@ -135,9 +135,9 @@ def _place_of(out, first, count, room):
     return direct if out.dtype == room.dtype else elsewhere
 
 
+@declared
 def give(out, first, count, room):
     """Copy or round the rows of a block that were computed in `room`."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(give, jit_options=EXACT)
@@ -356,9 +356,9 @@ def solve_block(scores, odds, numbers, bound):
     return exp(offset)
 
 
+@declared
 def mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the short rows from `start` to `stop`; returns which of them are done."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(mask_lanes, jit_options=EXACT)
@@ -466,9 +466,9 @@ def state(tau, offsets, references, c, first, count, bound, numbers):
         numbers[3, i] = c[row] if c.shape[0] > 0 else 0.0
 
 
+@declared
 def pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop):
     """Cotangents of the short rows from `start` to `stop`; returns which of them are done."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(pull_lanes, jit_options=EXACT)

@@ -75,12 +75,13 @@ def complement_at(z, scaled, nearest, k, bound, weights):
 
 
 @compiled(EXACT)
-def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar, direct):
+def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, xbar, abar):
     """Cotangents of scores and weights, from those of the log mask and the offset; returns those of k and tau."""
     n = x.shape[0]
     number = x.dtype.type
     if plain and not of_tau and abar.shape[0] == 0 and weights is None:
         inverse = number(1.0 / tau)
+        direct = np.empty(n, x.dtype)
         total = product = most = 0.0
         for start in range(0, n, BLOCK):
             stop = start + BLOCK
@@ -149,7 +150,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
 
 @compiled(EXACT)
 def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, plain, moved):
-    """The tangent of the log mask, from those of the scores, k, tau and the weights; returns that of the offset."""
+    """The tangent of the log mask, from those of the inputs; returns those of the offset and the threshold."""
     n = x.shape[0]
     number = x.dtype.type
     if plain and dtau == 0.0 and da.shape[0] == 0 and weights is None:
@@ -161,7 +162,7 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
             for i in range(n):
                 if x[i] == -math.inf:
                     moved[i] = 0.0
-            return mean / tau
+            return mean / tau, mean
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound[6])
@@ -184,4 +185,4 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
             elif rest != 0.0:
                 found += rest * by_slope
         moved[i] = found
-    return doffset
+    return doffset, mean[0] + mean[1] - (mean[2] - offset) * dtau - mean[3]

@@ -8,12 +8,12 @@ import numpy as np
 
 from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
+from .loops import item_cotangents, pull_loop, push_loop
 from .operations import EXACT, FAST, exponential
 from .rows import (
     compact,
     compact_weighted,
     fill,
-    fill_invalid,
     is_read_in_place,
     masked_row,
     number_of,
@@ -228,97 +228,8 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
         offsets[row], references[row] = offset, reference
 
 
-@kernel(EXACT)
-def pull_rows(x, weights, where, k, tau, offsets, references, u, c, xbar, kbar, taubar, abar, bound, start, stop):
-    """The cotangents of the inputs, from those of the mask and the offset. Nobody asks for those that have no rows."""
-    n = x.shape[1]
-    dtype = offsets.dtype
-    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
-    room = room_for(n, weights is not None, offsets)
-    clean = room_for(n, where.shape[0] > 0 or not is_read_in_place(u, offsets), offsets)
-    target = room_for(n, xbar.shape[0] == 0 or not is_read_in_place(xbar, offsets), offsets)
-    nobody = np.empty(0, dtype)
-    done = pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop)
-    for row in range(start, stop):
-        if done[row - start]:
-            continue
-        temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
-        out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
-        asked = abar[row] if abar.shape[0] > 0 else nobody
-        if offset != offset:
-            fill_invalid(out, where, row)
-            fill(asked, math.nan)
-            hbar = tbar = math.nan
-        else:
-            values = masked_row(x, where, row, -math.inf, raw)
-            cotangents = masked_row(u, where, row, 0.0, clean)
-            item_weights = None if weights is None else row_of(weights, row, room)
-            hbar, tbar = pull_row(
-                values,
-                item_weights,
-                cotangents,
-                float(c[row]) if c.shape[0] > 0 else 0.0,
-                number_of(k, row),
-                temperature,
-                reference,
-                offset,
-                bound,
-                bound[9] < temperature < bound[10],
-                taubar.shape[0] > 0,
-                out,
-                asked,
-            )
-        if xbar.shape[0] > 0:
-            store_row(out, xbar, row)
-        if kbar.shape[0] > 0:
-            kbar[row] = hbar
-        if taubar.shape[0] > 0:
-            taubar[row] = tbar
-
-
-@kernel(EXACT)
-def push_rows(x, weights, where, k, tau, offsets, references, dx, dk, dtau, da, moved, doffset, bound, start, stop):
-    """The tangents of the mask and the offset, from those of the inputs. A tangent that has no rows is zero."""
-    n = x.shape[1]
-    dtype = offsets.dtype
-    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
-    room = room_for(n, weights is not None, offsets)
-    clean = room_for(n, True, offsets)
-    target = room_for(n, not is_read_in_place(moved, offsets), offsets)
-    by_weight = room_for(n, da.shape[0] > 0, offsets)
-    nobody = np.empty(0, dtype)
-    for row in range(start, stop):
-        temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
-        out = target_of(moved, row, target)
-        if offset != offset:
-            fill(out, math.nan)
-            found = math.nan
-        else:
-            values = masked_row(x, where, row, -math.inf, raw)
-            if dx.shape[0] > 0:
-                tangents = masked_row(dx, where, row, 0.0, clean)
-            else:
-                tangents = clean
-                fill(tangents, 0.0)
-            item_weights = None if weights is None else row_of(weights, row, room)
-            by = masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else nobody
-            found, _ = push_row(
-                values,
-                item_weights,
-                tangents,
-                number_of(dk, row) if dk.shape[0] > 0 else 0.0,
-                number_of(dtau, row) if dtau.shape[0] > 0 else 0.0,
-                by,
-                number_of(k, row),
-                temperature,
-                reference,
-                offset,
-                bound,
-                bound[9] < temperature < bound[10],
-                out,
-            )
-        store_row(out, moved, row)
-        doffset[row] = found
+pull_rows = pull_loop("pull_rows", pull_row, item_cotangents, pull_lanes)
+push_rows = push_loop("push_rows", push_row)
 
 
 @kernel(EXACT)

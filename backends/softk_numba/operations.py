@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 
 from softk._reference.threshold import formulas
 
-from .cache import compiled
+from .cache import compiled, declared
 
 #: Without NumPy's error model every division is checked for 0, and nothing vectorizes.
 EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True}
@@ -28,14 +28,23 @@ _INLINED = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
 
 # --- the exponential
 
+#: exp(x) = 2^n exp(r): 1 / log(2), what rounds to the integer n, log(2) in two parts, the largest |x|, and the
+#: polynomial of exp(r) less 1 + r, from its highest power.
+LOG2_E = 1.4426950408889634
+SINGLE_ROUNDER, DOUBLE_ROUNDER = 1.5 * 2.0**23, 1.5 * 2.0**52
+SINGLE_LOG2, DOUBLE_LOG2 = (0.693359375, -2.12194440e-4), (6.93147180369123816490e-01, 1.90821492927058770002e-10)
+SINGLE_REACH, DOUBLE_REACH = 87.0, 708.0
+SINGLE_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+DOUBLE_EXP = tuple(1.0 / math.factorial(i) for i in range(12, 1, -1))
 
+
+@declared
 def exponential(x):
     """exp(x), for x clipped to a range in which it and its inverse are normal numbers: 87 in float32, 708 in float64.
 
     The argument is split into n log(2) + r. Adding and subtracting 1.5 * 2^23 (2^52) rounds to the integer n, which is
     then added to the exponent of a polynomial in r. Numba's own exp is a call of the C library for every number.
     """
-    raise NotImplementedError("compiled code only")
 
 
 @overload(exponential, jit_options=_INLINED)
@@ -43,38 +52,38 @@ def _exponential(x):
     number = np.float32
 
     def single(x):
-        x = x if x > number(-87.0) else number(-87.0)
-        x = x if x < number(87.0) else number(87.0)
-        shifted = x * number(1.4426950408889634) + number(12582912.0)
-        whole = shifted - number(12582912.0)
-        r = x - whole * number(0.693359375)
-        r = r - whole * number(-2.12194440e-4)
-        p = number(1.9875691500e-4) * r + number(1.3981999507e-3)
-        p = p * r + number(8.3334519073e-3)
-        p = p * r + number(4.1665795894e-2)
-        p = p * r + number(1.6666665459e-1)
-        p = p * r + number(5.0000001201e-1)
+        x = x if x > number(-SINGLE_REACH) else number(-SINGLE_REACH)
+        x = x if x < number(SINGLE_REACH) else number(SINGLE_REACH)
+        shifted = x * number(LOG2_E) + number(SINGLE_ROUNDER)
+        whole = shifted - number(SINGLE_ROUNDER)
+        r = x - whole * number(SINGLE_LOG2[0])
+        r = r - whole * number(SINGLE_LOG2[1])
+        p = number(SINGLE_EXP[0]) * r + number(SINGLE_EXP[1])
+        p = p * r + number(SINGLE_EXP[2])
+        p = p * r + number(SINGLE_EXP[3])
+        p = p * r + number(SINGLE_EXP[4])
+        p = p * r + number(SINGLE_EXP[5])
         p = p * r * r + r + number(1.0)
         power = np.int32(np.float32(shifted).view(np.int32) << np.int32(23))
         return np.int32(np.float32(p).view(np.int32) + power).view(np.float32)
 
     def double(x):
-        x = x if x > -708.0 else -708.0
-        x = x if x < 708.0 else 708.0
-        shifted = x * 1.4426950408889634 + 6755399441055744.0
-        whole = shifted - 6755399441055744.0
-        r = x - whole * 6.93147180369123816490e-01
-        r = r - whole * 1.90821492927058770002e-10
-        p = r * (1.0 / 479001600.0) + 1.0 / 39916800.0
-        p = p * r + 1.0 / 3628800.0
-        p = p * r + 1.0 / 362880.0
-        p = p * r + 1.0 / 40320.0
-        p = p * r + 1.0 / 5040.0
-        p = p * r + 1.0 / 720.0
-        p = p * r + 1.0 / 120.0
-        p = p * r + 1.0 / 24.0
-        p = p * r + 1.0 / 6.0
-        p = p * r + 0.5
+        x = x if x > -DOUBLE_REACH else -DOUBLE_REACH
+        x = x if x < DOUBLE_REACH else DOUBLE_REACH
+        shifted = x * LOG2_E + DOUBLE_ROUNDER
+        whole = shifted - DOUBLE_ROUNDER
+        r = x - whole * DOUBLE_LOG2[0]
+        r = r - whole * DOUBLE_LOG2[1]
+        p = r * DOUBLE_EXP[0] + DOUBLE_EXP[1]
+        p = p * r + DOUBLE_EXP[2]
+        p = p * r + DOUBLE_EXP[3]
+        p = p * r + DOUBLE_EXP[4]
+        p = p * r + DOUBLE_EXP[5]
+        p = p * r + DOUBLE_EXP[6]
+        p = p * r + DOUBLE_EXP[7]
+        p = p * r + DOUBLE_EXP[8]
+        p = p * r + DOUBLE_EXP[9]
+        p = p * r + DOUBLE_EXP[10]
         p = p * r * r + r + 1.0
         power = np.float64(shifted).view(np.int64) << np.int64(52)
         return np.int64(np.float64(p).view(np.int64) + power).view(np.float64)
@@ -122,7 +131,7 @@ def maximum(x, y):
 
 
 @compiled(EXACT)
-def abs(x):  # noqa: A001
+def abs(x):
     """The absolute value."""
     return math.fabs(x)
 

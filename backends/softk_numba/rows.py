@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .cache import compiled
+from .cache import compiled, declared
 from .operations import EXACT
 
 _INLINED = {"error_model": "numpy", "nogil": True}
@@ -21,9 +21,9 @@ _INLINED = {"error_model": "numpy", "nogil": True}
 # --- one number
 
 
+@declared
 def widened(value):
     """A number as the dtype that is computed in has it."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(widened, jit_options=_INLINED)
@@ -75,9 +75,9 @@ def to_bfloat16(value):
 # --- one row
 
 
+@declared
 def row_of(x, row, room):
     """A row as a contiguous array of the dtype that is computed in: the row itself, or a copy in `room`."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(row_of, jit_options=_INLINED)
@@ -91,14 +91,14 @@ def _row_of(x, row, room):
     return view if x.layout == "C" and x.dtype == room.dtype else copy
 
 
+@declared
 def is_read_in_place(x, like):
     """Whether rows are views: contiguous, and of the dtype that is computed in, which is that of `like`."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(is_read_in_place, jit_options=_INLINED)
 def _is_read_in_place(x, like):
-    found = x.layout == "C" and x.dtype == like.dtype
+    found = x.ndim == 2 and x.layout == "C" and x.dtype == like.dtype
     return lambda x, like: found
 
 
@@ -128,9 +128,9 @@ def masked_row(x, where, row, other, room):
     return room[:n]
 
 
+@declared
 def target_of(out, row, room):
-    """Where a row of the result is computed: in its place, or in `room` where it is to be rounded."""
-    raise NotImplementedError("compiled code only")
+    """Where a row of the result is computed: in its place, or in `room` where it is to be rounded, or is no result."""
 
 
 @overload(target_of, jit_options=_INLINED)
@@ -139,14 +139,14 @@ def _target_of(out, row, room):
         return out[row]
 
     def elsewhere(out, row, room):
-        return room[: out.shape[1]]
+        return room
 
-    return place if out.dtype == room.dtype else elsewhere
+    return place if out.ndim == 2 and out.dtype == room.dtype else elsewhere
 
 
+@declared
 def store_row(values, out, row):
     """Round a row into its place; nothing is to be done for one that was computed there."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(store_row, jit_options=_INLINED)
@@ -165,6 +165,22 @@ def _store_row(values, out, row):
             place[i] = to_bfloat16(values[i])
 
     return {types.uint16: as_float16, types.int16: as_bfloat16}.get(out.dtype, nothing)
+
+
+@declared
+def store_number(number, out, row):
+    """Write a result that is one number per row; nothing is to be done for one that is a row."""
+
+
+@overload(store_number, jit_options=_INLINED)
+def _store_number(number, out, row):
+    def nothing(number, out, row):
+        pass
+
+    def store(number, out, row):
+        out[row] = number
+
+    return store if out.ndim == 1 else nothing
 
 
 @compiled(EXACT)

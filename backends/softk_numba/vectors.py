@@ -30,7 +30,18 @@ from numba.extending import (
     type_callable,
 )
 
-from .cache import compiled
+from .cache import compiled, declared
+from .operations import (
+    DOUBLE_EXP,
+    DOUBLE_LOG2,
+    DOUBLE_REACH,
+    DOUBLE_ROUNDER,
+    LOG2_E,
+    SINGLE_EXP,
+    SINGLE_LOG2,
+    SINGLE_REACH,
+    SINGLE_ROUNDER,
+)
 
 #: The length of a vector in bytes: that of AVX-512's registers, and of two or four of smaller ones.
 BYTES = 64
@@ -334,7 +345,7 @@ def maximum(x, y):
 
 
 @compiled(INLINED)
-def abs(x):  # noqa: A001
+def abs(x):
     """The absolute value."""
     return where(x < 0.0, -x, x)
 
@@ -387,45 +398,45 @@ def _split(typingctx, x):
     return types.UniTuple(x, 2)(x), codegen
 
 
+@declared
 def exp(x):
     """exp(x), by the method of `operations.exponential` and clipped like it."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(exp, jit_options=INLINED)
 def _exp(x):
     def single(x):
-        x = maximum(x, -87.0)
-        x = minimum(x, 87.0)
-        shifted = x * 1.4426950408889634 + 12582912.0
-        whole = shifted - 12582912.0
-        r = x - whole * 0.693359375
-        r = r - whole * -2.12194440e-4
-        p = r * 1.9875691500e-4 + 1.3981999507e-3
-        p = p * r + 8.3334519073e-3
-        p = p * r + 4.1665795894e-2
-        p = p * r + 1.6666665459e-1
-        p = p * r + 5.0000001201e-1
+        x = maximum(x, -SINGLE_REACH)
+        x = minimum(x, SINGLE_REACH)
+        shifted = x * LOG2_E + SINGLE_ROUNDER
+        whole = shifted - SINGLE_ROUNDER
+        r = x - whole * SINGLE_LOG2[0]
+        r = r - whole * SINGLE_LOG2[1]
+        p = r * SINGLE_EXP[0] + SINGLE_EXP[1]
+        p = p * r + SINGLE_EXP[2]
+        p = p * r + SINGLE_EXP[3]
+        p = p * r + SINGLE_EXP[4]
+        p = p * r + SINGLE_EXP[5]
         p = p * r * r + r + 1.0
         return _scaled(p, shifted)
 
     def double(x):
-        x = maximum(x, -708.0)
-        x = minimum(x, 708.0)
-        shifted = x * 1.4426950408889634 + 6755399441055744.0
-        whole = shifted - 6755399441055744.0
-        r = x - whole * 6.93147180369123816490e-01
-        r = r - whole * 1.90821492927058770002e-10
-        p = r * (1.0 / 479001600.0) + 1.0 / 39916800.0
-        p = p * r + 1.0 / 3628800.0
-        p = p * r + 1.0 / 362880.0
-        p = p * r + 1.0 / 40320.0
-        p = p * r + 1.0 / 5040.0
-        p = p * r + 1.0 / 720.0
-        p = p * r + 1.0 / 120.0
-        p = p * r + 1.0 / 24.0
-        p = p * r + 1.0 / 6.0
-        p = p * r + 0.5
+        x = maximum(x, -DOUBLE_REACH)
+        x = minimum(x, DOUBLE_REACH)
+        shifted = x * LOG2_E + DOUBLE_ROUNDER
+        whole = shifted - DOUBLE_ROUNDER
+        r = x - whole * DOUBLE_LOG2[0]
+        r = r - whole * DOUBLE_LOG2[1]
+        p = r * DOUBLE_EXP[0] + DOUBLE_EXP[1]
+        p = p * r + DOUBLE_EXP[2]
+        p = p * r + DOUBLE_EXP[3]
+        p = p * r + DOUBLE_EXP[4]
+        p = p * r + DOUBLE_EXP[5]
+        p = p * r + DOUBLE_EXP[6]
+        p = p * r + DOUBLE_EXP[7]
+        p = p * r + DOUBLE_EXP[8]
+        p = p * r + DOUBLE_EXP[9]
+        p = p * r + DOUBLE_EXP[10]
         p = p * r * r + r + 1.0
         return _scaled(p, shifted)
 
@@ -435,9 +446,9 @@ def _exp(x):
 _LOG_2 = math.log(2.0)
 
 
+@declared
 def log(x):
     """log(x), for positive normal numbers: 2 artanh((m - 1) / (m + 1)) of what the power of 2 leaves."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(log, jit_options=INLINED)

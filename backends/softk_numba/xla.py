@@ -19,6 +19,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
 from . import masks
+from .cache import declared
 from .launch import bound_of
 
 #: The oldest version of the interface that has all that is read here: jaxlib rejects versions newer than its own.
@@ -100,9 +101,9 @@ def size_of(buffer, start, stop):
     return found
 
 
+@declared
 def matrix(buffer, kind):
     """The memory of a buffer as rows; None where the kind is `NONE`."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(matrix, jit_options=_OPTIONS, prefer_literal=True)
@@ -118,9 +119,9 @@ def _matrix(buffer, kind):
     return read
 
 
+@declared
 def vector(buffer, kind):
     """The same, as one number per row."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(vector, jit_options=_OPTIONS, prefer_literal=True)
@@ -129,9 +130,9 @@ def _vector(buffer, kind):
     return lambda buffer, kind: carray(pointer(buffer[3]), (size_of(buffer, 0, buffer[4]),))
 
 
+@declared
 def planes(buffer, kind):
     """The same, as one number per row for each index of the first axis."""
-    raise NotImplementedError("compiled code only")
 
 
 @overload(planes, jit_options=_OPTIONS, prefer_literal=True)

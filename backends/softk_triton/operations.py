@@ -24,7 +24,7 @@ def maximum(x, y):
 
 
 @triton.jit
-def abs(x):  # noqa: A001
+def abs(x):
     return tl.abs(x)
 
 
