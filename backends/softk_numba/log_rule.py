@@ -28,8 +28,8 @@ from .solve import BLOCK
 
 
 @compiled(FAST)
-def log_gains_block(x, u, reference, inverse, offset, gains, direct):
-    """v and (1 - m) u of every item; the sums of both, and the largest v."""
+def log_gains_block(x, u, reference, inverse, offset, lowest, gains, direct):
+    """v and (1 - m) u of every item, 0 for z up to `lowest`; the sums of both, and the largest v."""
     number = x.dtype.type
     one, none, flushed = number(1.0), number(0.0), number(2e-38)
     total = product = most = none
@@ -40,7 +40,7 @@ def log_gains_block(x, u, reference, inverse, offset, gains, direct):
         larger_one = one / (one + decay)
         smaller_one = decay * larger_one
         gain = smaller_one * larger_one
-        value = (smaller_one if z > none else larger_one) * u[i]
+        value = (smaller_one if z > none else larger_one) * u[i] if z > lowest else none
         gains[i], direct[i] = gain, value
         total += gain
         product += value
@@ -56,12 +56,13 @@ def write_log_product(direct, factor, inverse, gains):
 
 
 @compiled(FAST)
-def write_log_tangent(x, dx, mean, reference, inverse, offset, out):
-    """(1 - m) (dx - mean) / tau."""
-    one = x.dtype.type(1.0)
+def write_log_tangent(x, dx, mean, reference, inverse, offset, lowest, out):
+    """(1 - m) (dx - mean) / tau, and 0 for z up to `lowest`."""
+    number = x.dtype.type
+    one, none = number(1.0), number(0.0)
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
-        out[i] = (dx[i] - mean) * inverse / (one + exponential(z))
+        out[i] = (dx[i] - mean) * inverse / (one + exponential(z)) if z > lowest else none
 
 
 @compiled(EXACT)
@@ -91,15 +92,13 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
                 number(reference),
                 inverse,
                 number(offset),
+                number(-0.5 * bound[6]),
                 xbar[start:stop],
                 direct[start:stop],
             )
             total, product, most = total + sums[0], product + sums[1], max(most, float(sums[2]))
         if most > LEAST_GAIN and most < MOST_SHARE * total:
             write_log_product(direct, number((c - product) / total), inverse, xbar)
-            for i in range(n):
-                if x[i] == -math.inf:
-                    xbar[i] = 0.0
             return (product - c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
@@ -158,10 +157,8 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
         total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
         if ordinary:
             mean = product / total - dk * tau / total
-            write_log_tangent(x, dx, number(mean), number(reference), inverse, number(offset), moved)
-            for i in range(n):
-                if x[i] == -math.inf:
-                    moved[i] = 0.0
+            lowest = number(-0.5 * bound[6])
+            write_log_tangent(x, dx, number(mean), number(reference), inverse, number(offset), lowest, moved)
             return mean / tau, mean
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
