@@ -448,8 +448,9 @@ def test_quantile_lies_between_thresholds(eager: Library, rng: np.random.Generat
     np.testing.assert_allclose(found, wanted, rtol=0.0, atol=1e-13)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "none"])
 @pytest.mark.parametrize("n", [3, 12, 40])
-def test_masses_at_a_running_sum_of_weights(n: int, rng: np.random.Generator) -> None:
+def test_masses_at_a_running_sum_of_weights(n: int, kernels: str, rng: np.random.Generator) -> None:
     """k within roundings of what the largest scores weigh, whether or not it counts as the same: both tails are next to
     nothing, and a step from either side may go far past the root, or swing between the two sides.
     """
@@ -461,5 +462,7 @@ def test_masses_at_a_running_sum_of_weights(n: int, rng: np.random.Generator) ->
     k = sums[:, -1:] - np.take_along_axis(sums, rng.integers(0, n - 1, size=(rows, 1)), axis=-1)
     k = (k * (1.0 + eps * rng.integers(-6, 7, size=(rows, 1)))).astype("float32")
     epsilon = (10.0 ** rng.uniform(-4.0, 1.5, size=(rows, 1))).astype("float32")
-    mass = np.sum(weights.astype(float) * softk.topk(x, k, epsilon=epsilon, weights=weights), axis=-1, keepdims=True)
+    with softk.kernels(kernels):
+        mask = softk.topk(x, k, epsilon=epsilon, weights=weights)
+    mass = np.sum(weights.astype(float) * mask, axis=-1, keepdims=True)
     assert np.all(np.abs(mass - k) <= 16.0 * eps * np.maximum(k, np.max(weights, axis=-1, keepdims=True)))

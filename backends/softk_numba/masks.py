@@ -114,7 +114,7 @@ def write_far_mask(x, reference, tau, offset, largest, out):
 
 @compiled(EXACT)
 def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
-    """The threshold of a row, which has -inf where nothing can be selected.
+    """The threshold of a row. A score of -inf marks an item that cannot be selected.
 
     Returns the numbers (reference, offset, z of both sides of the gap), the flags (nothing, everything, valid, whether
     the last selected score is +inf) and the way in which the mask is to be written: by `odds`, plainly, or with care.

@@ -176,7 +176,7 @@ def sort_descending(x, weights, n):
 
 @compiled(EXACT)
 def ends_beside(x, weights, n, level, mass, least, most):
-    """The same for a level that separates the two: the mass above it is neither less than `least` nor above `most`."""
+    """The scores next to a level that separates them: the mass above it is at least `least` and at most `most`."""
     high, low = math.inf, -math.inf
     for i in range(n):
         if x[i] > level:
@@ -395,7 +395,7 @@ def log_odds(value, reference, tau):
 
 @compiled(EXACT)
 def fill_far_odds(x, ends, middle, half, tau, odds):
-    """The same for a gap that is narrowed to `half` on either side, and for any temperature.
+    """exp(z) for a gap that is narrowed to `half` on either side, and for any temperature.
 
     Each side is measured from its own score, for the narrowing itself would be rounded away in a wide gap.
     """

@@ -70,8 +70,8 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
 
 def _refuses_count(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> str | None:
     """`_refuses`, with a limit on k: the kernels hold k in float32, which would round a larger count."""
-    if ranks is not None and max(ranks) > MOST_SCORES_OF_A_MASS:
-        return f"k must be at most {MOST_SCORES_OF_A_MASS}, got {max(ranks)}"
+    if ranks is not None and ranks[0] > MOST_SCORES_OF_A_MASS:  # the first is k, rounded up
+        return f"k must be at most {MOST_SCORES_OF_A_MASS}, got {ranks[0]}"
     return _refuses(backend, inputs)
 
 

@@ -44,7 +44,8 @@ LIMIT = tl.constexpr(STEPS)
 LOG2_E = tl.constexpr(math.log2(math.e))
 INFINITY = tl.constexpr(math.inf)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_FORMULAS = formulas.load(operations, triton.jit, tl=tl)  # the interpreter looks for the name tl
+# The compiler reads the annotation Number, and the interpreter looks for the name tl.
+_FORMULAS = formulas.load(operations, triton.jit, tl=tl, Number=tl.tensor)
 step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMULAS.excess_of
 rate_of = _FORMULAS.rate_of
 rounded_deficit, is_rounding = _FORMULAS.deficit, _FORMULAS.is_rounding
