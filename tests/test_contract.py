@@ -740,13 +740,14 @@ def test_hard_mask_of_a_number(eager: Library, k: float) -> None:
 
 
 def test_hard_mask_has_the_soft_derivative(eager: Library) -> None:
+    """A kernel solves for the threshold of each mask by itself: the two may differ by roundings."""
     given = hard_problem()
     whole = given["k"][:, 0] == np.floor(given["k"][:, 0])
     given = {name: values[whole] for name, values in given.items()} | {"epsilon": np.asarray(0.5)}
     soft, hard = (cotangents(eager, "topk", given, hard=hard) for hard in (False, True))
     assert set(hard) == {"x", "k", "epsilon"}
     for name, values in soft.items():
-        np.testing.assert_array_equal(hard[name], values)
+        np.testing.assert_allclose(hard[name], values, rtol=32 * EPS["float64"], atol=0)
 
 
 def test_hard_mask_of_a_count_that_the_dtype_does_not_hold(rng: np.random.Generator) -> None:

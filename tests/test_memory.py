@@ -64,7 +64,6 @@ def test_peak(k: float, dtype: str, given: str, kernels: str, rng: np.random.Gen
     mask, cotangents = held
     assert cotangents["x"].shape == x.shape
     arrays = (peak - before - mask.nbytes - sum(value.nbytes for value in cotangents.values())) / x.nbytes
-    print(f"{arrays:.2f}")
     assert arrays <= PEAK[kernels]["weights" in given], f"{arrays:.2f} arrays at the peak"
 
 

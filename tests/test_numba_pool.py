@@ -232,6 +232,13 @@ def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None
     assert target.tolist() == list(range(1, 65))
 
 
+def forks(test: Any) -> Any:
+    """For a test that forks: Python and JAX warn of the threads that they started, if an earlier test used them."""
+    for message in ("This process .* is multi-threaded:DeprecationWarning", "os.fork.. was called:RuntimeWarning"):
+        test = pytest.mark.filterwarnings(f"default:{message}")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")(test)
+
+
 def _in_child(send: Any, x: Any) -> None:
     before = len(pool._pool.threads)
     pool.GRAIN, pool.threads_of = 1, lambda like: 3  # type: ignore[assignment]
@@ -239,8 +246,7 @@ def _in_child(send: Any, x: Any) -> None:
     send.send((before, len(pool._pool.threads), mask.tobytes(), gradient.tobytes()))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("default:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_fork(threads: Callable[[int], None]) -> None:
     numba()
     threads(3)
@@ -259,7 +265,7 @@ def test_a_fork(threads: Callable[[int], None]) -> None:
         assert child.exitcode == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@forks
 def test_a_fork_beside_a_thread_at_work() -> None:
     release = threading.Event()
 

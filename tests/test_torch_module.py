@@ -153,7 +153,7 @@ def test_numbers_are_checked_at_once(kind: Any, arguments: dict[str, Any], error
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(2.5, hard=True), "k must be whole with hard=True, got 2.5"),
+        (lambda: TopK(2.5, hard=True), "k must be a whole number with hard=True, got 2.5"),
         (lambda: TopK(2, mode="top"), "mode must be 'largest' or 'smallest', got 'top'"),
         (lambda: softk_torch.TopKAttention(2, scale=math.nan), "scale must be a finite number, got nan"),
     ],

@@ -30,7 +30,7 @@ from softk._reference.threshold.limits import STEPS
 
 from . import vectors
 from .cache import compiled, declared
-from .operations import EXACT
+from .operations import EXACT, clipped_of
 from .rows import copy_row, store_row
 from .rule import LEAST_GAIN
 from .solve import LEAST_SLOPE, NEAR
@@ -163,7 +163,7 @@ def parameters(k, tau, first, count, n, bound, numbers):
     for i in range(numbers.shape[1]):
         row = first + min(i, count - 1)
         mass, temperature = k[row if k.shape[0] > 1 else 0], tau[row if tau.shape[0] > 1 else 0]
-        usual = (temperature > bound[9]) & (temperature < bound[10]) & (mass > 0.0) & (mass < n)
+        usual = (temperature > bound.coldest) & (temperature < bound.hottest) & (mass > 0.0) & (mass < n)
         whole = math.floor(mass) if usual else 0
         numbers[0, i] = mass
         numbers[1, i] = temperature if usual else 0.0
@@ -203,7 +203,7 @@ def search(scores, facts, k, least, most, usable, bound):
     """The scores on both sides of the gap; the pivot twice where they are not found, which the third result says."""
     n = scores.shape[0]
     highest, lowest, center, deviation, _ = facts
-    eps, smallest = bound[0], bound[1]
+    eps, smallest = bound.eps, bound.smallest
     none = k - k
     aim = rarity(k, n)
     at_low = none + math.log(2.0 * n + 1.0)
@@ -272,7 +272,7 @@ def sweep(odds, level):
 @compiled(EXACT)
 def solve(odds, k, usable, bound):
     """The offset and the slope of the mass there: `solve.search`, of which every row ends by itself."""
-    eps, smallest, ceiling, tolerance = bound[0], bound[1], bound[2], 3.0 * bound[3]
+    eps, smallest, ceiling, tolerance = bound.eps, bound.smallest, bound.log_farthest, 3.0 * bound.tolerance
     offset = k - k
     slope, least, most = offset, offset - math.inf, offset + math.inf
     running = usable
@@ -315,12 +315,14 @@ def refill_odds(scores, narrowed, reference, inverse, middle, odds):
 
 @compiled(EXACT)
 def write_ratio(odds, level, rows, first):
-    """E / (E + level), as rows."""
-    n = odds.shape[0]
+    """E / (E + level), as rows; 0 for a score so far below the threshold that E was clipped."""
+    n, clipped = odds.shape[0], clipped_of(odds.dtype.type)
     for start in range(0, n, 4):
         j = min(start, n - 4)
         a, b, c, d = load(odds, j), load(odds, j + 1), load(odds, j + 2), load(odds, j + 3)
-        store_columns((a / (a + level), b / (b + level), c / (c + level), d / (d + level)), rows, first, j)
+        a, b = where(a > clipped, a / (a + level), 0.0), where(b > clipped, b / (b + level), 0.0)
+        c, d = where(c > clipped, c / (c + level), 0.0), where(d > clipped, d / (d + level), 0.0)
+        store_columns((a, b, c, d), rows, first, j)
 
 
 @compiled(EXACT)
@@ -342,7 +344,7 @@ def solve_block(scores, odds, numbers, bound):
     reference = midpoint(upper, lower)
     high, low = (upper - reference) * inverse, (lower - reference) * inverse
     half, middle = high * 0.5 - low * 0.5, high * 0.5 + low * 0.5
-    excess = excess_of(half, bound[8])
+    excess = excess_of(half, bound.widest_gap)
     fill_odds(scores, upper, lower, inverse, half - excess, odds)
     offset, slope, solved = solve(odds, k, usable, bound)
     narrowed = usable & (excess > 0.0)
@@ -406,11 +408,12 @@ def gains_of(scores, values, numbers, gains):
     reference, offset, inverse = load(numbers, 0), load(numbers, 1), load(numbers, 2)
     none = inverse - inverse
     most, second, level, origin = none - 1.0, none, none, none
+    clipped = clipped_of(numbers.dtype.type)
     for i in range(n):
         score, value = load(scores, i), load(values, i)
         z = (score - reference) * inverse - offset
         decay = exp(minimum(z, -z))
-        decay = where(decay > 2e-38, decay, 0.0)  # `exp` is clipped, and far items have no part
+        decay = where(decay > clipped, decay, 0.0)  # far items have no part
         larger = 1.0 / (decay + 1.0)
         gain = decay * larger * larger
         store(gain, gains, i)
@@ -459,7 +462,7 @@ def state(tau, offsets, references, c, first, count, bound, numbers):
     for i in range(numbers.shape[1]):
         row = first + min(i, count - 1)
         temperature = tau[row if tau.shape[0] > 1 else 0]
-        usual = (temperature > bound[9]) & (temperature < bound[10]) & (offsets[row] == offsets[row])
+        usual = (temperature > bound.coldest) & (temperature < bound.hottest) & (offsets[row] == offsets[row])
         numbers[0, i] = references[row]
         numbers[1, i] = offsets[row] if usual else 0.0
         numbers[2, i] = 1.0 / temperature if usual else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,26 +20,44 @@ _NOTHING = np.empty((0, 0), np.bool_)
 _BITS = {"float16": np.uint16, "bfloat16": np.int16}
 
 
+class Bound(NamedTuple):
+    """What the kernels know of the dtype that they compute in."""
+
+    eps: float
+    smallest: float  # the smallest normal number
+    log_farthest: float
+    tolerance: float  # a step that is smaller is the last but one
+    unit: float  # a mass is rounded by so much of it
+    largest: float
+    farthest: float
+    saturated: float
+    widest_gap: float
+    coldest: float  # only between these temperatures z is computed in the dtype: 1 / tau and tau z are normal numbers
+    hottest: float
+    log_negligible: float
+    negligible: float
+
+
 @cache
-def bound_of(dtype: Any) -> tuple[float, ...]:
-    """What the kernels know of the dtype they compute in. The places are read by number."""
+def bound_of(dtype: Any) -> Bound:
+    """The limits of a dtype, most of them those of the reference."""
     bound, info = limits(np, dtype), np.finfo(dtype)
     coldest = 2.0**-60 if info.bits == 32 else 2.0**-400
     least = negligible(np, dtype)
-    return (
-        bound.eps,
-        float(info.smallest_normal),
-        math.log(bound.farthest),
-        bound.eps**0.25,
-        ROUNDINGS * bound.eps,
-        bound.largest,
-        bound.farthest,
-        bound.saturated,
-        widest_gap(bound),
-        coldest,
-        1.0 / coldest,
-        -math.log(least),
-        least,
+    return Bound(
+        eps=bound.eps,
+        smallest=float(info.smallest_normal),
+        log_farthest=math.log(bound.farthest),
+        tolerance=bound.eps**0.25,
+        unit=ROUNDINGS * bound.eps,
+        largest=bound.largest,
+        farthest=bound.farthest,
+        saturated=bound.saturated,
+        widest_gap=widest_gap(bound),
+        coldest=coldest,
+        hottest=1.0 / coldest,
+        log_negligible=math.log(least),
+        negligible=least,
     )
 
 

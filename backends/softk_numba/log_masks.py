@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .cache import compiled, kernel
 from .log_rule import pull_log_row, push_log_row
 from .loops import item_cotangents, no_lanes, pull_loop, push_loop
 from .masks import CAREFUL, solve_row
-from .operations import EXACT, FAST, exponential
+from .operations import EXACT, WITHOUT_SUMS, exponential, reach_of
 from .rows import fill, is_read_in_place, masked_row, number_of, room_for, row_of, store_row, target_of
 from .solve import log_odds
 
 
-@compiled(FAST)
+@compiled(WITHOUT_SUMS)
 def write_log_mask(x, reference, inverse, offset, out):
     """min(z, 0) - log1p(exp(-|z|)), for finite scores.
 
@@ -21,9 +23,11 @@ def write_log_mask(x, reference, inverse, offset, out):
     """
     number = x.dtype.type
     one, two, none = number(1.0), number(2.0), number(0.0)
+    farthest = reach_of(number)
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
         decay = exponential(-math.fabs(z))
+        decay = decay if math.fabs(z) < farthest else none
         s = decay / (two + decay)
         t = s * s
         series = number(1.0 / 33.0)
@@ -51,7 +55,7 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
     """Logarithms of the masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
     number = offsets.dtype.type
-    largest = bound[5]
+    largest = bound.largest
     raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
     clean = room_for(n, weights is not None or not is_read_in_place(found, offsets), offsets)
     some, odds = room_for(n, True, offsets), room_for(n, True, offsets)
@@ -73,9 +77,9 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
             write_log_mask(values, number(reference), number(1.0 / temperature), number(offset), out)
         else:
             if nothing or everything:
-                offset = bound[7] if nothing else -bound[7]
+                offset = bound.saturated if nothing else -bound.saturated
             for i in range(n):
-                value = float(values[i])
+                value = np.float64(values[i])
                 if value == -math.inf or nothing or (infinite and not everything and value < math.inf):
                     out[i] = -math.inf
                 else:

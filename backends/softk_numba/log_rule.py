@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from .cache import compiled
-from .operations import EXACT, FAST, exponential, larger
+from .operations import EXACT, FAST, clipped_of, exponential, larger
 from .rule import (
     LEAST_GAIN,
     MOST_SHARE,
@@ -31,7 +31,7 @@ from .solve import BLOCK
 def log_gains_block(x, u, reference, inverse, offset, lowest, gains, direct):
     """v and (1 - m) u of every item, 0 for z up to `lowest`; the sums of both, and the largest v."""
     number = x.dtype.type
-    one, none, flushed = number(1.0), number(0.0), number(2e-38)
+    one, none, flushed = number(1.0), number(0.0), clipped_of(number)
     total = product = most = none
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
@@ -68,7 +68,7 @@ def write_log_tangent(x, dx, mean, reference, inverse, offset, lowest, out):
 @compiled(EXACT)
 def complement_at(z, scaled, nearest, k, bound, weights):
     """1 - m: the derivative of the logarithm in z. Without weights it is rounded as p is, from which it is taken."""
-    if z <= -0.5 * bound[6] or k <= 0.0:
+    if z <= -0.5 * bound.farthest or k <= 0.0:
         return 0.0
     if weights is None and z > 0.0:
         return math.exp(-nearest) * scaled * (1.0 + math.exp(-z))
@@ -92,19 +92,19 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
                 number(reference),
                 inverse,
                 number(offset),
-                number(-0.5 * bound[6]),
+                number(-0.5 * bound.farthest),
                 xbar[start:stop],
                 direct[start:stop],
             )
-            total, product, most = total + sums[0], product + sums[1], max(most, float(sums[2]))
+            total, product, most = total + sums[0], product + sums[1], max(most, np.float64(sums[2]))
         if most > LEAST_GAIN and most < MOST_SHARE * total:
             write_log_product(direct, number((c - product) / total), inverse, xbar)
             return (product - c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
-    rate = rate_of(normal, bound[6])
+    rate = rate_of(normal, bound.farthest)
     # Above the threshold (1 - m) / V has no bound, and is formed from v' / V'; below it 1 - m is formed first.
-    near, by_slope, total, at_most, share_at_most = 0.0, -float(c), 0.0, 0.0, 1.0
+    near, by_slope, total, at_most, share_at_most = 0.0, -np.float64(c), 0.0, 0.0, 1.0
     for i in range(n):
         rest = complement_at(z[i], scaled[i], nearest, k, bound, weights)
         value = rest * u[i] if rest != 0.0 else 0.0
@@ -127,7 +127,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
         share = (scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)) / normal
         rest_total += 0.0 if i == held else value - share * level
     origin = origin_of(x, weights, scaled, bound)
-    taubar = -c * clipped_odds(origin, reference, tau, bound[6]) / tau
+    taubar = -c * clipped_odds(origin, reference, tau, bound.farthest) / tau
     for i in range(n):
         rest = complement_at(z[i], scaled[i], nearest, k, bound, weights)
         value = rest * u[i] if rest != 0.0 else 0.0
@@ -135,7 +135,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
         found = (0.0 if i == held else value - share * level) + share * (c - rest_total)
         found = found / tau if -math.inf < x[i] < math.inf else 0.0
         if found != 0.0:
-            taubar -= clipped_odds(float(x[i]), origin, tau, bound[6]) * found
+            taubar -= clipped_odds(np.float64(x[i]), origin, tau, bound.farthest) * found
         xbar[i] = found
     if abar.shape[0] > 0:
         for i in range(n):
@@ -157,12 +157,12 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
         total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
         if ordinary:
             mean = product / total - dk * tau / total
-            lowest = number(-0.5 * bound[6])
+            lowest = number(-0.5 * bound.farthest)
             write_log_tangent(x, dx, number(mean), number(reference), inverse, number(offset), lowest, moved)
             return mean / tau, mean
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
-    rate = rate_of(normal, bound[6])
+    rate = rate_of(normal, bound.farthest)
     origin = origin_of(x, weights, scaled, bound)
     mean, dh, by_slope, doffset = tangents_of(
         x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, normal, held, rate, origin, z, scaled
@@ -173,7 +173,9 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
         if x[i] > -math.inf:
             if i != held and rest != 0.0:
                 y = dx[i] if x[i] < math.inf else 0.0
-                found = rest * (y - clipped_odds(float(x[i]), origin, tau, bound[6]) * dtau - mean[0] - mean[1])
+                found = rest * (
+                    y - clipped_odds(np.float64(x[i]), origin, tau, bound.farthest) * dtau - mean[0] - mean[1]
+                )
             elif rest != 0.0:
                 found = -rest * mean[1]
             found /= tau

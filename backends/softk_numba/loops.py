@@ -34,7 +34,7 @@ def item_cotangents(u, where, row, room):
 @compiled(EXACT)
 def row_cotangent(b, where, row, room):
     """The cotangent of a result of one number per row; 0 where there is none."""
-    return float(b[row]) if b.shape[0] > 0 else 0.0
+    return np.float64(b[row]) if b.shape[0] > 0 else 0.0
 
 
 @compiled(EXACT)
@@ -60,7 +60,7 @@ def pull_loop(name, pull_row, cotangent_of, pull_lanes):
         for row in range(start, stop):
             if done[row - start]:
                 continue
-            temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
+            temperature, offset, reference = number_of(tau, row), np.float64(offsets[row]), np.float64(references[row])
             out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
             asked = abar[row] if abar.shape[0] > 0 else nobody
             if offset != offset:
@@ -72,13 +72,13 @@ def pull_loop(name, pull_row, cotangent_of, pull_lanes):
                     masked_row(x, where, row, -math.inf, raw),
                     None if weights is None else row_of(weights, row, room),
                     cotangent_of(u, where, row, clean),
-                    float(c[row]) if c.shape[0] > 0 else 0.0,
+                    np.float64(c[row]) if c.shape[0] > 0 else 0.0,
                     number_of(k, row),
                     temperature,
                     reference,
                     offset,
                     bound,
-                    bound[9] < temperature < bound[10],
+                    bound.coldest < temperature < bound.hottest,
                     taubar.shape[0] > 0,
                     out,
                     asked,
@@ -108,7 +108,7 @@ def push_loop(name, push_row):
         by_weight = room_for(n, da.shape[0] > 0, offsets)
         nobody = np.empty(0, offsets.dtype)
         for row in range(start, stop):
-            temperature, offset, reference = number_of(tau, row), float(offsets[row]), float(references[row])
+            temperature, offset, reference = number_of(tau, row), np.float64(offsets[row]), np.float64(references[row])
             out = target_of(moved, row, target)
             if offset != offset:
                 fill(out, math.nan)
@@ -131,7 +131,7 @@ def push_loop(name, push_row):
                     reference,
                     offset,
                     bound,
-                    bound[9] < temperature < bound[10],
+                    bound.coldest < temperature < bound.hottest,
                     out,
                 )
             store_row(out, moved, row)

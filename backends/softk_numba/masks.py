@@ -9,7 +9,7 @@ import numpy as np
 from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
 from .loops import item_cotangents, pull_loop, push_loop
-from .operations import EXACT, FAST, exponential
+from .operations import EXACT, FAST, clipped_of, exponential, reach_of
 from .rows import (
     compact,
     compact_weighted,
@@ -40,20 +40,20 @@ def facts_of(x):
     first = x[0]
     for start in range(0, n, BLOCK):
         found = survey_block(x[start : start + BLOCK], first)
-        highest, lowest = max(highest, float(found[0])), min(lowest, float(found[1]))
+        highest, lowest = max(highest, np.float64(found[0])), min(lowest, np.float64(found[1]))
         total += found[2]
         squares += found[3]
     mean = total / n
-    return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), float(n)
+    return highest, lowest, first + mean, math.sqrt(max(squares / n - mean * mean, 0.0)), np.float64(n)
 
 
 @compiled(EXACT)
 def weighted_facts_of(x, weights, total):
     """The same, by weight."""
     highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
-    first = float(x[0])
+    first = np.float64(x[0])
     for i in range(x.shape[0]):
-        value = float(x[i])
+        value = np.float64(x[i])
         highest, lowest = max(highest, value), min(lowest, value)
         mean += weights[i] * (value - first)
         squares += weights[i] * (value - first) * (value - first)
@@ -63,11 +63,17 @@ def weighted_facts_of(x, weights, total):
 
 @compiled(FAST)
 def write_block(x, reference, inverse, offset, out):
-    """sigmoid((x - reference) / tau - offset), for finite scores; the sum of it."""
-    one = x.dtype.type(1.0)
-    total = x.dtype.type(0.0)
+    """sigmoid((x - reference) / tau - offset), for finite scores; the sum of it.
+
+    It is 0 where the exponential would be clipped: a score far below the threshold is not selected at all.
+    """
+    number = x.dtype.type
+    one, none = number(1.0), number(0.0)
+    total, farthest = none, reach_of(number)
     for i in range(x.shape[0]):
-        found = one / (one + exponential(offset - (x[i] - reference) * inverse))
+        z = offset - (x[i] - reference) * inverse
+        found = one / (one + exponential(z))
+        found = found if z < farthest else none
         out[i] = found
         total += found
     return total
@@ -76,9 +82,12 @@ def write_block(x, reference, inverse, offset, out):
 @compiled(FAST)
 def write_ratio_block(odds, level, out):
     """The same, from exp((x - reference) / tau) and exp(offset)."""
-    total = odds.dtype.type(0.0)
+    number = odds.dtype.type
+    none = number(0.0)
+    total, clipped = none, clipped_of(number)
     for i in range(out.shape[0]):
         found = odds[i] / (odds[i] + level)
+        found = found if odds[i] > clipped else none
         out[i] = found
         total += found
     return total
@@ -103,7 +112,7 @@ def write_mask(x, reference, tau, offset, way, odds, out):
 def write_far_mask(x, reference, tau, offset, largest, out):
     """The same, for infinite scores and any temperature: 0 for a score of -inf."""
     for i in range(x.shape[0]):
-        value = float(x[i])
+        value = np.float64(x[i])
         found = 0.0
         if value > -math.inf:
             z = log_odds(min(value, largest), reference, tau) - offset
@@ -120,14 +129,14 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     the last selected score is +inf) and the way in which the mask is to be written: by `odds`, plainly, or with care.
     """
     n = x.shape[0]
-    largest, unit = bound[5], bound[4]
+    largest, unit = bound.largest, bound.unit
     valid = (tau > 0.0) & (tau <= largest) & (k >= -largest) & (k <= largest)
-    careful = not (bound[9] < tau < bound[10])
+    careful = not (bound.coldest < tau < bound.hottest)
     infinite = 0
     nothing = k <= 0.0
     able = n
     if weights is None:
-        held = of_all = float(n)
+        held = of_all = np.float64(n)
         facts = facts_of(x)
         scores = x
         if not math.isfinite(facts[2] - facts[2] + facts[3]):
@@ -136,7 +145,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
             able, infinite, broken = compact(x, largest, clean)
             valid &= not broken
             scores = clean[:able]
-            held = float(able)
+            held = np.float64(able)
             if able > 0:
                 facts = facts_of(scores)
         highest, lowest = facts[0], facts[1]
@@ -152,7 +161,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
         careful |= able < n or infinite > 0
         facts = weighted_facts_of(scores, item_weights, held) if count > 0 else (0.0, 0.0, 0.0, 0.0, 0.0)
         everything = (not nothing) & (k >= held * (1.0 - unit))
-        valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound[0]) * of_all)
+        valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound.eps) * of_all)
     if not valid:
         return (math.nan, math.nan, math.nan, math.nan), (nothing, everything, False, False), CAREFUL
     if able == 0:
@@ -172,7 +181,7 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     if weights is None:
         least, most = math.ceil(k) * 1.0, math.floor(k) * 1.0
         if ranks[0] > 0:
-            least, most = float(ranks[0]), float(ranks[1] - 1)
+            least, most = np.float64(ranks[0]), np.float64(ranks[1] - 1)
     else:
         least, most = k * (1.0 - unit), k * (1.0 + unit)
     reference, offset, high, low, upper = solve_exactly(
@@ -213,17 +222,17 @@ def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start
                 break
             total = write_mask(values, reference, temperature, offset, way, odds, out)
             # Ties far from a guessed reference are all rounded in the same direction.
-            if way == PLAIN or math.fabs(total - mass) <= ROUNDED * bound[0] * max(1.0, mass):
+            if way == PLAIN or math.fabs(total - mass) <= ROUNDED * bound.eps * max(1.0, mass):
                 break
         if not valid:
             reference = offset = math.nan
             fill(out, math.nan)
         elif nothing or everything:
-            offset = bound[7] if nothing else -bound[7]
+            offset = bound.saturated if nothing else -bound.saturated
             for i in range(n):
                 out[i] = 1.0 if everything and values[i] > -math.inf else 0.0
         elif way == CAREFUL:
-            write_far_mask(values, reference, temperature, offset, bound[5], out)
+            write_far_mask(values, reference, temperature, offset, bound.largest, out)
         store_row(out, mask, row)
         offsets[row], references[row] = offset, reference
 

@@ -1,5 +1,7 @@
 """Arithmetic for Numba: an exponential that vectorizes, and the functions that the reference's formulas compute with.
 
+Numba's `float` leaves a float32 as it is. A number of a row becomes float64 by `np.float64`.
+
 `EXACT` and `FAST` are the options of compilation. `FAST` lets sums be reordered, so that they vectorize; it does not
 assume that there are no NaNs or infinities. LLVM keeps the flags of every instruction when a function is inlined, so an
 `EXACT` function stays exact within a `FAST` one.
@@ -23,7 +25,8 @@ from .cache import compiled, declared
 #: Without NumPy's error model every division is checked for 0, and nothing vectorizes.
 EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 FAST: dict[str, Any] = {**EXACT, "fastmath": {"reassoc", "nsz", "arcp", "contract"}}
-_INLINED = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+#: For a loop without a sum, where 0 keeps its sign. Functions that are inlined everywhere are compiled so.
+WITHOUT_SUMS: dict[str, Any] = {**EXACT, "fastmath": {"contract"}}
 
 
 # --- the exponential
@@ -47,7 +50,7 @@ def exponential(x):
     """
 
 
-@overload(exponential, jit_options=_INLINED)
+@overload(exponential, jit_options=WITHOUT_SUMS)
 def _exponential(x):
     number = np.float32
 
@@ -89,6 +92,29 @@ def _exponential(x):
         return np.int64(np.float64(p).view(np.int64) + power).view(np.float64)
 
     return single if x == types.float32 else double
+
+
+@declared
+def reach_of(number):
+    """The largest |x| that `exponential` does not clip, in a dtype."""
+
+
+@overload(reach_of, jit_options=WITHOUT_SUMS)
+def _reach_of(number):
+    reach = np.float32(SINGLE_REACH) if number.dtype == types.float32 else DOUBLE_REACH
+    return lambda number: reach
+
+
+@declared
+def clipped_of(number):
+    """A number that is hardly above exp(-reach): what `exponential` finds for a clipped x, it finds below that."""
+
+
+@overload(clipped_of, jit_options=WITHOUT_SUMS)
+def _clipped_of(number):
+    is_single = number.dtype == types.float32
+    found = np.float32(1.01 * math.exp(-SINGLE_REACH)) if is_single else 1.01 * math.exp(-DOUBLE_REACH)
+    return lambda number: found
 
 
 def _extreme(name: str):

@@ -148,7 +148,10 @@ class _Pool:
         self.closed = False
 
     def ask(self, job: _Job, count: int) -> list[Any]:
-        """Ask up to `count` threads, fewer if requests still wait. Returns a lock for each, which it holds while it helps."""
+        """Ask up to `count` threads, fewer if requests still wait.
+
+        Returns a lock for each of them, which the thread holds while it helps.
+        """
         if len(self.threads) < count:
             self._start(count)
         slots = [threading.Lock() for _ in range(min(count, len(self.threads) - self.jobs.qsize()))]

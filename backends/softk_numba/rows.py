@@ -15,9 +15,6 @@ from numba.extending import overload
 from .cache import compiled, declared
 from .operations import EXACT
 
-_INLINED = {"error_model": "numpy", "nogil": True}
-
-
 # --- one number
 
 
@@ -26,7 +23,7 @@ def widened(value):
     """A number as the dtype that is computed in has it."""
 
 
-@overload(widened, jit_options=_INLINED)
+@overload(widened, jit_options=EXACT)
 def _widened(value):
     def from_float16(value):
         bits = np.int32(value)
@@ -80,7 +77,7 @@ def row_of(x, row, room):
     """A row as a contiguous array of the dtype that is computed in: the row itself, or a copy in `room`."""
 
 
-@overload(row_of, jit_options=_INLINED)
+@overload(row_of, jit_options=EXACT)
 def _row_of(x, row, room):
     def view(x, row, room):
         return x[row if x.shape[0] > 1 else 0]
@@ -96,7 +93,7 @@ def is_read_in_place(x, like):
     """Whether rows are views: contiguous, and of the dtype that is computed in, which is that of `like`."""
 
 
-@overload(is_read_in_place, jit_options=_INLINED)
+@overload(is_read_in_place, jit_options=EXACT)
 def _is_read_in_place(x, like):
     found = x.ndim == 2 and x.layout == "C" and x.dtype == like.dtype
     return lambda x, like: found
@@ -133,7 +130,7 @@ def target_of(out, row, room):
     """Where a row of the result is computed: in its place, or in `room` where it is to be rounded, or is no result."""
 
 
-@overload(target_of, jit_options=_INLINED)
+@overload(target_of, jit_options=EXACT)
 def _target_of(out, row, room):
     def place(out, row, room):
         return out[row]
@@ -149,7 +146,7 @@ def store_row(values, out, row):
     """Round a row into its place; nothing is to be done for one that was computed there."""
 
 
-@overload(store_row, jit_options=_INLINED)
+@overload(store_row, jit_options=EXACT)
 def _store_row(values, out, row):
     def nothing(values, out, row):
         pass
@@ -172,7 +169,7 @@ def store_number(number, out, row):
     """Write a result that is one number per row; nothing is to be done for one that is a row."""
 
 
-@overload(store_number, jit_options=_INLINED)
+@overload(store_number, jit_options=EXACT)
 def _store_number(number, out, row):
     def nothing(number, out, row):
         pass
@@ -186,7 +183,7 @@ def _store_number(number, out, row):
 @compiled(EXACT)
 def number_of(values, row):
     """One number per row, or one for all of them."""
-    return float(values[row if values.shape[0] > 1 else 0])
+    return np.float64(values[row if values.shape[0] > 1 else 0])
 
 
 @compiled(EXACT)
@@ -240,7 +237,7 @@ def compact_weighted(x, weights, largest, into, weights_into):
     total = held = 0.0
     highest, lowest = -math.inf, math.inf
     for i in range(x.shape[0]):
-        value, weight = x[i], float(weights[i])
+        value, weight = x[i], np.float64(weights[i])
         usable = (weight >= 0.0) & (weight < math.inf)
         total += weight if usable else 0.0
         broken |= value != value
@@ -250,7 +247,7 @@ def compact_weighted(x, weights, largest, into, weights_into):
                 value = x.dtype.type(largest)
             broken |= not usable
             able += 1
-            highest, lowest = max(highest, float(value)), min(lowest, float(value))
+            highest, lowest = max(highest, np.float64(value)), min(lowest, np.float64(value))
             if weight > 0.0:
                 held += weight
                 into[count] = value

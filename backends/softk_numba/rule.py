@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from .cache import compiled
-from .operations import EXACT, FAST, FORMULAS, exponential, larger
+from .operations import EXACT, FAST, FORMULAS, clipped_of, exponential, larger
 from .solve import BLOCK, log_odds
 
 is_rounding, balance, is_beside, rate_of = FORMULAS.is_rounding, FORMULAS.balance, FORMULAS.is_beside, FORMULAS.rate_of
@@ -30,7 +30,7 @@ MOST_SHARE = 0.75
 def gains_block(x, values, reference, inverse, offset, gains):
     """v of every item; the sum of v, that of v times the values, and the largest v, once more as the largest a v."""
     number = x.dtype.type
-    one, flushed = number(1.0), number(2e-38)
+    one, flushed = number(1.0), clipped_of(number)
     total = product = most = number(0.0)
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
@@ -49,7 +49,7 @@ def gains_block(x, values, reference, inverse, offset, gains):
 def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offset, gains):
     """v of every item; the sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
     number = x.dtype.type
-    one, flushed, none = number(1.0), number(2e-38), number(0.0)
+    one, flushed, none = number(1.0), clipped_of(number), number(0.0)
     total = product = most = heaviest = none
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
@@ -88,7 +88,7 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
             )
         total += found[0]
         product += found[1]
-        most, heaviest = max(most, float(found[2])), max(heaviest, float(found[3]))
+        most, heaviest = max(most, np.float64(found[2])), max(heaviest, np.float64(found[3]))
     ordinary = (most > LEAST_GAIN) & (heaviest < MOST_SHARE * total) & (total > 1e-30) & (total < 1e30)
     return total, product, ordinary
 
@@ -131,10 +131,10 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
     is made exact by the mass. Scores of -inf have no part.
     """
     n = x.shape[0]
-    unit, largest, farthest, log_farthest = bound[4], bound[5], bound[6], bound[2]
+    unit, largest, farthest, log_farthest = bound.unit, bound.largest, bound.farthest, bound.log_farthest
     high, low = math.inf, -math.inf
     for i in range(n):
-        value = min(float(x[i]), largest)
+        value = min(np.float64(x[i]), largest)
         if value == -math.inf:
             z[i] = -math.inf
             continue
@@ -162,14 +162,14 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
         if z[i] == -math.inf or (no_high and no_low):
             scaled[i] = 0.0
             continue
-        value = min(float(x[i]), largest)
+        value = min(np.float64(x[i]), largest)
         if z[i] > 0.0:
             distance, height = log_odds(value, high, tau) - across_high, upper_height
             count += 1.0 if weights is None else weights[i]
         else:
             distance, height = -log_odds(value, low, tau) - across_low, lower_height
         distance = max(distance, -log_farthest)
-        decay = math.exp(-distance) if distance < bound[11] else 0.0
+        decay = math.exp(-distance) if distance < -bound.log_negligible else 0.0
         scaled[i] = decay / (1.0 + height * decay)
         weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
         if z[i] > 0.0:
@@ -199,7 +199,7 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
             continue
         in_upper = z[i] > 0.0
         # The tail is to be multiplied with the larger one of the mask and its complement, which has an own rounding.
-        value = min(float(x[i]), largest)
+        value = min(np.float64(x[i]), largest)
         if in_upper:
             distance, height = log_odds(value, high, tau) - across_high, upper_height
         else:
@@ -218,7 +218,7 @@ def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
 @compiled(EXACT)
 def weighted_value(weight, value, bound):
     """weight * value; the weight of an item with next to no value may be anything."""
-    return weight * value if value > 2.0 * bound[12] else 0.0
+    return weight * value if value > 2.0 * bound.negligible else 0.0
 
 
 @compiled(EXACT)
@@ -232,10 +232,10 @@ def gain_at(z, scaled, nearest, weights):
 @compiled(EXACT)
 def over_slope(factor, nearest, rate, bound):
     """A factor over V, clipped: the quotient is what is held at the largest derivative, and neither of the two."""
-    farthest, log_farthest = bound[6], bound[2]
+    farthest, log_farthest = bound.farthest, bound.log_farthest
     most = farthest * min(max(factor, 1.0), farthest)
     if not math.isfinite(most):
-        most = bound[5]
+        most = bound.largest
     scale = factor * rate
     if nearest + math.log(scale) > math.log(most):
         return most
@@ -251,10 +251,10 @@ def origin_of(x, weights, scaled, bound):
         weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
         if x[i] > -math.inf:
             if weighted > most:
-                most, found = weighted, float(x[i])
+                most, found = weighted, np.float64(x[i])
             elif weighted == most:
-                found = min(found, float(x[i]))
-    return min(max(found, -bound[5]), bound[5])
+                found = min(found, np.float64(x[i]))
+    return min(max(found, -bound.largest), bound.largest)
 
 
 @compiled(EXACT)
@@ -273,12 +273,14 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
             heaviest, origin = -1.0, reference
             if of_tau:
                 for i in range(n):
-                    weighted = float(xbar[i]) * (1.0 if weights is None else weights[i])
+                    weighted = np.float64(xbar[i]) * (1.0 if weights is None else weights[i])
                     if weighted > heaviest:
-                        heaviest, origin = weighted, float(x[i])
+                        heaviest, origin = weighted, np.float64(x[i])
             if abar.shape[0] > 0:
                 for i in range(n):
-                    abar[i] = -hbar * sigmoid((float(x[i]) - reference) / tau - offset) if x[i] > -math.inf else 0.0
+                    abar[i] = (
+                        -hbar * sigmoid((np.float64(x[i]) - reference) / tau - offset) if x[i] > -math.inf else 0.0
+                    )
             if weights is None:
                 write_product(u, number(hbar), inverse, xbar)
             else:
@@ -287,12 +289,12 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
             if of_tau:
                 for i in range(n):
                     if xbar[i] != 0.0:
-                        taubar -= (float(x[i]) - origin) / tau * xbar[i]
+                        taubar -= (np.float64(x[i]) - origin) / tau * xbar[i]
                 taubar -= c * ((origin - reference) / tau) / tau
             return hbar, taubar
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
-    rate = rate_of(normal, bound[6])
+    rate = rate_of(normal, bound.farthest)
     slope = over_slope(1.0, nearest, rate, bound)
     pulled = 0.0
     for i in range(n):
@@ -307,14 +309,14 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
         heaviest = 0.0
         for i in range(n):
             if scaled[i] > 0.0:
-                heaviest = max(heaviest, float(weights[i]))
-        heaviest = float(weights[held]) if held >= 0 else heaviest
+                heaviest = max(heaviest, np.float64(weights[i]))
+        heaviest = np.float64(weights[held]) if held >= 0 else heaviest
         heaviest = heaviest if heaviest != 0.0 else 1.0
         for i in range(n):
             if scaled[i] > 0.0:
                 shares += scaled[i] * (weights[i] / heaviest)
         level = u[held] if held >= 0 else pulled / (shares if shares != 0.0 else 1.0)
-    g = float(c)
+    g = np.float64(c)
     for i in range(n):
         gain = gain_at(z[i], scaled[i], nearest, weights)
         if gain != 0.0:
@@ -335,9 +337,9 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
                 weighted = weighted_value(weights[i], scaled[i], bound)
             moved = 0.0 if i == held or gain == 0.0 else u[i] - share * level
             found = (moved * gain + weighted / normal * g) / tau
-            taubar -= clipped_odds(float(x[i]), origin, tau, bound[6]) * found
+            taubar -= clipped_odds(np.float64(x[i]), origin, tau, bound.farthest) * found
         xbar[i] = found
-    taubar -= c * clipped_odds(origin, reference, tau, bound[6]) / tau
+    taubar -= c * clipped_odds(origin, reference, tau, bound.farthest) / tau
     if abar.shape[0] > 0:
         near = rate * pulled
         for i in range(n):
@@ -358,20 +360,20 @@ def tangents_of(x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, no
     dominates p; dh; dh / V; and the tangents of the offset, less what is due to r, and of the threshold less that.
     """
     n = x.shape[0]
-    farthest = bound[6]
+    farthest = bound.farthest
     at_most = mean = 0.0
     for turn in range(2):
         found = 0.0
         for i in range(n):
             weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
             if weighted != 0.0 and (turn == 0 or i != held):
-                y = (dx[i] if x[i] < math.inf else 0.0) - clipped_odds(float(x[i]), origin, tau, farthest) * dtau
+                y = (dx[i] if x[i] < math.inf else 0.0) - clipped_odds(np.float64(x[i]), origin, tau, farthest) * dtau
                 found += weighted * (y - at_most)
         if turn == 0:
             at_most = found / normal
             if held >= 0:
                 at_most = dx[held] if x[held] < math.inf else 0.0
-                at_most -= clipped_odds(float(x[held]), origin, tau, farthest) * dtau
+                at_most -= clipped_odds(np.float64(x[held]), origin, tau, farthest) * dtau
         else:
             mean = found / normal
     above = below = by_rate = 0.0  # <m, da> over either side of the threshold, and <m / V, da> below it
@@ -409,7 +411,7 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
             return mean / tau, mean
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
-    rate = rate_of(normal, bound[6])
+    rate = rate_of(normal, bound.farthest)
     origin = origin_of(x, weights, scaled, bound)
     mean, dh, _, doffset = tangents_of(
         x, weights, dx, dk, dtau, da, tau, reference, bound, nearest, normal, held, rate, origin, z, scaled
@@ -419,15 +421,15 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
         heaviest = 0.0
         for i in range(n):
             if scaled[i] > 0.0:
-                heaviest = max(heaviest, float(weights[i]))
-        heaviest = float(weights[held]) if held >= 0 else heaviest
+                heaviest = max(heaviest, np.float64(weights[i]))
+        heaviest = np.float64(weights[held]) if held >= 0 else heaviest
         heaviest = heaviest if heaviest != 0.0 else 1.0
     for i in range(n):
         gain = gain_at(z[i], scaled[i], nearest, weights)
         found = 0.0
         if gain != 0.0 and i != held and x[i] > -math.inf:
             y = dx[i] if x[i] < math.inf else 0.0
-            found = gain * (y - clipped_odds(float(x[i]), origin, tau, bound[6]) * dtau - mean[0] - mean[1])
+            found = gain * (y - clipped_odds(np.float64(x[i]), origin, tau, bound.farthest) * dtau - mean[0] - mean[1])
         share = 1.0
         if weights is not None:
             share = weights[i] / heaviest if scaled[i] > 0.0 else 0.0
@@ -463,17 +465,17 @@ def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain
             return -(tau * b + c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, _ = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
-    rate = rate_of(normal, bound[6])
+    rate = rate_of(normal, bound.farthest)
     hbar = -over_slope(1.0, nearest, rate, bound) * c - over_slope(tau, nearest, rate, bound) * b
     origin = origin_of(x, weights, scaled, bound)
-    level = clipped_odds(origin, reference, tau, bound[6])
+    level = clipped_odds(origin, reference, tau, bound.farthest)
     taubar = -level * c / tau - (level - offset) * b
     for i in range(n):
         weighted = scaled[i] if weights is None else weighted_value(weights[i], scaled[i], bound)
         found = 0.0
         if weighted != 0.0 and x[i] < math.inf:
             found = weighted / normal * (c / tau) + weighted / normal * b
-            taubar -= clipped_odds(float(x[i]), origin, tau, bound[6]) * found
+            taubar -= clipped_odds(np.float64(x[i]), origin, tau, bound.farthest) * found
         xbar[i] = found
     if abar.shape[0] > 0:
         for i in range(n):

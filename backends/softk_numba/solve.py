@@ -342,7 +342,7 @@ def search(odds, weights, above, k, half, bound):
 
     `above` is the mass of the scores beyond the window, and `half` half the gap. NaN where there is no answer.
     """
-    eps, smallest, ceiling, tolerance, unit = bound[0], bound[1], bound[2], bound[3], bound[4]
+    eps, smallest, ceiling, tolerance, unit = bound.eps, bound.smallest, bound.log_farthest, bound.tolerance, bound.unit
     number = odds.dtype.type
     offset, least, most = 0.0, -math.inf, math.inf
     last = False
@@ -401,7 +401,7 @@ def fill_far_odds(x, ends, middle, half, tau, odds):
     """
     high, low, reference, narrowed = ends
     for i in range(x.shape[0]):
-        value = float(x[i])
+        value = np.float64(x[i])
         if not narrowed:
             z = log_odds(value, reference, tau) - middle
         elif value > reference:
@@ -428,8 +428,8 @@ def solve_guessed(x, facts, k, tau, bound, some, odds):
         if math.fabs(found - k) <= 0.25 * min(k, total - k) + 1.0:
             break
         pivot = number(min(max(pivot + spread * (rarity(found, total, 0.5) - aim) / 2.2, lowest), highest))
-    width = tau * (math.log(n / bound[0]) + MARGIN + NEAR)
-    low, high = min(pivot - width, float(np.nextafter(pivot, -number(math.inf)))), pivot + width
+    width = tau * (math.log(n / bound.eps) + MARGIN + NEAR)
+    low, high = min(pivot - width, np.float64(np.nextafter(pivot, -number(math.inf)))), pivot + width
     whole = (low < lowest) & (high >= highest)
     above = 0.0
     if whole:
@@ -442,7 +442,7 @@ def solve_guessed(x, facts, k, tau, bound, some, odds):
         fill_odds(some[:count], pivot, number(1.0 / tau), odds)
         offset, slope, _ = search(odds[:count], None, above, k, 0.0, bound)
     # Within the window the tails of what is left out are negligible beside those that a slope like that has.
-    return float(pivot), offset, whole, (slope > LEAST_SLOPE) & (math.fabs(offset) < NEAR)
+    return np.float64(pivot), offset, whole, (slope > LEAST_SLOPE) & (math.fabs(offset) < NEAR)
 
 
 @compiled(EXACT)
@@ -454,20 +454,20 @@ def solve_exactly(x, weights, facts, k, least, most, tau, bound, plain, some, od
     high, low = find_ends(x, weights, (highest, lowest), center, spread, total, k, least, most, some, room)
     if low == -math.inf:
         low = high
-    high, low = float(high), float(low)
-    reference = float(number(midpoint(high, low)))
-    farthest = bound[6]
+    high, low = np.float64(high), np.float64(low)
+    reference = np.float64(number(midpoint(high, low)))
+    farthest = bound.farthest
     z_high, z_low = min(log_odds(high, reference, tau), farthest), max(log_odds(low, reference, tau), -farthest)
     half, middle = 0.5 * (z_high - z_low), 0.5 * (z_high + z_low)
-    excess = excess_of(half, bound[8])
+    excess = excess_of(half, bound.widest_gap)
     half -= excess
-    width = tau * (math.log(n / bound[0]) + MARGIN)
+    width = tau * (math.log(n / bound.eps) + MARGIN)
     ordinary = plain & (excess == 0.0)
     above, count = 0.0, n
     for attempt in range(2):
         lowest_kept, highest_kept = low - width, high + width
         # A window may be narrower than the spacing of floats: the lower score must be inside.
-        lowest_kept = min(lowest_kept, float(np.nextafter(number(low), -number(math.inf))))
+        lowest_kept = min(lowest_kept, np.float64(np.nextafter(number(low), -number(math.inf))))
         if attempt == 0 and (lowest_kept >= lowest or highest_kept < highest):
             if highest_kept < highest:
                 above = mass_above(x, weights, number(highest_kept))

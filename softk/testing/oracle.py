@@ -235,7 +235,8 @@ class Oracle:
 
     def _items(self, values: Any, sure: float = 0.0) -> np.ndarray:
         full = np.where(self.sure, sure, 0.0)
-        full[self.kept] = np.asarray(values, dtype=float)
+        with np.errstate(over="ignore"):  # a derivative may be beyond what float64 holds: then it is infinite
+            full[self.kept] = np.asarray(values, dtype=float)
         return full
 
     @property
