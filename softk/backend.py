@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
@@ -327,6 +327,16 @@ class Backend:
         """
         return x if isinstance(x, numbers.Real) else None
 
+    def cache_key(self, x: Array) -> Hashable | None:
+        """What, beside the values of an array, may decide what a call of it needs: its shape, dtype, device, ...
+
+        Arrays of equal keys take each other's place: what softk makes of a number for a call of one of them (an array,
+        of the same dtype and device) serves a call of the other. So the key has whatever state of the framework such an
+        array depends on. None where nothing may be kept: under a trace or a transform, for a lazy array, for a subclass
+        of the library's type, or where arrays belong to a stream.
+        """
+        return None
+
     @property
     def differentiates_operations(self) -> bool:
         """Whether the framework may, just now, differentiate a primitive's own operations and not ask for its rule."""
@@ -500,16 +510,17 @@ def backend_of(x: Array) -> Backend:
     >>> backend_of(np.ones(3)).name
     'numpy'
     """
-    adapted = _adapted(type(x))
-    return adapted if adapted is not None else _standard(array_api_compat.array_namespace(x))
+    found = adapted(type(x))
+    return found if found is not None else _standard(array_api_compat.array_namespace(x))
 
 
 def is_array(value: Any) -> bool:
     """Whether some backend can serve the value: an array of a known library or of the standard."""
-    return _adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
+    return adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
 
 
-def _adapted(kind: type) -> Backend | None:
+def adapted(kind: type) -> Backend | None:
+    """The backend that an adapter has for a type of arrays, None without one."""
     if _is_tensor(kind):
         return ADAPTERS["torch"].load()
     if kind not in _by_type:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -39,6 +39,12 @@ class JaxBackend(Backend):
 
     def memory(self, x: Any) -> Any:
         return None if isinstance(x, jax.core.Tracer) else x
+
+    def cache_key(self, x: Array) -> Hashable | None:
+        """Of arrays on one device: under a mesh new ones lie on all of its devices."""
+        if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
+            return None
+        return x.shape, x.dtype, jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:

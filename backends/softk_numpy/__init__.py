@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import array_api_compat.numpy as compat
@@ -124,6 +125,9 @@ class NumpyBackend(Backend):
 
     def memory(self, x: Any) -> Any:
         return x
+
+    def cache_key(self, x: Array) -> Hashable | None:
+        return (x.shape, x.dtype) if type(x) is np.ndarray else None
 
     @property
     def overwriting(self) -> Any:

@@ -7,13 +7,14 @@ framework has autodiff it differentiates the conversion by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from softk.backend import Array, Backend, Primitive
 
+from .recall import remembered
 from .signatures import explained
 
 P = ParamSpec("P")
@@ -22,28 +23,29 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Argument:
-    """A canonical argument. `push` maps its tangent to canonical form, `pull` a cotangent back; None for a number."""
+    """A canonical argument. `push` maps its tangent to canonical form, `pull` a cotangent back; None for a number.
+
+    Results are such arguments without a value, and so is a call's first argument, of which a call knows the form alone.
+    """
 
     value: Array | None
     given: Any = None
     push: Callable[[Array], Array] | None = None
     pull: Callable[[Array], Array] | None = None
 
+    def of(self, given: Array) -> Argument:
+        """The same, given its array."""
+        push: Any = self.push
+        return replace(self, value=push(given), given=given)
+
     def through(self, push: Callable[[Array], Array], pull: Callable[[Array], Array]) -> Argument:
-        """The same, followed by another linear map; of a result, preceded by it."""
+        """A result, preceded by another linear map."""
         first, last = self.push, self.pull
-        if self.value is None:
-            return Argument(
-                None,
-                None,
-                None if first is None else lambda values: first(push(values)),
-                None if last is None else lambda cotangent: pull(last(cotangent)),
-            )
         return Argument(
-            push(self.value),
-            self.given,
-            None if first is None else lambda tangent: push(first(tangent)),
-            None if last is None else lambda cotangent: last(pull(cotangent)),
+            None,
+            None,
+            None if first is None else lambda values: first(push(values)),
+            None if last is None else lambda cotangent: pull(last(cotangent)),
         )
 
     def lead(self, xp: Any, leading: tuple[int, ...]) -> Argument:
@@ -67,11 +69,13 @@ class Argument:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call(Generic[R]):
-    """A public function applied to arguments: a primitive, its canonical inputs and the way back.
+    """A public function and all its arguments but the first: a primitive, its canonical inputs and the way back.
 
+    Of the first argument, the scores, it knows the form alone: it holds for every array of that form.
     `restores` are for the outputs of the primitive from the first one; `build` makes of them what the user gets.
+    Nothing of it is changed afterwards.
     """
 
     backend: Backend
@@ -81,22 +85,25 @@ class Call(Generic[R]):
     restores: tuple[Argument, ...]
     build: Callable[..., R] = lambda result: result
 
-    @property
-    def inputs(self) -> tuple[Array | None, ...]:
-        return tuple(argument.value for argument in self.arguments.values())
+    def __post_init__(self) -> None:
+        scores, *others = self.arguments.values()
+        self.bound = self.backend.bind(self.primitive, **self.options)
+        self.push: Any = scores.push
+        self.others = tuple(argument.value for argument in others)
 
-    def bound(self) -> Callable[..., tuple[Array, ...]]:
-        return self.backend.bind(self.primitive, **self.options)
+    def inputs(self, x: Array) -> tuple[Array | None, ...]:
+        """What the primitive is applied to."""
+        return self.push(x), *self.others
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
         """The first outputs, as the user sees them. They are linear in the outputs, so tangents go the same way."""
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
-    def evaluate(self) -> R:
+    def evaluate(self, x: Array) -> R:
         """The result, differentiable by the arrays' own framework."""
         with self.backend.quiet():
-            return self.build(*self.restore(self.bound()(*self.inputs)))
+            return self.build(*self.restore(self.bound(*self.inputs(x))))
 
 
 def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
@@ -104,11 +111,11 @@ def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
 
     Its attribute `call` is `describe`: what the function would compute, where `softk.vjp` and `softk.jvp` start.
     """
-    call = explained(describe)
+    call = remembered(explained(describe))
 
     @wraps(describe)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call(*args, **kwargs).evaluate()
+        return call(*args, **kwargs).evaluate(args[0])
 
     returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")
     function.__annotations__ = {**describe.__annotations__, "return": returned}

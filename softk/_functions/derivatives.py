@@ -59,7 +59,8 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
     with backend.quiet(x):
-        outputs = call.bound()(*call.inputs)
+        inputs = call.inputs(x)
+        outputs = call.bound(*inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
@@ -77,7 +78,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
                     label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
                     _require_like(label, value, parts[i], backend)
                     canonical[i] = pull(value)
-            found = backend.run(primitive, "vjp", call.inputs, outputs, tuple(canonical), needed)
+            found = backend.run(primitive, "vjp", inputs, outputs, tuple(canonical), needed)
             return {
                 name: argument.pull(values)
                 for (name, argument), values in zip(call.arguments.items(), found, strict=True)
@@ -137,17 +138,19 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     if not isinstance(tangents, Mapping):
         raise TypeError(f"tangents must be a mapping {{argument name: tangent}}, got {kind_of(tangents)}")
     known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
+    given = {name: x if i == 0 else argument.given for i, (name, argument) in enumerate(call.arguments.items())}
     for name, tangent in tangents.items():
         if name not in known:
             raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
-        _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
+        _require_like(f"tangents[{name!r}]", tangent, given[name], backend)
     with backend.quiet(x):
-        outputs = call.bound()(*call.inputs)
+        inputs = call.inputs(x)
+        outputs = call.bound(*inputs)
         canonical = tuple(
             argument.push(tangents[name]) if argument.push is not None and name in tangents else None
             for name, argument in call.arguments.items()
         )
-        rates = call.restore(backend.run(primitive, "jvp", call.inputs, outputs, canonical))
+        rates = call.restore(backend.run(primitive, "jvp", inputs, outputs, canonical))
         moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
         out = call.build(*call.restore(outputs))
         return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)

@@ -241,7 +241,7 @@ def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
 
     def pull(cotangent: Array) -> Array:
         shape = (*cotangent.shape[:-axes], 1, *cotangent.shape[cotangent.ndim - axes + 1 :])
-        return slices.xp.zeros(shape, dtype=slices.working, device=slices.backend.device(slices.given))
+        return slices.xp.zeros(shape, dtype=slices.working, device=slices.device)
 
     return result.through(lambda values: values[here], pull)
 
