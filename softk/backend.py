@@ -436,6 +436,52 @@ class Backend:
         ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """The k largest scores along the last axis, in descending order, and where they are: the library's own top-k.
+
+        Equal scores are in the order of the library. A slice that has a NaN is sorted as the library sorts it.
+
+        Parameters
+        ----------
+        x : array
+            Scores, shape (..., n).
+        k : int
+            From 1 to n.
+
+        Returns
+        -------
+        values, indices : array
+            The scores and their places, of the dtype of indices, both of shape (..., k).
+        """
+        indices = self.xp.argsort(x, axis=-1, descending=True)[..., :k]
+        return self.xp.take_along_axis(x, indices, axis=-1), indices
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        """The transpose of ``take_along_axis`` along the last axis, at indices that differ.
+
+        Parameters
+        ----------
+        values, indices : array
+            Shape (..., k), with 1 <= k <= size.
+        size : int
+            How many items there are along the axis.
+
+        Returns
+        -------
+        array
+            Shape (..., size): the values at their indices, and 0 elsewhere.
+        """
+        # The standard has no assignment. The indices are sorted beside those of all items, each before the item that it
+        # stands for; the value of an item is that of the entry before it, which is 0 for another item.
+        xp, k = self.xp, indices.shape[-1]
+        zeros = xp.zeros((*values.shape[:-1], size), dtype=values.dtype, device=self.device(values))
+        items = xp.broadcast_to(xp.arange(size, dtype=indices.dtype, device=self.device(values)), zeros.shape)
+        order = xp.argsort(xp.concat([indices, items], axis=-1), axis=-1, stable=True)
+        before = xp.take_along_axis(xp.concat([values, zeros], axis=-1), order, axis=-1)[..., :-1]
+        before = xp.concat([zeros[..., :1], before], axis=-1)
+        places = xp.argsort(xp.astype(order < k, indices.dtype), axis=-1, stable=True)[..., :size]
+        return xp.take_along_axis(before, places, axis=-1)
+
 
 def peek(backend: Backend, flag: Array) -> bool | None:
     """The value of a boolean, where looking at it neither waits for a device nor breaks a trace; else None."""

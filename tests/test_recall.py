@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "quantile": lambda x: softk.quantile(x, 0.3),
     "sorted_topk": lambda x: softk.sorted_topk(x, 2).assignment,
     "no rows": lambda x: softk.sorted_topk(x, 0).values,
+    "select": lambda x: softk.select(x, 2).gates,
     "sort": lambda x: softk.sort(x, num_anchors=3),
     "rank": lambda x: softk.rank(x),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from softk.backend import Array, Backend, Primitive, Words, pick
@@ -102,6 +103,14 @@ class JaxBackend(Backend):
             return _by_bits(x, jnp.asarray(ranks))
         return super().select(x, ranks)
 
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices.astype(jax.dtypes.canonicalize_dtype("int64"))
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        zeros = jnp.zeros((*values.shape[:-1], size), values.dtype)
+        return jnp.put_along_axis(zeros, indices, values, axis=-1, inplace=False)
+
 
 def _largest(x: Array, k: int) -> Array:
     """The k largest scores in order, by two selections from about sqrt(k n) each.
@@ -174,11 +183,16 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...]) -> Callab
         given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         found = _tangents(primitive, primals, outputs, given)
         constants = outputs[primitive.moving :]
-        return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
+        return outputs, (*found, *(_no_tangent(value) for value in constants))
 
     operator.defjvp(rule, symbolic_zeros=True)
     compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
     return compiled
+
+
+def _no_tangent(value: Array) -> Any:
+    """Zero: of an array of integers, as JAX has it, of no bits."""
+    return jnp.zeros_like(value) if value.dtype.kind == "f" else np.zeros(value.shape, jax.dtypes.float0)
 
 
 def _tangents(

@@ -181,6 +181,18 @@ class NumpyBackend(Backend):
         ordered = np.partition(x, np.unique(index), axis=-1)
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)
 
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        n = x.shape[-1]
+        chosen = np.argpartition(x, n - k, axis=-1)[..., n - k :]
+        order = np.argsort(np.take_along_axis(x, chosen, axis=-1), axis=-1)[..., ::-1]
+        indices = np.take_along_axis(chosen, order, axis=-1)
+        return np.take_along_axis(x, indices, axis=-1), indices
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        found = np.zeros((*values.shape[:-1], size), values.dtype)
+        np.put_along_axis(found, indices, values, axis=-1)
+        return found
+
 
 _NAMESPACE = _Namespace()
 _OVERWRITING = _Overwriting()

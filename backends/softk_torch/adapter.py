@@ -50,10 +50,10 @@ class TorchBackend(Backend):
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         """Autocast lowers every product of matrices, of which distances and derivatives are the small differences."""
         if x is None:
-            return nullcontext()
+            return _NOTHING
         kind = x.device.type
         lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return torch.autocast(kind, enabled=False) if lowered else nullcontext()
+        return torch.autocast(kind, enabled=False) if lowered else _NOTHING
 
     def memory(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -62,7 +62,7 @@ class TorchBackend(Backend):
 
     def cache_key(self, x: Array) -> Hashable | None:
         """Of tensors on the CPU: on a CUDA device one belongs to a stream, or to the graph that is captured."""
-        if not _is_plain(x) or x.device.type != "cpu" or self.densely(x) is not None:
+        if not _is_plain(x) or not x.is_cpu or self.densely(x) is not None:
             return None
         return x.shape, x.dtype, torch.is_inference_mode_enabled()  # whose tensors no backward pass can keep
 
@@ -125,6 +125,18 @@ class TorchBackend(Backend):
         found = torch.topk(x, n - least + 1, dim=-1, largest=False, sorted=False).values
         found = torch.topk(found, most - least + 1, dim=-1).values
         return pick(xp, found, [rank - least for rank in ranks])
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        values, indices = torch.topk(x, k, dim=-1)
+        return values, indices
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        return torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device).scatter(
+            -1, indices, values
+        )
+
+
+_NOTHING = nullcontext()
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
@@ -217,10 +229,10 @@ class _Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """As PyTorch's own, which reads the signature of `forward` at every call and takes three times as long."""
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if not torch._C._are_functorch_transforms_active() and _is_plain(*tensors):
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        return super().apply(*args)
+        wrapped = any(_is_wrapped(value) for value in args if isinstance(value, torch.Tensor))
+        if wrapped or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:

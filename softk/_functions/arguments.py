@@ -308,17 +308,22 @@ class Slices:
         """A result of one value a slice, in no units and without a derivative."""
         return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
 
-    def one_a_row(self) -> Argument:
-        """A result of one value a row (..., m), in the units of the scores, in the place of the selected axis."""
+    def one_a_row(self, *, in_units: bool = True) -> Argument:
+        """A result of one value a row (..., m), in the place of the selected axis; `in_units` as for `one_a_slice`."""
+        negative = in_units and self.sign < 0.0
 
         def push(values: Array) -> Array:
-            return self._cast(self._back(values if self.sign > 0.0 else -values), self.dtype)
+            return self._cast(self._back(-values if negative else values), self.dtype)
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._last(self._cast(cotangent, self.working))
-            return cotangent if self.sign > 0.0 else -cotangent
+            return -cotangent if negative else cotangent
 
         return Argument(None, None, push, pull)
+
+    def index_a_row(self) -> Argument:
+        """A result of one index a row (..., m), in the place of the selected axis, without a derivative."""
+        return Argument(None, None, self._back)
 
     def row_by_item(self) -> Argument:
         """A result of one value for each row and each item (..., m, n), the two in the place of the selected axis."""

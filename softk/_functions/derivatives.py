@@ -30,8 +30,9 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     pullback : callable
         ``pullback(cotangent) -> {argument name: cotangent}``, for a cotangent of the shape of `out` and for every
         argument that is a real floating-point array. Each cotangent has its argument's shape and dtype. For
-        `softk.sorted_topk` it is a pair, of the values and of the assignment, of which one may be None; for
-        `softk.transport` it is that of the plan, the rest having no derivative.
+        `softk.sorted_topk` it is a pair, of the values and of the assignment, of which one may be None, and likewise
+        for `softk.select`, of the values and of the gates; for `softk.transport` it is that of the plan, the rest
+        having no derivative.
 
     Raises
     ------
@@ -64,7 +65,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
         parts = call.restore(outputs)
         out = call.build(*parts)
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
-    names = getattr(type(out), "_fields", ())
+    names = primitive.results if isinstance(out, tuple) else ()
     needed = tuple(argument.pull is not None for argument in call.arguments.values())
 
     def pullback(cotangent: Any) -> dict[str, Array]:
@@ -106,8 +107,8 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     out
         ``f(x, *args, **kwargs)``.
     tangent : array
-        The derivative, of the shape and dtype of `out`; a pair for `softk.sorted_topk`, of the plan for
-        `softk.transport`.
+        The derivative, of the shape and dtype of `out`; a pair for `softk.sorted_topk` and `softk.select`, as above, of
+        the plan for `softk.transport`.
 
     Raises
     ------

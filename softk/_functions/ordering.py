@@ -115,11 +115,11 @@ def sorted_topk(
     """
     slices = Slices(x, axis, smallest=check_mode(mode), epsilon=epsilon, where=where)
     require_scores(slices)
-    rows = _whole_number("k", k, 0, slices.n, "the size of x along axis")
+    rows = whole_number("k", k, 0, slices.n, "the size of x along axis")
     call = _ladder(slices, epsilon, where, max(rows, 1), 1.0, 1.0)
     values, assignment = slices.one_a_row(), slices.row_by_item()
     if rows == 0:
-        values, assignment = _without_rows(slices, values, 1), _without_rows(slices, assignment, 2)
+        values, assignment = without_rows(slices, values, 1), without_rows(slices, assignment, 2)
     return Call(primitive=sorted_plan, restores=(values, assignment), build=SortedTopK, **call)
 
 
@@ -231,11 +231,11 @@ def rank(
 def _anchored(slices: Slices, epsilon: Any, num_anchors: int | None) -> dict[str, Any]:
     require_scores(slices)
     n = slices.n
-    rows = n if num_anchors is None else _whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
+    rows = n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
     return _ladder(slices, epsilon, None, rows, n / rows, (n - 1) / (rows - 1) if rows > 1 else 1.0)
 
 
-def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
+def without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
     """None of the one row that was computed."""
     here = (..., slice(0, 0), *(slice(None),) * (axes - 1))
 
@@ -246,7 +246,7 @@ def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
     return result.through(lambda values: values[here], pull)
 
 
-def _whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
+def whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python integer, on which shapes may depend, got {value!r}")
     if not least <= int(value) <= most:
