@@ -50,10 +50,10 @@ class TorchBackend(Backend):
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         """Autocast lowers every product of matrices, of which distances and derivatives are the small differences."""
         if x is None:
-            return _NOTHING
+            return nullcontext()
         kind = x.device.type
         lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return torch.autocast(kind, enabled=False) if lowered else _NOTHING
+        return torch.autocast(kind, enabled=False) if lowered else nullcontext()
 
     def memory(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -134,9 +134,6 @@ class TorchBackend(Backend):
         return torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device).scatter(
             -1, indices, values
         )
-
-
-_NOTHING = nullcontext()
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
