@@ -4,6 +4,7 @@ from . import attention, beam, neighbors
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
+from ._functions.selection import Selected, select
 from ._functions.transport import ConvergenceWarning, Plan, transport
 from .backend import kernels
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvergenceWarning",
     "Plan",
+    "Selected",
     "SortedTopK",
     "attention",
     "beam",
@@ -21,6 +23,7 @@ __all__ = [
     "neighbors",
     "quantile",
     "rank",
+    "select",
     "sort",
     "sorted_topk",
     "threshold",

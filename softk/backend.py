@@ -12,7 +12,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
@@ -361,6 +361,16 @@ class Backend:
         """
         return x if isinstance(x, numbers.Real) else None
 
+    def cache_key(self, x: Array) -> Hashable | None:
+        """What, beside the values of an array, may decide what a call of it needs: its shape, dtype, device, ...
+
+        Arrays of equal keys take each other's place: what softk makes of a number for a call of one of them (an array,
+        of the same dtype and device) serves a call of the other. So the key has whatever state of the framework such an
+        array depends on. None where nothing may be kept: under a trace or a transform, for a lazy array, for a subclass
+        of the library's type, or where arrays belong to a stream.
+        """
+        return None
+
     @property
     def differentiates_operations(self) -> bool:
         """Whether the framework may currently differentiate a primitive's own operations instead of using its rule."""
@@ -428,6 +438,52 @@ class Backend:
             return pick(xp, ordered, [x.shape[-1] - rank for rank in ranks])
         ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """The k largest scores along the last axis, in descending order, and where they are: the library's own top-k.
+
+        Equal scores are in the order of the library. A slice that has a NaN is sorted as the library sorts it.
+
+        Parameters
+        ----------
+        x : array
+            Scores, shape (..., n).
+        k : int
+            From 1 to n.
+
+        Returns
+        -------
+        values, indices : array
+            The scores and their places, of the dtype of indices, both of shape (..., k).
+        """
+        indices = self.xp.argsort(x, axis=-1, descending=True)[..., :k]
+        return self.xp.take_along_axis(x, indices, axis=-1), indices
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        """The transpose of ``take_along_axis`` along the last axis, at indices that differ.
+
+        Parameters
+        ----------
+        values, indices : array
+            Shape (..., k), with 1 <= k <= size.
+        size : int
+            How many items there are along the axis.
+
+        Returns
+        -------
+        array
+            Shape (..., size): the values at their indices, and 0 elsewhere.
+        """
+        # The standard has no assignment. The indices are sorted beside those of all items, each before the item that it
+        # stands for; the value of an item is that of the entry before it, which is 0 for another item.
+        xp, k = self.xp, indices.shape[-1]
+        zeros = xp.zeros((*values.shape[:-1], size), dtype=values.dtype, device=self.device(values))
+        items = xp.broadcast_to(xp.arange(size, dtype=indices.dtype, device=self.device(values)), zeros.shape)
+        order = xp.argsort(xp.concat([indices, items], axis=-1), axis=-1, stable=True)
+        before = xp.take_along_axis(xp.concat([values, zeros], axis=-1), order, axis=-1)[..., :-1]
+        before = xp.concat([zeros[..., :1], before], axis=-1)
+        places = xp.argsort(xp.astype(order < k, indices.dtype), axis=-1, stable=True)[..., :size]
+        return xp.take_along_axis(before, places, axis=-1)
 
 
 def peek(backend: Backend, flag: Array) -> bool | None:
@@ -503,16 +559,17 @@ def backend_of(x: Array) -> Backend:
     >>> backend_of(np.ones(3)).name
     'numpy'
     """
-    adapted = _adapted(type(x))
-    return adapted if adapted is not None else _standard(array_api_compat.array_namespace(x))
+    found = adapted(type(x))
+    return found if found is not None else _standard(array_api_compat.array_namespace(x))
 
 
 def is_array(value: Any) -> bool:
     """Whether the value is an array that a backend supports: of a known library or of the standard."""
-    return _adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
+    return adapted(type(value)) is not None or hasattr(type(value), "__array_namespace__")
 
 
-def _adapted(kind: type) -> Backend | None:
+def adapted(kind: type) -> Backend | None:
+    """The backend that an adapter has for a type of arrays, None without one."""
     if _is_tensor(kind):
         return ADAPTERS["torch"].load()
     if kind not in _by_type:

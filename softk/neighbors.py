@@ -49,7 +49,7 @@ class _Pairs(Slices):
             raise ValueError(f"queries and keys must have at least one point each, got shapes {shape} and {other}")
         require_size("keys", keys, keys.ndim - 2)
         # The base class has described `queries` as scores. Replace the shapes by those of the scores (..., q, n).
-        self.queries, self.keys = queries, keys
+        self.queries, self.keys, self.like = queries, keys, queries
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]
         self.batch, self.shape = (*self.before, self.count), (*self.before, self.count, self.n)
@@ -58,17 +58,17 @@ class _Pairs(Slices):
         check_temperature(self.xp, epsilon, self.working)
 
     def points(self, values: Array, rows: int) -> Argument:
-        """Rows of real numbers (..., rows, w), broadcast to the batch."""
-        shape, target = tuple(values.shape), (*self.before, rows, values.shape[-1])
+        """Rows of real numbers like `values` (..., rows, w), broadcast to the batch."""
+        shape, dtype, target = tuple(values.shape), values.dtype, (*self.before, rows, values.shape[-1])
 
         def push(values: Array) -> Array:
             values = self._cast(values, self.working)
             return values if tuple(values.shape) == target else self.xp.broadcast_to(values, target)
 
         def pull(cotangent: Array) -> Array:
-            return self._cast(shrink(self.xp, cotangent, shape), values.dtype)
+            return self._cast(shrink(self.xp, cotangent, shape), dtype)
 
-        return Argument(push(values), values, push, pull)
+        return Argument(None, None, push, pull)
 
     def integers(self, name: str, values: Array, rows: int) -> Argument:
         """One integer per row, as a column (..., rows, 1)."""
@@ -194,7 +194,7 @@ def weights(
     with pairs.backend.quiet():
         arguments = {
             "queries": pairs.points(queries, pairs.count),
-            "keys": pairs.points(keys, pairs.n),
+            "keys": pairs.points(keys, pairs.n).of(keys),
             **pairs.common(epsilon, where, exclude),
         }
     return Call(pairs.backend, weight_primitive, pairs.options(), arguments, (pairs.result(),))
@@ -275,7 +275,7 @@ def class_probabilities(
             values = _rows(pairs, "labels", labels, pairs.n)
         arguments = {
             "queries": pairs.points(queries, pairs.count),
-            "keys": pairs.points(keys, pairs.n),
+            "keys": pairs.points(keys, pairs.n).of(keys),
             "labels": values,
             **pairs.common(epsilon, where, exclude),
         }
@@ -388,7 +388,7 @@ def loss(
         bottom = xp.full((), float(floor), dtype=pairs.working, device=pairs.backend.device(queries))
         arguments = {
             "queries": pairs.points(queries, pairs.count),
-            "keys": pairs.points(keys, pairs.n),
+            "keys": pairs.points(keys, pairs.n).of(keys),
             **own,
             "floor": Argument(bottom, floor),
             **pairs.common(epsilon, where, exclude),
@@ -408,7 +408,7 @@ def _reduced(pairs: _Pairs, reduction: Reduction) -> Argument:
 
     def pull(cotangent: Any) -> Array:
         if is_number(cotangent):
-            return xp.full(shape, scale * cotangent, dtype=pairs.working, device=pairs.backend.device(pairs.given))
+            return xp.full(shape, scale * cotangent, dtype=pairs.working, device=pairs.device)
         cotangent = scale * pairs._cast(cotangent, pairs.working)
         return xp.expand_dims(cotangent, axis=-1) if reduction == "none" else xp.broadcast_to(cotangent, shape)
 
@@ -422,7 +422,7 @@ def _rows(pairs: _Pairs, name: str, values: Array, count: int) -> Argument:
     if len(shape) < 2 or shape[-2] != count or not shape[-1] or not fits(shape[:-2], pairs.before):
         wanted = (*pairs.before, count)
         raise ValueError(f"{name} must have one row of classes per point, shape {(*wanted, 'c')}, got {shape}")
-    return pairs.points(values, count)
+    return pairs.points(values, count).of(values)
 
 
 def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:^```text\n(?P<output>.*?
 MODULES = [
     "softk._functions.masks",
     "softk._functions.ordering",
+    "softk._functions.selection",
     "softk._functions.transport",
     "softk._functions.derivatives",
     "softk.backend",

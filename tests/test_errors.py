@@ -515,6 +515,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "log_topk": (softk.log_topk, (X,), {"k": 2}),
     "threshold": (softk.threshold, (X,), {"k": 2}),
     "quantile": (softk.quantile, (X,), {"q": 0.5}),
+    "select": (softk.select, (X,), {"k": 2}),
     "sorted_topk": (softk.sorted_topk, (X,), {"k": 2}),
     "sort": (softk.sort, (X,), {}),
     "rank": (softk.rank, (X,), {}),
@@ -602,7 +603,8 @@ def test_signature_is_clean(name: str) -> None:
         one.kind for one in seen.parameters.values()
     }
     returned = {"sorted_topk": "SortedTopK[ArrayT]", "transport": "Plan[ArrayT]", "step": "Step[ArrayT]"}
-    assert seen.return_annotation == {**returned, "search": "Beams[ArrayT]"}.get(name, "ArrayT")
+    returned |= {"search": "Beams[ArrayT]", "select": "Selected[ArrayT]"}
+    assert seen.return_annotation == returned.get(name, "ArrayT")
     assert CALLS[name][0].__annotations__["return"] == seen.return_annotation
 
 

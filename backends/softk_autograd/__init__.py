@@ -61,7 +61,7 @@ class _Namespace:
 
     @staticmethod
     def take_along_axis(x: Array, index: Array, *, axis: int) -> Array:
-        return _permute(x, index, axis)
+        return _take(x, _value(index), axis)
 
     @staticmethod
     def where(condition: Array, x: Any, y: Any) -> Array:
@@ -82,14 +82,22 @@ def _value(x: Array) -> Array:
     return x
 
 
-#: The rules use take_along_axis only for permutations, whose transpose is the inverse permutation.
-_permute = traced(np.take_along_axis)
-defvjp(
-    _permute,
-    lambda ans, x, index, axis: lambda g: _permute(g, np.argsort(index, axis=axis), axis),
-    argnums=(0,),
-)
-defjvp(_permute, lambda g, ans, x, index, axis: _permute(g, index, axis), argnums=(0,))
+@traced
+def _put(values: Array, index: Array, axis: int, size: int) -> Array:
+    """Zeros with the values at indices along an axis."""
+    shape = list(values.shape)
+    shape[axis] = size
+    found = np.zeros(shape, values.dtype)
+    np.put_along_axis(found, index, values, axis)
+    return found
+
+
+#: The indices that the rules take along an axis differ, so each of the two is the other's transpose.
+_take = traced(np.take_along_axis)
+defvjp(_take, lambda ans, x, index, axis: lambda g: _put(g, index, axis, x.shape[axis]), argnums=(0,))
+defjvp(_take, lambda g, ans, x, index, axis: _take(g, index, axis), argnums=(0,))
+defvjp(_put, lambda ans, values, index, axis, size: lambda g: _take(g, index, axis), argnums=(0,))
+defjvp(_put, lambda g, ans, values, index, axis, size: _put(g, index, axis, size), argnums=(0,))
 
 
 class AutogradBackend(NumpyBackend):
@@ -109,6 +117,12 @@ class AutogradBackend(NumpyBackend):
 
     def memory(self, x: Any) -> Any:
         return None if isbox(x) else x
+
+    # In operations that the tape knows:
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        found: Array = _put(values, _value(indices), -1, size)
+        return found
 
 
 @cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from softk.backend import Array, Backend, Primitive, Words, chosen_kernels, pick
@@ -39,6 +40,12 @@ class JaxBackend(Backend):
 
     def memory(self, x: Any) -> Any:
         return None if isinstance(x, jax.core.Tracer) else x
+
+    def cache_key(self, x: Array) -> Hashable | None:
+        """Of arrays on one device: under a mesh new ones lie on all of its devices."""
+        if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
+            return None
+        return x.shape, x.dtype, jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
@@ -96,6 +103,14 @@ class JaxBackend(Backend):
         if len(ranks) <= _FEW:
             return _by_bits(x, jnp.asarray(ranks))
         return super().select(x, ranks)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices.astype(jax.dtypes.canonicalize_dtype("int64"))
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        zeros = jnp.zeros((*values.shape[:-1], size), values.dtype)
+        return jnp.put_along_axis(zeros, indices, values, axis=-1, inplace=False)
 
 
 def _largest(x: Array, k: int) -> Array:
@@ -172,12 +187,17 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: s
         given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         found = _tangents(primitive, primals, outputs, given)
         constants = outputs[primitive.moving :]
-        return outputs, (*found, *(jnp.zeros_like(value) for value in constants))
+        return outputs, (*found, *(_no_tangent(value) for value in constants))
 
     # Symbolic zeros show which inputs have no tangent, so that the rule can skip them.
     operator.defjvp(rule, symbolic_zeros=True)
     compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
     return compiled
+
+
+def _no_tangent(value: Array) -> Any:
+    """Zero: of an array of integers, as JAX has it, of no bits."""
+    return jnp.zeros_like(value) if value.dtype.kind == "f" else np.zeros(value.shape, jax.dtypes.float0)
 
 
 def _tangents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import array_api_compat.numpy as compat
@@ -25,6 +26,9 @@ class NumpyBackend(Backend):
     def memory(self, x: Any) -> Any:
         return x
 
+    def cache_key(self, x: Array) -> Hashable | None:
+        return (x.shape, x.dtype) if type(x) is np.ndarray else None
+
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         n = x.shape[-1]
         if isinstance(ranks, tuple):
@@ -42,6 +46,18 @@ class NumpyBackend(Backend):
         index = n - ranks
         ordered = np.partition(x, np.unique(index), axis=-1)
         return np.take_along_axis(ordered, np.broadcast_to(index, (*x.shape[:-1], ranks.shape[-1])), axis=-1)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        n = x.shape[-1]
+        chosen = np.argpartition(x, n - k, axis=-1)[..., n - k :]
+        order = np.argsort(np.take_along_axis(x, chosen, axis=-1), axis=-1)[..., ::-1]
+        indices = np.take_along_axis(chosen, order, axis=-1)
+        return np.take_along_axis(x, indices, axis=-1), indices
+
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        found = np.zeros((*values.shape[:-1], size), values.dtype)
+        np.put_along_axis(found, indices, values, axis=-1)
+        return found
 
 
 backend = NumpyBackend(compat, "numpy")

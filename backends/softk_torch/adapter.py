@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
@@ -61,6 +61,13 @@ class TorchBackend(Backend):
             return x if _is_plain(x) and not _is_watched(x) else None
         return None if torch.compiler.is_compiling() and not has_static_value(x) else x
 
+    def cache_key(self, x: Array) -> Hashable | None:
+        """None on a CUDA device, where a tensor belongs to a stream, or to the graph that is captured."""
+        if not _is_plain(x) or not x.is_cpu or self.densely(x) is not None:
+            return None
+        # A backward pass cannot keep tensors that were made in inference mode.
+        return x.shape, x.dtype, torch.is_inference_mode_enabled()
+
     def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
         # A solver is one operation of a graph, in which it stops when it is done. An exported program runs where softk
         # may not be, and gets the operations.
@@ -93,24 +100,37 @@ class TorchBackend(Backend):
         found = torch.topk(found, most - least + 1, dim=-1).values
         return pick(xp, found, [rank - least for rank in ranks])
 
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        values, indices = torch.topk(x, k, dim=-1)
+        return values, indices
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether its memory holds its values, and no compiler, tracer or transform records what becomes of them."""
-    if torch.compiler.is_compiling():  # which does not follow what comes next
+    def scatter(self, values: Array, indices: Array, size: int) -> Array:
+        return torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device).scatter(
+            -1, indices, values
+        )
+
+
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether memory holds their values, and no compiler, tracer or transform records the operations."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the lines below
         return False
-    return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-        and torch._C._get_tracing_state() is None
-        and not x.is_neg()
-    )
+    if _dispatch_mode(_PROXY) is not None or _tracing_state() is not None or _are_transforms_active():
+        return False
+    for x in tensors:  # one loop for all of them: for a small problem the time of these calls matters
+        if type(x) not in _TYPES or _is_wrapped(x) or _is_batched(x) or x.is_meta or x.is_neg():
+            return False
+    return True
+
+
+_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_dispatch_mode, _tracing_state = torch._C._get_dispatch_mode, torch._C._get_tracing_state
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_watched(x: torch.Tensor) -> bool:
-    """Whether automatic differentiation records what becomes of a tensor, in either mode."""
+    """Whether automatic differentiation records the operations on a tensor, in reverse or forward mode."""
     if torch.is_grad_enabled() and x.requires_grad:
         return True
     forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
@@ -139,7 +159,11 @@ def _(name: str, options: str, inputs: list[Any]) -> list[torch.Tensor]:
 
 
 def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The primitive of that name, of tensors or of DTensors."""
+    """Apply the primitive of that name to tensors or DTensors. The autograd function is skipped if nothing records."""
+    present = [value for value in inputs if value is not None]
+    if _is_plain(*present) and not any(map(_is_watched, present)):
+        with torch.no_grad():
+            return _forward(name, options, inputs)
     if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
         from . import distributed
 
@@ -149,26 +173,42 @@ def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tenso
     return outputs
 
 
+def _forward(
+    name: str, options: tuple[tuple[str, Any], ...], inputs: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, ...]:
+    with backend.quiet(inputs[0]):
+        return backend.run(PRIMITIVES[name], "forward", inputs, **dict(options))
+
+
 @torch.compiler.allow_in_graph
 @torch.compiler.disable
 def _apply(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The primitive of that name. The compiler keeps the call whole, so its constants are what a graph can hold."""
-    # The same tensor in two argument slots would get the sum of both gradients in each.
-    distinct = [
-        value.view_as(value) if value is not None and any(value is earlier for earlier in inputs[:i]) else value
-        for i, value in enumerate(inputs)
-    ]
-    outputs: tuple[torch.Tensor, ...] = _Function.apply(name, options, *distinct)
+    given = [id(value) for value in inputs if value is not None]
+    if len(set(given)) < len(given):
+        # The same tensor in two argument slots would get the sum of both gradients in each.
+        inputs = tuple(
+            value.view_as(value) if value is not None and any(value is earlier for earlier in inputs[:i]) else value
+            for i, value in enumerate(inputs)
+        )
+    outputs: tuple[torch.Tensor, ...] = _Function.apply(name, options, *inputs)
     return outputs
 
 
 class _Function(torch.autograd.Function):
     """Any primitive as an autograd function: its name and options, then its inputs."""
 
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As PyTorch's own, which reads the signature of `forward` at every call and takes three times as long."""
+        wrapped = any(_is_wrapped(value) for value in args if isinstance(value, torch.Tensor))
+        if wrapped or _are_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def forward(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> Any:
-        with backend.quiet(inputs[0]):
-            return backend.run(PRIMITIVES[name], "forward", inputs, **dict(options))
+        return _forward(name, options, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

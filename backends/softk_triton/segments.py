@@ -975,8 +975,9 @@ def pull_rows(
         scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
         place = across(row.to(tl.int64)) * n + column
+        invalid = tl.where(kept, float("nan"), 0.0)
         if of_x is not None:
-            tl.store(of_x + place, tl.where(bad, float("nan"), xbar), mask=inside)
+            tl.store(of_x + place, tl.where(bad, invalid, xbar), mask=inside)
         if of_weights is not None:
             abar = -sigmoid(z) * across(hbar)
             tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)

@@ -869,10 +869,12 @@ def pull_tile(
     if AGAIN:
         u = load_cotangent(u_given, row, column, kept, n)
     xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
-    bad = offset != offset  # an invalid row has a NaN offset, which its cotangents must show
+    # An invalid row has a NaN offset, which its cotangents must show. A removed score has the cotangent 0.
+    bad = offset != offset
+    invalid = tl.where(kept, float("nan"), 0.0)
     place = across(row.to(tl.int64)) * n + column
     if of_x is not None:
-        tl.store(of_x + place, tl.where(across(bad), float("nan"), xbar), mask=inside)
+        tl.store(of_x + place, tl.where(across(bad), invalid, xbar), mask=inside)
     if of_k is not None:
         tl.store(of_k + row, tl.where(bad, float("nan"), hbar), mask=present)
     if of_tau is not None:

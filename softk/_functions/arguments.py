@@ -48,7 +48,7 @@ class Slices:
             raise TypeError(f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}{advice}")
         if x.ndim == 0:
             raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
-        self.given, self.shape, self.ndim = x, tuple(x.shape), x.ndim
+        self.shape, self.ndim, self.device = tuple(x.shape), x.ndim, backend.device(x)
         self.axis = check_axis(axis, x.ndim)
         require_size(called, x, self.axis)
         beside = {name: value for name, value in arrays.items() if value.ndim}
@@ -59,12 +59,14 @@ class Slices:
         self.dtype = x.dtype
         self.working = working_dtype(xp, x.dtype)
         self.sign = -1.0 if smallest else 1.0
+        # What is kept of a call must not keep the scores alive; their sizes may be known to nothing else, though.
+        self.like = x if any(unknown(size) for size in self.shape) else None
 
     def require_sizes(self) -> None:
         """Require known sizes. Dask's unknown sizes, NaN, are allowed, because Dask computes block by block."""
         for axis, size in enumerate(self.shape):
             if size is None:
-                require_size("x", self.given, axis)
+                require_size("x", self.like, axis)
 
     # -- conversions
 
@@ -72,7 +74,7 @@ class Slices:
         """Broadcast to a shape of the batch axes, with further axes of the values before or after them."""
         if not any(unknown(size) for size in shape):
             return self.xp.broadcast_to(values, shape)
-        return broadcast_like(self.xp, values, shape, self._last(self.given)[..., :1])
+        return broadcast_like(self.xp, values, shape, self._last(self.like)[..., :1])
 
     def _last(self, values: Array) -> Array:
         return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, self.axis, -1)
@@ -89,21 +91,28 @@ class Slices:
             return values
         if not fits(tuple(values.shape), self.shape):
             raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
-        return broadcast_like(self.xp, values, self.shape, self.given)
+        return broadcast_like(self.xp, values, self.shape, self.like)
 
-    def scores(self, *, narrow: bool = False) -> Argument:
-        """x. `narrow` keeps its dtype, for a primitive that converts it to the working dtype itself."""
+    def scores(self, *, narrow: bool = False, leading: tuple[int, ...] = ()) -> Argument:
+        """x, without a value until the call is evaluated.
+
+        `narrow` keeps its dtype, for a primitive that converts it to the working dtype itself. `leading` are axes that
+        are put in front, along which it is repeated.
+        """
 
         def push(values: Array) -> Array:
             values = self._last(self._cast(values, self.dtype if narrow else self.working))
-            return values if self.sign > 0.0 else -values
+            values = values if self.sign > 0.0 else -values
+            return self.xp.broadcast_to(values, (*leading, *values.shape)) if leading else values
 
         def pull(cotangent: Array) -> Array:
+            if leading:
+                cotangent = self.xp.sum(cotangent, axis=tuple(range(len(leading))))
             if self.sign < 0.0:
                 cotangent = -cotangent
             return self._cast(self._back(cotangent), self.dtype)
 
-        return Argument(push(self.given), self.given, push, pull)
+        return Argument(None, None, push, pull)
 
     def per_slice(self, name: str, value: Any, scale: float = 1.0, dtype: Any = None) -> Argument:
         """k or epsilon: a number, or an array that broadcasts against x with size 1 along axis."""
@@ -111,7 +120,7 @@ class Slices:
         if is_number(value):
             # A symbol of a trace stays a symbol, because float() would make the trace depend on its value.
             number = scale * (value if self.backend.memory(value) is None else float(value))
-            return Argument(xp.full((), number, dtype=self.working, device=self.backend.device(self.given)), value)
+            return Argument(xp.full((), number, dtype=self.working, device=self.device), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
         aligned = (1,) * (self.ndim - len(shape)) + shape
         slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
@@ -166,12 +175,13 @@ class Slices:
         eps = float(xp.finfo(weights.dtype).eps)
         return eps if eps > float(xp.finfo(self.working).eps) else None
 
-    def mass_of_all(self, mass: Argument, x: Argument, weights: Argument, where: Argument) -> Argument:
+    def mass_of_all(self, mass: Argument, x: Array, weights: Argument, where: Argument) -> Argument:
         """Set k to the sum of narrower weights if it misses it only by their rounding, with the same derivative."""
         eps, xp, value = self.rounding_of(weights.given), self.xp, weights.value
         if eps is None or value is None:
             return mass
-        scores: Any = x.value
+        scores = self._last(self._cast(x, self.working))
+        scores = scores if self.sign > 0.0 else -scores
         able = scores > -math.inf if where.value is None else where.value & (scores > -math.inf)
         total = xp.sum(xp.where(able, value, 0.0), axis=-1, keepdims=True)
         short = total - mass.value
@@ -302,17 +312,22 @@ class Slices:
         """A result of one value per slice without a derivative. Its sign does not depend on that of the scores."""
         return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
 
-    def one_a_row(self) -> Argument:
-        """A result of one value per row (..., m), in the units of the scores. The rows replace the selected axis."""
+    def one_a_row(self, *, in_units: bool = True) -> Argument:
+        """A result of one value per row (..., m), which replace the selected axis. `in_units` as for `one_a_slice`."""
+        negative = in_units and self.sign < 0.0
 
         def push(values: Array) -> Array:
-            return self._cast(self._back(values if self.sign > 0.0 else -values), self.dtype)
+            return self._cast(self._back(-values if negative else values), self.dtype)
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._last(self._cast(cotangent, self.working))
-            return cotangent if self.sign > 0.0 else -cotangent
+            return -cotangent if negative else cotangent
 
         return Argument(None, None, push, pull)
+
+    def index_a_row(self) -> Argument:
+        """A result of one index a row (..., m), in the place of the selected axis, without a derivative."""
+        return Argument(None, None, self._back)
 
     def row_by_item(self) -> Argument:
         """A result of one value per row and item (..., m, n). The two axes replace the selected axis."""

@@ -7,13 +7,14 @@ framework with autodiff differentiates the conversion by itself and does not nee
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from softk.backend import Array, Backend, Primitive
 
+from .recall import remembered
 from .signatures import explained
 
 P = ParamSpec("P")
@@ -25,7 +26,8 @@ class Argument:
     """A canonical argument. `push` maps a tangent to canonical form, `pull` maps a cotangent back.
 
     Both are None for an argument without a derivative, such as a number. An `Argument` without a value describes a
-    result: `push` converts an output of the primitive to what the user gets, and `pull` is the transpose.
+    result: `push` converts an output of the primitive to what the user gets, and `pull` is the transpose. The scores
+    have no value either: a call knows only their form.
     """
 
     value: Array | None
@@ -33,21 +35,19 @@ class Argument:
     push: Callable[[Array], Array] | None = None
     pull: Callable[[Array], Array] | None = None
 
+    def of(self, given: Array) -> Argument:
+        """The same, given its array."""
+        push: Any = self.push
+        return replace(self, value=push(given), given=given)
+
     def through(self, push: Callable[[Array], Array], pull: Callable[[Array], Array]) -> Argument:
-        """The argument followed by another linear map. For a result, the map comes first."""
+        """A result, preceded by another linear map."""
         own_push, own_pull = self.push, self.pull
-        if self.value is None:
-            return Argument(
-                None,
-                None,
-                None if own_push is None else lambda values: own_push(push(values)),
-                None if own_pull is None else lambda cotangent: pull(own_pull(cotangent)),
-            )
         return Argument(
-            push(self.value),
-            self.given,
-            None if own_push is None else lambda tangent: push(own_push(tangent)),
-            None if own_pull is None else lambda cotangent: own_pull(pull(cotangent)),
+            None,
+            None,
+            None if own_push is None else lambda values: own_push(push(values)),
+            None if own_pull is None else lambda cotangent: pull(own_pull(cotangent)),
         )
 
     def lead(self, xp: Any, leading: tuple[int, ...]) -> Argument:
@@ -71,11 +71,13 @@ class Argument:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call(Generic[R]):
     """A call of a public function: a primitive, its canonical inputs and the conversion of its outputs.
 
-    `restores` convert the first outputs of the primitive, one each. `build` makes the user's result from them.
+    Of the first argument, the scores, it knows only the form, so it holds for every array of that form. `restores`
+    convert the first outputs of the primitive, one each. `build` makes the user's result from them. A call is not
+    changed after it is made.
     """
 
     backend: Backend
@@ -85,12 +87,15 @@ class Call(Generic[R]):
     restores: tuple[Argument, ...]
     build: Callable[..., R] = lambda result: result
 
-    @property
-    def inputs(self) -> tuple[Array | None, ...]:
-        return tuple(argument.value for argument in self.arguments.values())
+    def __post_init__(self) -> None:
+        scores, *others = self.arguments.values()
+        self.bound = self.backend.bind(self.primitive, **self.options)
+        self.push: Any = scores.push
+        self.others = tuple(argument.value for argument in others)
 
-    def bound(self) -> Callable[..., tuple[Array, ...]]:
-        return self.backend.bind(self.primitive, **self.options)
+    def inputs(self, x: Array) -> tuple[Array | None, ...]:
+        """What the primitive is applied to."""
+        return self.push(x), *self.others
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
         """Convert the first outputs to the user's form. The conversion is linear, so it also converts tangents."""
@@ -98,10 +103,10 @@ class Call(Generic[R]):
         pairs = zip(self.restores, outputs, strict=False)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
-    def evaluate(self) -> R:
+    def evaluate(self, x: Array) -> R:
         """Compute the result. The framework of the arrays can differentiate it."""
         with self.backend.quiet():
-            return self.build(*self.restore(self.bound()(*self.inputs)))
+            return self.build(*self.restore(self.bound(*self.inputs(x))))
 
 
 def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
@@ -110,11 +115,11 @@ def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:
     The attribute `call` of the public function is `describe`, with the check of argument names. `softk.vjp` and
     `softk.jvp` use it.
     """
-    call = explained(describe)
+    call = remembered(explained(describe))
 
     @wraps(describe)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call(*args, **kwargs).evaluate()
+        return call(*args, **kwargs).evaluate(args[0])
 
     # The signature must show the type of the result instead of Call[...].
     returned = str(describe.__annotations__["return"]).removeprefix("Call[").removesuffix("]")

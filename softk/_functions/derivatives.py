@@ -31,7 +31,8 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
         ``pullback(cotangent) -> {argument name: cotangent}``. It takes a cotangent of the shape of `out` and returns
         one for every argument that is a real floating-point array, with the shape and dtype of the argument. For
         `softk.sorted_topk` it takes a pair of cotangents, for the values and for the assignment; one of them may be
-        None. For `softk.transport` it takes the cotangent of the plan, because the rest has no derivative.
+        None. For `softk.select` it takes a pair too, for the values and for the gates. For `softk.transport` it takes
+        the cotangent of the plan, because the rest has no derivative.
 
     Raises
     ------
@@ -60,12 +61,13 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
     with backend.quiet(x):
-        outputs = call.bound()(*call.inputs)
+        inputs = call.inputs(x)
+        outputs = call.bound(*inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
     # The indices of the results that have derivatives.
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
-    names = getattr(type(out), "_fields", ())
+    names = primitive.results if isinstance(out, tuple) else ()
     needed = tuple(argument.pull is not None for argument in call.arguments.values())
 
     def pullback(cotangent: Any) -> dict[str, Array]:
@@ -79,7 +81,7 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
                     label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
                     _require_like(label, value, parts[i], backend)
                     canonical[i] = pull(value)
-            found = backend.run(primitive, "vjp", call.inputs, outputs, tuple(canonical), needed)
+            found = backend.run(primitive, "vjp", inputs, outputs, tuple(canonical), needed)
             return {
                 name: argument.pull(values)
                 for (name, argument), values in zip(call.arguments.items(), found, strict=True)
@@ -107,8 +109,8 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     out
         ``f(x, *args, **kwargs)``.
     tangent : array
-        The derivative, with the shape and dtype of `out`. For `softk.sorted_topk` it is a pair, for `softk.transport`
-        the derivative of the plan.
+        The derivative, with the shape and dtype of `out`. For `softk.sorted_topk` and `softk.select` it is a pair, for
+        `softk.transport` the derivative of the plan.
 
     Raises
     ------
@@ -140,17 +142,19 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     if not isinstance(tangents, Mapping):
         raise TypeError(f"tangents must be a mapping {{argument name: tangent}}, got {kind_of(tangents)}")
     known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
+    given = {name: x if i == 0 else argument.given for i, (name, argument) in enumerate(call.arguments.items())}
     for name, tangent in tangents.items():
         if name not in known:
             raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
-        _require_like(f"tangents[{name!r}]", tangent, known[name].given, backend)
+        _require_like(f"tangents[{name!r}]", tangent, given[name], backend)
     with backend.quiet(x):
-        outputs = call.bound()(*call.inputs)
+        inputs = call.inputs(x)
+        outputs = call.bound(*inputs)
         canonical = tuple(
             argument.push(tangents[name]) if argument.push is not None and name in tangents else None
             for name, argument in call.arguments.items()
         )
-        rates = call.restore(backend.run(primitive, "jvp", call.inputs, outputs, canonical))
+        rates = call.restore(backend.run(primitive, "jvp", inputs, outputs, canonical))
         moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
         out = call.build(*call.restore(outputs))
         return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)

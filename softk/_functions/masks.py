@@ -37,7 +37,7 @@ def _masked(
             "where": slices.kept(where),
         }
         if weights is not None:
-            arguments["k"] = slices.mass_of_all(*(arguments[name] for name in ("k", "x", "weights", "where")))
+            arguments["k"] = slices.mass_of_all(arguments["k"], x, arguments["weights"], arguments["where"])
     options = {"ranks": None if weights is not None else static_ranks(slices.backend, k, bits)}
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
@@ -341,7 +341,7 @@ def quantile(
     with slices.backend.quiet():
         probability = slices.probabilities(q)
         arguments = {
-            "x": slices.scores().lead(slices.xp, probability.leading),
+            "x": slices.scores(leading=probability.leading),
             "q": probability.argument,
             "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5).lead(slices.xp, probability.leading),
             "weights": slices.summed_to_one(slices.per_item("weights", weights)).lead(slices.xp, probability.leading),

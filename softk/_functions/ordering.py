@@ -117,11 +117,11 @@ def sorted_topk(
     """
     slices = Slices(x, axis, smallest=check_mode(mode), epsilon=epsilon, where=where)
     require_scores(slices)
-    rows = _whole_number("k", k, 0, slices.n, "the size of x along axis")
+    rows = whole_number("k", k, 0, slices.n, "the size of x along axis")
     call = _ladder(slices, epsilon, where, max(rows, 1), 1.0, 1.0)
     values, assignment = slices.one_a_row(), slices.row_by_item()
     if rows == 0:  # the primitive needs one row at least, so for k = 0 a row is computed and dropped
-        values, assignment = _without_rows(slices, values, 1), _without_rows(slices, assignment, 2)
+        values, assignment = without_rows(slices, values, 1), without_rows(slices, assignment, 2)
     return Call(primitive=sorted_plan, restores=(values, assignment), build=SortedTopK, **call)
 
 
@@ -233,22 +233,22 @@ def rank(
 def _anchored(slices: Slices, epsilon: Any, num_anchors: int | None) -> dict[str, Any]:
     require_scores(slices)
     n = slices.n
-    rows = n if num_anchors is None else _whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
+    rows = n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
     return _ladder(slices, epsilon, None, rows, n / rows, (n - 1) / (rows - 1) if rows > 1 else 1.0)
 
 
-def _without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
+def without_rows(slices: Slices, result: Argument, axes: int) -> Argument:
     """The result without its one row. The row is the first of the last `axes` axes."""
     no_rows = (..., slice(0, 0), *(slice(None),) * (axes - 1))
 
     def pull(cotangent: Array) -> Array:
         shape = (*cotangent.shape[:-axes], 1, *cotangent.shape[cotangent.ndim - axes + 1 :])
-        return slices.xp.zeros(shape, dtype=slices.working, device=slices.backend.device(slices.given))
+        return slices.xp.zeros(shape, dtype=slices.working, device=slices.device)
 
     return result.through(lambda values: values[no_rows], pull)
 
 
-def _whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
+def whole_number(name: str, value: Any, least: int, most: int, most_is: str) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python integer, because shapes depend on it, got {value!r}")
     if not least <= int(value) <= most:

@@ -1,4 +1,4 @@
-"""The quantile: linear interpolation between the thresholds at two neighbouring half-integer masses.
+"""The quantile: linear interpolation between the thresholds at two neighboring half-integer masses.
 
 Inputs, in this order: scores x (..., n), the probability q and temperature tau (..., 1) or (), item weights (..., n) or
 None, and where (..., n) or None. The last outputs are the offsets of both thresholds and their references.
