@@ -132,7 +132,8 @@ class Problem:
         self.rows = math.prod(x.shape[:-1])
         self.k, self.tau, self.like = numbers_of(k), numbers_of(tau), k
         self.dtype = self.k.dtype
-        self.weights = None if weights is None else contiguous_rows_of(weights, self.n)
+        # The kernels read weights in place, and so in the dtype that is computed in.
+        self.weights = None if weights is None else contiguous_rows_of(weights, self.n).astype(self.dtype, copy=False)
         self.where = _NOTHING if where is None else contiguous_rows_of(where, self.n)
         self.arguments = (self.x, self.weights, self.where, self.k, self.tau)
         self.bound = bound_of(self.dtype)

@@ -17,7 +17,7 @@ from .solve import log_odds
 
 @compiled(WITHOUT_SUMS)
 def write_log_mask(x, reference, inverse, offset, out):
-    """min(z, 0) - log1p(exp(-|z|)), for finite scores.
+    """min(z, 0) - log1p(exp(-|z|)), for scores that are not +inf.
 
     log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3, is a series that vectorizes: 16 terms leave 2^-56.
     """
@@ -56,17 +56,20 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
     n = x.shape[1]
     number = offsets.dtype.type
     largest = bound.largest
-    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
-    clean = room_for(n, weights is not None or not is_read_in_place(found, offsets), offsets)
+    shared = where.shape[0] > 0
     some, odds = room_for(n, True, offsets), room_for(n, True, offsets)
-    kept, room = room_for(n, weights is not None, offsets), room_for(n, weights is not None, offsets)
+    raw = some if shared else room_for(n, not is_read_in_place(x, offsets), offsets)
+    clean = room_for(n, shared or not is_read_in_place(found, offsets), offsets)
+    kept, room = room_for(n, shared and weights is not None, offsets), room_for(n, weights is not None, offsets)
     for row in range(start, stop):
         values = masked_row(x, where, row, -math.inf, raw)
         mass, temperature = number_of(k, row), number_of(tau, row)
         item_weights = None if weights is None else row_of(weights, row, room)
         numbers, flags, way = solve_row(
-            values, item_weights, mass, temperature, (0, 0), False, bound, clean, some, odds, kept, room
+            values, item_weights, mass, temperature, (0, 0), False, bound, shared, clean, some, odds, kept, room
         )
+        if shared:
+            values = masked_row(x, where, row, -math.inf, raw)
         reference, offset = numbers[0], numbers[1]
         nothing, everything, valid, infinite = flags
         out = target_of(found, row, clean)

@@ -20,13 +20,14 @@ from .rows import (
     room_for,
     row_of,
     store_row,
+    survey_weighted,
     target_of,
 )
 from .rule import pull_row, push_row
 from .solve import BLOCK, log_odds, solve_exactly, solve_guessed, survey_block
 
-#: How a mask is written. The first three are for finite scores: from the odds of all scores, from a guessed reference,
-#: from the reference at the gap. The last is for every row.
+#: How a mask is written. The first three are for rows without +inf: from the odds of all scores, from a guessed
+#: reference, from the reference at the gap. The last is for every row.
 WHOLE, GUESSED, PLAIN, CAREFUL = 0, 1, 2, 3
 #: How many roundings the mass of a mask from a guessed reference may be off.
 ROUNDED = 12.0
@@ -48,6 +49,12 @@ def facts_of(x):
 
 
 @compiled(EXACT)
+def are_finite(facts):
+    """Whether all scores are finite, and so close together that the sums are."""
+    return math.isfinite(facts[2] - facts[2] + facts[3])
+
+
+@compiled(EXACT)
 def weighted_facts_of(x, weights, total):
     """The same, by weight."""
     highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
@@ -63,7 +70,7 @@ def weighted_facts_of(x, weights, total):
 
 @compiled(FAST)
 def write_block(x, reference, inverse, offset, out):
-    """sigmoid((x - reference) / tau - offset), for finite scores; the sum of it.
+    """sigmoid((x - reference) / tau - offset), for scores that are not +inf; the sum of it.
 
     It is 0 where the exponential would be clipped: a score far below the threshold is not selected at all.
     """
@@ -95,7 +102,7 @@ def write_ratio_block(odds, level, out):
 
 @compiled(EXACT)
 def write_mask(x, reference, tau, offset, way, odds, out):
-    """The mask of a row of finite scores, in the way that `solve_row` names; the sum of it."""
+    """The mask of a row without +inf and NaN, in the way that `solve_row` names; the sum of it."""
     number = x.dtype.type
     r, inverse, s, level = number(reference), number(1.0 / tau), number(offset), number(math.exp(offset))
     total = 0.0
@@ -122,9 +129,11 @@ def write_far_mask(x, reference, tau, offset, largest, out):
 
 
 @compiled(EXACT)
-def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, room):
+def solve_row(x, weights, k, tau, ranks, exact, bound, shared, clean, some, odds, kept, room):
     """The threshold of a row. A score of -inf marks an item that cannot be selected.
 
+    `clean` and `kept` are room for copies of what can be selected, which are made only if some items cannot, or if the
+    row lies in `some`, which is overwritten; `shared` says so.
     Returns the numbers (reference, offset, z of both sides of the gap), the flags (nothing, everything, valid, whether
     the last selected score is +inf) and the way in which the mask is to be written: by `odds`, plainly, or with care.
     """
@@ -132,15 +141,15 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     largest, unit = bound.largest, bound.unit
     valid = (tau > 0.0) & (tau <= largest) & (k >= -largest) & (k <= largest)
     careful = not (bound.coldest < tau < bound.hottest)
-    infinite = 0
+    infinite, copied = 0, False
     nothing = k <= 0.0
     able = n
     if weights is None:
         held = of_all = np.float64(n)
         facts = facts_of(x)
         scores = x
-        if not math.isfinite(facts[2] - facts[2] + facts[3]):
-            careful = True
+        copied = shared or not are_finite(facts)
+        if copied:
             clean = clean if clean.shape[0] >= n else np.empty(n, clean.dtype)
             able, infinite, broken = compact(x, largest, clean)
             valid &= not broken
@@ -148,17 +157,21 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
             held = np.float64(able)
             if able > 0:
                 facts = facts_of(scores)
+            careful |= infinite > 0 or not are_finite(facts)
         highest, lowest = facts[0], facts[1]
         everything = (not nothing) & (math.floor(k) >= able)
         valid &= (k >= 0.0) & (k <= n)
         item_weights = None
     else:
-        count, able, infinite, broken, of_all, held, highest, lowest = compact_weighted(
-            x, weights, largest, clean, kept
-        )
+        count, able, infinite, broken, of_all, held, highest, lowest = survey_weighted(x, weights, largest)
         valid &= not broken
-        scores, item_weights = clean[:count], kept[:count]
-        careful |= able < n or infinite > 0
+        scores, item_weights = x, weights
+        if shared or count < n or infinite > 0:
+            clean = clean if clean.shape[0] >= n else np.empty(n, clean.dtype)
+            kept = kept if kept.shape[0] >= n else np.empty(n, kept.dtype)
+            compact_weighted(x, weights, largest, clean, kept)
+            scores, item_weights = clean[:count], kept[:count]
+        careful |= infinite > 0
         facts = weighted_facts_of(scores, item_weights, held) if count > 0 else (0.0, 0.0, 0.0, 0.0, 0.0)
         everything = (not nothing) & (k >= held * (1.0 - unit))
         valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound.eps) * of_all)
@@ -177,7 +190,9 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
     if weights is None and not exact and not careful:
         reference, offset, whole, good = solve_guessed(scores, facts, k, tau, bound, some, odds)
         if good:
-            return (reference, offset, 0.0, 0.0), (False, False, True, False), (WHOLE if whole else GUESSED)
+            # Only odds of the whole row are in the places of its items.
+            way = WHOLE if whole and not copied else GUESSED
+            return (reference, offset, 0.0, 0.0), (False, False, True, False), way
     if weights is None:
         least, most = math.ceil(k) * 1.0, math.floor(k) * 1.0
         if ranks[0] > 0:
@@ -200,22 +215,25 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, clean, some, odds, kept, 
 def mask_rows(x, weights, where, k, tau, mask, offsets, references, bound, start, stop):
     """Masks of the rows from `start` to `stop`, with the offset and the reference of each."""
     n = x.shape[1]
-    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, offsets), offsets)
-    clean = room_for(n, weights is not None or not is_read_in_place(mask, offsets), offsets)
+    shared = where.shape[0] > 0
     some, odds = room_for(n, True, offsets), room_for(n, True, offsets)
-    kept, room = room_for(n, weights is not None, offsets), room_for(n, weights is not None, offsets)
+    raw = some if shared else room_for(n, not is_read_in_place(x, offsets), offsets)
+    clean = room_for(n, shared or not is_read_in_place(mask, offsets), offsets)
+    kept, room = room_for(n, shared and weights is not None, offsets), room_for(n, weights is not None, offsets)
     done = mask_lanes(x, weights, where, k, tau, mask, offsets, references, bound, start, stop)
     for row in range(start, stop):
         if done[row - start]:
             continue
-        values = masked_row(x, where, row, -math.inf, raw)
         mass, temperature = number_of(k, row), number_of(tau, row)
         item_weights = None if weights is None else row_of(weights, row, room)
         out = target_of(mask, row, clean)
         for exact in (False, True):
+            values = masked_row(x, where, row, -math.inf, raw)
             numbers, flags, way = solve_row(
-                values, item_weights, mass, temperature, (0, 0), exact, bound, clean, some, odds, kept, room
+                values, item_weights, mass, temperature, (0, 0), exact, bound, shared, clean, some, odds, kept, room
             )
+            if shared:
+                values = masked_row(x, where, row, -math.inf, raw)
             reference, offset = numbers[0], numbers[1]
             nothing, everything, valid = flags[0], flags[1], flags[2]
             if way == CAREFUL:
@@ -245,10 +263,11 @@ push_rows = push_loop("push_rows", push_row)
 def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, stop):
     """What the solver settles to: four numbers and four flags a row."""
     n = x.shape[1]
-    raw = room_for(n, where.shape[0] > 0 or not is_read_in_place(x, numbers), numbers)
-    clean = room_for(n, weights is not None, numbers)
+    shared = where.shape[0] > 0
     some, odds = room_for(n, True, numbers), room_for(n, True, numbers)
-    kept, room = room_for(n, weights is not None, numbers), room_for(n, weights is not None, numbers)
+    raw = some if shared else room_for(n, not is_read_in_place(x, numbers), numbers)
+    clean = room_for(n, shared, numbers)
+    kept, room = room_for(n, shared and weights is not None, numbers), room_for(n, weights is not None, numbers)
     for row in range(start, stop):
         values = masked_row(x, where, row, -math.inf, raw)
         item_weights = None if weights is None else row_of(weights, row, room)
@@ -260,6 +279,7 @@ def solve_rows(x, weights, where, k, tau, ranks, numbers, flags, bound, start, s
             ranks,
             True,
             bound,
+            shared,
             clean,
             some,
             odds,

@@ -227,30 +227,41 @@ def compact(x, largest, into):
 
 
 @compiled(EXACT)
-def compact_weighted(x, weights, largest, into, weights_into):
-    """The same for the items that have weight, with the weight of all of them and of those that can be selected.
+def survey_weighted(x, weights, largest):
+    """The same counts for weighted items, with the weight of all items and of those that can be selected.
 
-    An item that cannot be selected may have any weight. Returns also the extremes of all that can be selected.
+    An item that cannot be selected may have any weight. Returns how many can be selected and have weight, how many can
+    be selected, how many of them are +inf, whether there is a NaN or a bad weight, the two sums of weights, and the
+    extremes of all that can be selected.
     """
     count = able = infinite = 0
     broken = False
     total = held = 0.0
     highest, lowest = -math.inf, math.inf
     for i in range(x.shape[0]):
-        value, weight = x[i], np.float64(weights[i])
+        value, weight = np.float64(x[i]), np.float64(weights[i])
         usable = (weight >= 0.0) & (weight < math.inf)
         total += weight if usable else 0.0
         broken |= value != value
         if value > -math.inf:
             if value > largest:
                 infinite += 1
-                value = x.dtype.type(largest)
+                value = largest
             broken |= not usable
             able += 1
-            highest, lowest = max(highest, np.float64(value)), min(lowest, np.float64(value))
+            highest, lowest = max(highest, value), min(lowest, value)
             if weight > 0.0:
                 held += weight
-                into[count] = value
-                weights_into[count] = weights[i]
                 count += 1
     return count, able, infinite, broken, total, held, highest, lowest
+
+
+@compiled(EXACT)
+def compact_weighted(x, weights, largest, into, weights_into):
+    """Copy what can be selected and has weight, with a finite score in the place of +inf."""
+    count = 0
+    for i in range(x.shape[0]):
+        if x[i] > -math.inf and weights[i] > 0.0:
+            into[count] = min(x[i], x.dtype.type(largest))
+            weights_into[count] = weights[i]
+            count += 1
