@@ -172,6 +172,29 @@ def test_who_waits_is_told_once(place: Path) -> None:
     assert run(place, program, dtype="float64", SOFTK_QUIET="1")[1] == ""
 
 
+def test_what_xla_calls_is_kept_too(place: Path) -> None:
+    program = """
+    import ctypes
+    from numba.core.ccallback import CFunc
+    from softk_numba import cache, xla
+    cache.SILENCE, compiled, compile = 0.0, [], CFunc._compile_uncached
+
+    def counted(self):
+        compiled.append(self)
+        return compile(self)
+
+    CFunc._compile_uncached = counted
+    xla.target("probe", "float32", False, lambda name, capsule: None)
+    frame = (ctypes.c_int64 * 15)()  # of another stage than that of computing
+    code = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(xla._targets["softk_probe"].address)
+    print(len(compiled), code(ctypes.addressof(frame)))
+    """
+    found, said = run(place, program)
+    assert found == "1 0"
+    assert "softk: compiling kernels for float32" in said
+    assert run(place, program) == ("0 0", "")
+
+
 def test_a_function_that_kernels_call_cannot_be_called_from_python() -> None:
     from softk_numba import operations
 

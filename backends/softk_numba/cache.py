@@ -28,6 +28,8 @@ from typing import Any
 import llvmlite
 import numba
 import numpy as np
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.misc.appdirs import AppDirs
 
 from softk._reference.threshold import formulas, limits
@@ -84,6 +86,15 @@ def kernel(options: dict[str, Any], name: str | None = None) -> Callable[[Any], 
         return dispatcher
 
     return decorate
+
+
+def callback(function: Any, signature: Any, name: str, dtype: str) -> Any:
+    """Compile a function that C calls, and keep its machine code under a name. `dtype` is what a user is told."""
+    found = CFunc(function, normalize_signature(signature), {}, {"error_model": "numpy"})
+    if hasattr(found, "_cache"):
+        found._cache = _Store(name, dtype)
+    found.compile()
+    return found
 
 
 # --- where
@@ -167,8 +178,8 @@ def note() -> str:
 class _Store:
     """The machine code of one function. An error means that the code is compiled, and kept in this process only."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, dtype: str | None = None) -> None:
+        self.name, self.dtype = name, dtype  # without a dtype, it is that of the first argument
         self.older = True  # whether there may be files of other sources
         self.waiting: threading.Timer | None = None
 
@@ -252,7 +263,7 @@ class _Store:
     def _begin(self, sig: Any) -> None:
         self._end()
         if os.environ.get("SOFTK_QUIET", "0") in ("", "0"):
-            scores = str(getattr(getattr(sig, "args", sig)[0], "dtype", ""))
+            scores = self.dtype or str(getattr(getattr(sig, "args", sig)[0], "dtype", ""))
             self.waiting = threading.Timer(SILENCE, _say, (_NAMES.get(scores, scores),))
             self.waiting.daemon = True
             self.waiting.start()

@@ -15,12 +15,13 @@ import ctypes
 import threading
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 from . import masks
-from .cache import declared
+from .cache import callback, declared
 from .launch import bound_of
+from .operations import EXACT
 
 #: The oldest version of the interface that has all that is read here: jaxlib rejects versions newer than its own.
 MAJOR, MINOR = 0, 1
@@ -36,8 +37,6 @@ KINDS = (types.boolean, types.float32, types.float64, types.uint16, types.int16)
 #: Indices into `KINDS`.
 NONE, BOOL, FLOAT32, FLOAT64 = -1, 0, 1, 2
 KIND_OF = {"float32": 1, "float64": 2, "float16": 3, "bfloat16": 4}
-
-_OPTIONS = {"error_model": "numpy", "nogil": True}
 
 
 # --- the frame
@@ -62,12 +61,12 @@ POINTERS = [pointer_to(kind) for kind in KINDS]
 word_pointer = pointer_to(types.int64)
 
 
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def words(address, n):
     return carray(word_pointer(address), (n,))
 
 
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def is_other_stage(frame):
     """Whether there is nothing to compute. Answers the question for the version."""
     extension = frame[1]
@@ -80,18 +79,18 @@ def is_other_stage(frame):
     return (frame[4] & 0xFFFFFFFF) != EXECUTE
 
 
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def operand(frame, i):
     """The buffer of an operand: size of the structure, extension, dtype, address, rank and address of the shape."""
     return words(words(frame[9], i + 1)[i], 6)
 
 
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def result(frame, i):
     return words(words(frame[14], i + 1)[i], 6)
 
 
-@njit(**_OPTIONS)
+@njit(**EXACT)
 def size_of(buffer, start, stop):
     """The product of the sizes of some axes."""
     shape = words(buffer[5], buffer[4])
@@ -106,7 +105,7 @@ def matrix(buffer, kind):
     """The memory of a buffer as rows; None where the kind is `NONE`."""
 
 
-@overload(matrix, jit_options=_OPTIONS, prefer_literal=True)
+@overload(matrix, jit_options=EXACT, prefer_literal=True)
 def _matrix(buffer, kind):
     if kind.literal_value == NONE:
         return lambda buffer, kind: None
@@ -124,7 +123,7 @@ def vector(buffer, kind):
     """The same, as one number per row."""
 
 
-@overload(vector, jit_options=_OPTIONS, prefer_literal=True)
+@overload(vector, jit_options=EXACT, prefer_literal=True)
 def _vector(buffer, kind):
     pointer = POINTERS[kind.literal_value]
     return lambda buffer, kind: carray(pointer(buffer[3]), (size_of(buffer, 0, buffer[4]),))
@@ -135,7 +134,7 @@ def planes(buffer, kind):
     """The same, as one number per row for each index of the first axis."""
 
 
-@overload(planes, jit_options=_OPTIONS, prefer_literal=True)
+@overload(planes, jit_options=EXACT, prefer_literal=True)
 def _planes(buffer, kind):
     pointer = POINTERS[kind.literal_value]
     return lambda buffer, kind: carray(pointer(buffer[3]), (size_of(buffer, 0, 1), size_of(buffer, 1, buffer[4])))
@@ -288,7 +287,7 @@ def target(part, dtype, weighted, register):
     with _lock:
         if name not in _targets:
             function = probe if part == "probe" else _handlers(dtype, weighted)[part]
-            compiled = cfunc(types.int64(types.int64), error_model="numpy")(function)
+            compiled = callback(function, types.int64(types.int64), name, dtype)
             register(name, _capsule(compiled.address))
             _targets[name] = compiled  # keeps the code in memory
     return name
