@@ -11,7 +11,7 @@ import pytest
 
 import softk
 
-#: Arrays of the working dtype beyond the arguments, the cotangent and the results, where kernels serve and without them.
+#: Arrays of the working dtype beyond the arguments, the cotangent and the results, with kernels and without them.
 PEAK = {
     "auto": {"": 1.0, "weights": 1.0, "where": 2.0, "weights where": 3.0},
     "none": {"": 3.3, "weights": 4.0, "where": 3.3, "weights where": 5.0},

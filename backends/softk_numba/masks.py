@@ -9,7 +9,7 @@ import numpy as np
 from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
 from .loops import item_cotangents, pull_loop, push_loop
-from .operations import EXACT, FAST, clipped_of, exponential, reach_of
+from .operations import EXACT, FAST, clipped_of, exponential, larger, reach_of, smaller
 from .rows import (
     compact,
     compact_weighted,
@@ -54,18 +54,41 @@ def are_finite(facts):
     return math.isfinite(facts[2] - facts[2] + facts[3])
 
 
-@compiled(EXACT)
-def weighted_facts_of(x, weights, total):
-    """The same, by weight."""
-    highest, lowest, mean, squares = -math.inf, math.inf, 0.0, 0.0
-    first = np.float64(x[0])
+@compiled(FAST)
+def weighted_survey_block(x, weights, origin):
+    """The extremes of the scores, the least weight, the sum of the weights, and weighted sums of x - origin and its
+    square.
+
+    The sum of the weights is formed in float64: a k that misses it by its rounding counts as that sum.
+    """
+    number = x.dtype.type
+    most = least = x[0]
+    lightest, total = weights[0], 0.0
+    moment = squares = number(0.0)
     for i in range(x.shape[0]):
-        value = np.float64(x[i])
-        highest, lowest = max(highest, value), min(lowest, value)
-        mean += weights[i] * (value - first)
-        squares += weights[i] * (value - first) * (value - first)
-    mean /= total
-    return highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total
+        most, least, lightest = larger(most, x[i]), smaller(least, x[i]), smaller(lightest, weights[i])
+        total += np.float64(weights[i])
+        value = x[i] - origin
+        moment += weights[i] * value
+        squares += weights[i] * value * value
+    return most, least, lightest, total, moment, squares
+
+
+@compiled(EXACT)
+def weighted_facts_of(x, weights):
+    """The extremes, the mean, the deviation and the sum of the weights; and the least weight."""
+    highest, lowest, lightest = -math.inf, math.inf, math.inf
+    total = moment = squares = 0.0
+    first = x[0]
+    for start in range(0, x.shape[0], BLOCK):
+        found = weighted_survey_block(x[start : start + BLOCK], weights[start : start + BLOCK], first)
+        highest, lowest = max(highest, np.float64(found[0])), min(lowest, np.float64(found[1]))
+        lightest = min(lightest, np.float64(found[2]))
+        total += found[3]
+        moment += found[4]
+        squares += found[5]
+    mean = moment / total
+    return (highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total), lightest
 
 
 @compiled(FAST)
@@ -163,16 +186,22 @@ def solve_row(x, weights, k, tau, ranks, exact, bound, shared, clean, some, odds
         valid &= (k >= 0.0) & (k <= n)
         item_weights = None
     else:
-        count, able, infinite, broken, of_all, held, highest, lowest = survey_weighted(x, weights, largest)
-        valid &= not broken
+        facts, lightest = weighted_facts_of(x, weights)
+        highest, lowest, _, _, held = facts
+        of_all = held
         scores, item_weights = x, weights
-        if shared or count < n or infinite > 0:
-            clean = clean if clean.shape[0] >= n else np.empty(n, clean.dtype)
-            kept = kept if kept.shape[0] >= n else np.empty(n, kept.dtype)
-            compact_weighted(x, weights, largest, clean, kept)
-            scores, item_weights = clean[:count], kept[:count]
-        careful |= infinite > 0
-        facts = weighted_facts_of(scores, item_weights, held) if count > 0 else (0.0, 0.0, 0.0, 0.0, 0.0)
+        if shared or not (lightest > 0.0 and held < math.inf and are_finite(facts)):
+            count, able, infinite, broken, of_all, held, highest, lowest = survey_weighted(x, weights, largest)
+            valid &= not broken
+            if shared or count < n or infinite > 0:
+                clean = clean if clean.shape[0] >= n else np.empty(n, clean.dtype)
+                kept = kept if kept.shape[0] >= n else np.empty(n, kept.dtype)
+                compact_weighted(x, weights, largest, clean, kept)
+                scores, item_weights = clean[:count], kept[:count]
+            if count > 0:
+                facts, _ = weighted_facts_of(scores, item_weights)
+            facts = (facts[0], facts[1], facts[2], facts[3], held)
+            careful |= infinite > 0
         everything = (not nothing) & (k >= held * (1.0 - unit))
         valid &= (k >= -unit * of_all) & (k - of_all <= (unit + n * bound.eps) * of_all)
     if not valid:
