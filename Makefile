@@ -12,8 +12,10 @@ RUN := $(VENV)/bin/python -m
 INSTALL := -m pip install --quiet --progress-bar off
 FILE ?=
 
-# What `make quick` runs: one file for each kind of check, on NumPy, PyTorch and JAX without jit.
+# What `make quick` runs: values and derivatives on NumPy, PyTorch and JAX without jit, identities, and the rules of the code.
+# It runs the reference, because kernels would be compiled first.
 QUICK_FILES := tests/test_contract.py tests/test_identities.py tests/test_house.py
+QUICK := test_mask or test_threshold or test_derivatives_of_every_slice or independent or test_identities or test_house
 
 # What `make lowest` and `make latest` run: every library, with other versions than the pinned ones.
 VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_autograd.py tests/test_dask.py \
@@ -35,8 +37,9 @@ knn: $(EXPERIMENTS)/ready ## the experiment with nearest neighbors
 beam: $(EXPERIMENTS)/ready ## the experiment with beam search
 	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/beam.py
 
-quick: $(VENV)/ready ## the contract on NumPy, PyTorch and JAX, in a minute
-	$(RUN) pytest -n 2 --dist worksteal -m "not full" --libraries numpy,torch,jax $(QUICK_FILES)
+quick: $(VENV)/ready ## values and derivatives on NumPy, PyTorch and JAX, and the rules of the code, in a minute
+	SOFTK_KERNELS=none OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist worksteal -m "not full" \
+		--libraries numpy,torch,jax -k "$(QUICK)" $(QUICK_FILES)
 
 ifeq ($(FILE),)
 test: $(VENV)/ready ## linter, types, documentation and all tests; FILE=tests/test_x.py runs that file only
