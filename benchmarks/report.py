@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ Record = dict[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 ORDER = ("NumPy", "PyTorch", "torch.compile", "JAX jit")
 NOTHING = "-"
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+UNFOLDED = 16  # rows of a table that a page shows at once
 
 
 def table(header: list[str], rows: Iterable[list[str]], text: int = 1) -> str:
@@ -222,7 +225,19 @@ def between(text: str, measured: str) -> str:
     """Replace the text between the markers of a page."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{measured}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{folded(measured)}\n{END}{after}"
+
+
+def folded(text: str) -> str:
+    """Fold the long tables of a page, so that a reader opens those of interest."""
+
+    def fold(match: re.Match[str]) -> str:
+        rows = match[0].count("\n") - 2
+        if rows <= UNFOLDED:
+            return match[0]
+        return f"<details>\n<summary>Table, {rows} rows</summary>\n\n{match[0]}\n</details>\n"
+
+    return TABLE.sub(fold, text)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from .libraries import LIBRARIES, Library
+from .libraries import BY_NAME, LIBRARIES, Library
 
 hypothesis.settings.register_profile("softk", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("softk")
@@ -51,6 +51,28 @@ if importlib.util.find_spec("array_api_strict") is not None:
 #: Nine tenths of JAX's time here are XLA compiling each small program once. So it takes a third of the time or less.
 QUICK_XLA = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
 OLD_XLA = ["--xla_cpu_use_fusion_emitters=false"]  # XLA ends the process where it does not know a flag
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run leave out libraries, as `make quick` does."""
+    parser.addoption("--libraries", help="run the tests of every library on these only, such as numpy,torch,jax")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests of the libraries that `--libraries` leaves out."""
+    if config.option.libraries is None:
+        return
+    chosen = set(config.option.libraries.split(","))
+    if unknown := sorted(chosen - BY_NAME.keys()):
+        raise pytest.UsageError(f"--libraries: {', '.join(unknown)} is not one of {', '.join(BY_NAME)}")
+
+    def is_chosen(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        found = None if callspec is None else callspec.params.get("lib")
+        return found is None or found.name in chosen
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_chosen(item)])
+    items[:] = [item for item in items if is_chosen(item)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:^```text\n(?P<output>.*?)^```)?", re.DOTALL | re.MULTILINE)
+from .pages import BLOCK, PAGES, ROOT
+
 MODULES = [
     "softk._functions.masks",
     "softk._functions.ordering",
