@@ -171,3 +171,12 @@ def test_the_page_has_its_markers() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert text.count(report.BEGIN) == 1
     assert text.count(report.END) == 1
+
+
+def test_long_tables_are_folded() -> None:
+    short, long = ("".join(f"| {i} |\n" for i in range(rows + 2)) for rows in (report.UNFOLDED, report.UNFOLDED + 1))
+    text = report.folded(f"before\n\n{short}\nbetween\n\n{long}\nafter\n")
+    assert text.startswith(
+        f"before\n\n{short}\nbetween\n\n<details>\n<summary>Table, {report.UNFOLDED + 1} rows</summary>\n"
+    )
+    assert text.endswith(f"</summary>\n\n{long}\n</details>\n\nafter\n")

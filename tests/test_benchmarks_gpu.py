@@ -22,7 +22,7 @@ from benchmarks.gpu import report
 from benchmarks.gpu.cases import COMPILED, EPSILONS, HALVES, SHAPES, plan
 from benchmarks.gpu.drivers import MOST_SETS, Driver, Inputs, rotating
 from benchmarks.gpu.worker import OVER, measure
-from benchmarks.report import BEGIN, END
+from benchmarks.report import BEGIN, END, folded
 
 CASES = [Case("gpu", 4, 50, 5), Case("gpu", 4, 50, 25), Case("gpu", 2, 200, 2)]
 TIMES = timing.Plan(rounds=2, sample=1e-5, budget=0.001)
@@ -348,7 +348,7 @@ def test_the_page_shows_what_is_stored() -> None:
     result = json.loads(command.RESULTS.read_text()) if command.RESULTS.exists() else None
     assert result is None or not result["quick"]
     measured = text.split(BEGIN)[1].split(END)[0]
-    assert measured == f"\n\n{report.page(result)}\n"
+    assert measured == f"\n\n{folded(report.page(result))}\n"
     if result is None:
         assert "No device has been measured yet" in measured
         assert f"`{report.COMMAND}`" in measured
