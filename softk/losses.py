@@ -67,7 +67,7 @@ class _Lists(Slices):
         values = self.items("relevance", relevance)
         relevant = values > 0.0
         count = self.xp.sum(cast(self.xp, relevant, self.working), axis=-1)
-        return self.only(relevant & (self.x > -math.inf)), _safe(self.xp, count), self.all_valid(values)
+        return relevant & (self.x > -math.inf), _safe(self.xp, count), self.all_valid(values)
 
     def all_valid(self, values: Any) -> Any:
         """The lists whose items have finite numbers of at least 0."""

@@ -375,6 +375,11 @@ def test_a_score_of_minus_infinity_is_never_selected(name: str, rng: Any) -> Non
         discount = 1.0 / np.log2(np.arange(N) + 2.0)
         wanted = alone @ gain[others] @ discount[:-1] / (np.sort(gain)[::-1] @ discount)
         assert_close(out[0].detach(), float(wanted), 1e-13)
+    if name == "average_precision":
+        others = np.delete(np.arange(N), 2)
+        x, relevance, epsilon = given["scores"][0][others], given["relevance"][0][others], given["epsilon"][0, 0]
+        share = np.sum(relevance > 0) / np.sum(given["relevance"][0] > 0)
+        assert_close(out[0].detach(), float(share * average_precision(x, relevance, epsilon)), 1e-13)
 
 
 def test_spearman_of_equal_numbers(rng: Any) -> None:
@@ -390,6 +395,11 @@ def test_spearman_of_equal_numbers(rng: Any) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert torch.all(out == 0.0)
     assert torch.all(gradient == 0.0)
+    # The ranks of fifty equal scores differ by their rounding in float32.
+    leaf = torch.full((50,), 0.7, requires_grad=True)
+    out = losses.spearman(leaf, torch.tensor(rng.standard_normal(50)), epsilon=1.0)
+    assert out == 0.0
+    assert torch.all(torch.autograd.grad(out, leaf)[0] == 0.0)
 
 
 def test_a_far_label_is_led_home(rng: Any) -> None:
