@@ -1,6 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import attention, beam, neighbors
+from . import attention, beam, losses, neighbors, sampling
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
@@ -20,9 +20,11 @@ __all__ = [
     "jvp",
     "kernels",
     "log_topk",
+    "losses",
     "neighbors",
     "quantile",
     "rank",
+    "sampling",
     "select",
     "sort",
     "sorted_topk",

@@ -12,7 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ._functions.arguments import common_backend
-from ._functions.checks import check_flag, check_precision, is_number, require_array, require_size, working_dtype
+from ._functions.checks import (
+    at_most,
+    check_flag,
+    check_precision,
+    is_number,
+    require_array,
+    require_size,
+    working_dtype,
+)
 from ._functions.masks import log_topk
 from ._functions.shapes import cast, fits
 from ._functions.signatures import explained
@@ -233,11 +241,7 @@ def _weights(
             where = causal if where is None else where & causal
     if n == 0:  # without keys the weights are empty
         return scores
-    if is_number(k):
-        k = n if k > n else k
-    else:
-        require_array("k", k, or_number=True)
-        k = xp.where(k > n, n, k)
+    k = at_most(xp, k, n)
     with backend.quiet(query):
         return _renormalised(backend, scores, k, epsilon, where)
 

@@ -16,7 +16,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
-from ._functions.checks import check_flag, require_array, working_dtype
+from ._functions.checks import check_count, check_flag, check_integer, require_array, working_dtype
 from ._functions.ordering import sorted_topk
 from ._functions.shapes import cast
 from ._functions.signatures import explained, plain_tuple
@@ -155,7 +155,7 @@ def step(
     """
     check_flag("hard", hard)
     parents, vocabulary = _last_two("scores", scores)
-    beams = parents if beams is None else _count("beams", beams)
+    beams = parents if beams is None else check_count("beams", beams)
     if beams > parents * vocabulary:
         raise ValueError(f"beams must be from 1 to {parents * vocabulary}, the number of continuations, got {beams!r}")
     backend = backend_of(scores)
@@ -252,7 +252,7 @@ def search(
     """
     check_flag("hard", hard)
     beams, _ = _last_two("inputs", inputs)
-    length = _count("length", length)
+    length = check_count("length", length)
     if not isinstance(length_penalty, numbers.Real) or not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, got {length_penalty!r}")
     backend = backend_of(inputs)
@@ -272,7 +272,7 @@ def search(
             # In half precision the rounding of a sum of log-probabilities exceeds the difference between beams.
             logs = _widened("the log-probabilities of step_function", logs)
             if not kept:
-                if not 0 <= _integer("end", end) < vocabulary:
+                if not 0 <= check_integer("end", end) < vocabulary:
                     raise ValueError(f"end must be from 0 to {vocabulary - 1}, a token, got {end!r}")
                 zeros = xp.zeros((*batch, beams), dtype=logs.dtype, device=device)
                 scores, ended, lengths = xp.where(first, zeros, -math.inf), zeros, zeros
@@ -467,15 +467,3 @@ def _last_two(name: str, x: Array) -> tuple[int, int]:
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least two axes, (..., beams, rest), got shape {tuple(x.shape)}")
     return int(x.shape[-2]), int(x.shape[-1])
-
-
-def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python integer, got {value!r}")
-    return int(value)
-
-
-def _count(name: str, value: Any) -> int:
-    if _integer(name, value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return int(value)

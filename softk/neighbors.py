@@ -10,11 +10,20 @@ k and epsilon, of one value per query, are numbers or arrays that broadcast to (
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from ._functions.arguments import Slices, static_ranks
 from ._functions.call import Argument, Call, operator_from
-from ._functions.checks import check_mass, check_precision, check_temperature, is_number, require_array, require_size
+from ._functions.checks import (
+    Reduction,
+    check_mass,
+    check_precision,
+    check_reduction,
+    check_temperature,
+    is_number,
+    require_array,
+    require_size,
+)
 from ._functions.shapes import fits, shrink
 from ._reference.neighbors.likelihood import likelihood
 from ._reference.neighbors.votes import votes as vote_primitive
@@ -22,8 +31,6 @@ from ._reference.neighbors.weights import weights as weight_primitive
 from .backend import AnyArray, Array, ArrayT
 
 __all__ = ["class_probabilities", "loss", "weights"]
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 class _Pairs(Slices):
@@ -362,8 +369,7 @@ def loss(
     _check_positive(k)
     if not is_number(floor) or not 0.0 <= floor < math.inf:
         raise ValueError(f"floor must be a finite number of at least 0, got {floor!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(reduction)
     xp = pairs.xp
     whole = [xp.isdtype(values.dtype, "integral") for values in (query_labels, key_labels)]
     if whole[0] != whole[1]:

@@ -29,7 +29,10 @@ MODULES = [
     "softk_sklearn.embedding",
     "softk.attention",
     "softk.beam",
+    "softk.losses",
+    "softk.sampling",
     "softk_torch.layers",
+    "softk_torch.losses",
 ]
 
 EXAMPLES = [

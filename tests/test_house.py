@@ -25,7 +25,10 @@ STOREYS = [
     ("the contracts", ["softk.backend"]),
     ("the reference", ["softk._reference"]),
     ("the kernels", ["softk_triton", "softk_numba"]),
-    ("the layers and estimators", ["softk_torch.layers", "softk_sklearn"]),
+    (
+        "the layers and estimators",
+        [*(f"softk_torch.{name}" for name in ("layers", "losses", "parameters")), "softk_sklearn"],
+    ),
     ("the adapters", ["softk_"]),
     ("the functions", ["softk._functions"]),
     ("the uses", ["softk"]),

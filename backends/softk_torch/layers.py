@@ -1,16 +1,19 @@
-"""`softk.topk` and `softk.attention.attend` as modules."""
+"""`softk.topk`, `softk.attention.attend` and `softk.sampling.subset` as modules."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 import softk
 import softk.attention
+import softk.sampling
 
-__all__ = ["TopK", "TopKAttention"]
+from .parameters import hold, require_numbers, scores_of_size, show
+
+__all__ = ["SubsetSampler", "TopK", "TopKAttention"]
 
 
 class TopK(torch.nn.Module):
@@ -70,10 +73,10 @@ class TopK(torch.nn.Module):
         hard: bool = False,
     ) -> None:
         super().__init__()
-        _require(k, epsilon, mode=mode)
+        require_numbers(k, epsilon, mode=mode)
         if hard and not isinstance(k, torch.Tensor):  # raises if k is not a whole number
-            softk.topk(_scores(max(math.ceil(k), 1)), k, hard=True)
-        _hold(self, k=k, epsilon=epsilon)
+            softk.topk(scores_of_size(max(math.ceil(k), 1)), k, hard=True)
+        hold(self, k=k, epsilon=epsilon)
         self.dim = dim
         self.mode: Literal["largest", "smallest"] = mode
         self.hard = hard
@@ -98,7 +101,7 @@ class TopK(torch.nn.Module):
         return mask
 
     def extra_repr(self) -> str:
-        parts = f"k={_show(self.k)}, dim={self.dim}, mode={self.mode!r}, epsilon={_show(self.epsilon)}"
+        parts = f"k={show(self.k)}, dim={self.dim}, mode={self.mode!r}, epsilon={show(self.epsilon)}"
         return parts + (", hard=True" if self.hard else "")
 
 
@@ -166,11 +169,11 @@ class TopKAttention(torch.nn.Module):
         super().__init__()
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout!r}")
-        _require(k, epsilon)
+        require_numbers(k, epsilon)
         if scale is not None:
-            one = _scores(1)[:, None]
+            one = scores_of_size(1)[:, None]
             softk.attention.attend(one, one, one, 1, scale=scale)
-        _hold(self, k=k, epsilon=epsilon)
+        hold(self, k=k, epsilon=epsilon)
         self.dropout = dropout
         self.scale = scale
         self.enable_gqa = enable_gqa
@@ -208,36 +211,76 @@ class TopKAttention(torch.nn.Module):
         return torch.nn.functional.dropout(weights, self.dropout, self.training)
 
     def extra_repr(self) -> str:
-        parts = f"k={_show(self.k)}, epsilon={_show(self.epsilon)}, dropout={self.dropout}"
+        parts = f"k={show(self.k)}, epsilon={show(self.epsilon)}, dropout={self.dropout}"
         parts += "" if self.scale is None else f", scale={self.scale}"
         return parts + (", enable_gqa=True" if self.enable_gqa else "")
 
 
-def _scores(n: int) -> torch.Tensor:
-    """Scores without data, with which softk checks the other arguments."""
-    return torch.empty(n, dtype=torch.float64, device="meta")
+class SubsetSampler(torch.nn.Module):
+    """`softk.sampling.subset` as a module with optionally learnable k and epsilon.
 
+    Parameters
+    ----------
+    k : float or tensor
+        How many items are drawn. A `torch.nn.Parameter` is trained with the model. Any other tensor is a buffer, as for
+        `TopK`. A negative value in a tensor is clamped to 0 in the forward pass.
+    dim : int, optional
+        The axis of the items.
+    epsilon : float or tensor, optional
+        Strength of the entropy, in the units of the scores. A tensor is a parameter or a buffer, as for `k`.
+    hard : bool, optional
+        The exact indicator of the subset in the forward pass, with the derivative of the soft mask.
 
-def _require(k: float | torch.Tensor, epsilon: float | torch.Tensor, mode: Any = "largest") -> None:
-    """Raise for numbers that are invalid for any input."""
-    number, strength = (1.0 if isinstance(value, torch.Tensor) else value for value in (k, epsilon))
-    # n is unknown, so k must not be compared with it: with weights there is no upper end.
-    softk.topk(_scores(1), number, mode=mode, epsilon=strength, weights=_scores(1))
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.sampling.subset`, for numbers `k` and `epsilon` that are invalid for any scores.
 
+    Shape
+    -----
+    The output has the shape of the noise, to which the scores broadcast.
 
-def _hold(module: torch.nn.Module, **values: float | torch.Tensor) -> None:
-    """Set the attributes of a module: tensors that are no parameters become buffers, other values stay as they are."""
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-            module.register_buffer(name, value)
-        else:
-            setattr(module, name, value)
+    References
+    ----------
+    See `softk.sampling.subset`.
 
+    Examples
+    --------
+    >>> import torch
+    >>> from softk_torch import SubsetSampler
+    >>> draw, generator = SubsetSampler(2, hard=True), torch.Generator().manual_seed(0)
+    >>> scores = torch.zeros(5, requires_grad=True)
+    >>> draw(scores, torch.rand(3, 5, generator=generator)).sum(dim=1)
+    tensor([2., 2., 2.], grad_fn=<SumBackward1>)
+    """
 
-def _show(value: float | torch.Tensor) -> str:
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    learned = isinstance(value, torch.nn.Parameter)
-    if value.numel() == 1 and not value.is_meta:
-        return f"{value.item():.4g}{' (learned)' if learned else ''}"
-    return f"{'learned' if learned else 'tensor'}, shape {tuple(value.shape)}"
+    k: float | torch.Tensor
+    epsilon: float | torch.Tensor
+
+    def __init__(
+        self,
+        k: float | torch.Tensor,
+        *,
+        dim: int = -1,
+        epsilon: float | torch.Tensor = 0.1,
+        hard: bool = False,
+    ) -> None:
+        super().__init__()
+        one = scores_of_size(1)
+        numbers = [1 if isinstance(value, torch.Tensor) else value for value in (k, epsilon)]
+        softk.sampling.subset(one, numbers[0], one, epsilon=numbers[1], hard=hard)
+        hold(self, k=k, epsilon=epsilon)
+        self.dim = dim
+        self.hard = hard
+
+    def forward(self, scores: torch.Tensor, noise: torch.Tensor, *, where: torch.Tensor | None = None) -> torch.Tensor:
+        """The masks of random subsets. `noise` are random numbers, uniform between 0 and 1, as of `torch.rand`."""
+        k = self.k.clamp(min=0) if isinstance(self.k, torch.Tensor) else self.k
+        mask: torch.Tensor = softk.sampling.subset(
+            scores, k, noise, axis=self.dim, epsilon=self.epsilon, where=where, hard=self.hard
+        )
+        return mask
+
+    def extra_repr(self) -> str:
+        parts = f"k={show(self.k)}, dim={self.dim}, epsilon={show(self.epsilon)}"
+        return parts + (", hard=True" if self.hard else "")

@@ -48,8 +48,8 @@ class Slices:
             raise TypeError(f"{called} must have a real floating-point dtype of at most 64 bits, got {x.dtype}{advice}")
         if x.ndim == 0:
             raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
-        self.shape, self.ndim, self.device = tuple(x.shape), x.ndim, backend.device(x)
-        self.axis = check_axis(axis, x.ndim)
+        self.called, self.shape, self.ndim, self.device = called, tuple(x.shape), x.ndim, backend.device(x)
+        self.axis = check_axis(axis, x.ndim, called)
         require_size(called, x, self.axis)
         beside = {name: value for name, value in arrays.items() if value.ndim}
         if beside:
@@ -90,7 +90,9 @@ class Slices:
         if tuple(values.shape) == self.shape:
             return values
         if not fits(tuple(values.shape), self.shape):
-            raise ValueError(f"{name} must broadcast to the shape of x, {self.shape}, got shape {tuple(values.shape)}")
+            raise ValueError(
+                f"{name} must broadcast to the shape of {self.called}, {self.shape}, got shape {tuple(values.shape)}"
+            )
         return broadcast_like(self.xp, values, self.shape, self.like)
 
     def scores(self, *, narrow: bool = False, leading: tuple[int, ...] = ()) -> Argument:
@@ -394,4 +396,6 @@ def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
 
 def require_scores(slices: Slices) -> None:
     if slices.n == 0:
-        raise ValueError(f"x must have at least one score along axis, got shape {slices.shape}, axis {slices.axis}")
+        raise ValueError(
+            f"{slices.called} must have at least one score along axis, got shape {slices.shape}, axis {slices.axis}"
+        )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from softk._reference.threshold.limits import ROUNDINGS
 from softk.backend import Array, backend_of, is_array, unknown
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -55,7 +57,7 @@ def kind_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def check_axis(axis: Any, ndim: int) -> int:
+def check_axis(axis: Any, ndim: int, called: str = "x") -> int:
     """Return the axis as a number from 0 to ``ndim - 1``."""
     try:
         if isinstance(axis, bool):
@@ -64,7 +66,7 @@ def check_axis(axis: Any, ndim: int) -> int:
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     if not -ndim <= number < ndim:
-        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for x of {ndim} axes, got {axis!r}")
+        raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for {called} of {ndim} axes, got {axis!r}")
     return number % ndim
 
 
@@ -72,6 +74,25 @@ def check_flag(name: str, value: Any) -> None:
     """Require a bool. Other values, such as the string "no" or an array, could count as true by accident."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Return a Python integer. An array is refused, because reading its value would synchronize with its device."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a Python integer, got {value!r}")
+    return int(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a Python integer of at least 1."""
+    if check_integer(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value)
+
+
+def check_reduction(reduction: Any) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 def check_mode(mode: Any) -> bool:
@@ -115,6 +136,14 @@ def check_mass(xp: Any, k: Any, n: int, dtype: Any, weighted: bool, of: str = "t
     if not weighted and not 0 <= k <= n:
         raise ValueError(f"k must be from 0 to {n}, {of}, got {k!r}")
     return k
+
+
+def at_most(xp: Any, k: Any, n: int) -> Any:
+    """k, a number or an array, but at most n."""
+    if is_number(k):
+        return n if k > n else k
+    require_array("k", k, or_number=True)
+    return xp.where(k > n, n, k)
 
 
 def working_dtype(xp: Any, dtype: Any) -> Any:
