@@ -66,7 +66,7 @@ class Slices:
         """Require known sizes. Dask's unknown sizes, NaN, are allowed, because Dask computes block by block."""
         for axis, size in enumerate(self.shape):
             if size is None:
-                require_size("x", self.like, axis)
+                require_size(self.called, self.like, axis)
 
     # -- conversions
 
