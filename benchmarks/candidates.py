@@ -22,6 +22,9 @@ SINKHORN = "200 Sinkhorn iterations"
 SINKHORN_ITERATIONS = 200
 SETTLED = "Sinkhorn until it settles"
 MOST_ITERATIONS = 1000
+REFERENCE = "softk.topk, no kernels"
+BISECTION = "60 bisections"
+BISECTIONS = 60
 MEMORY_SHARE = 0.3
 """A candidate that needs more than this share of the machine's memory is skipped."""
 
@@ -143,6 +146,25 @@ def implicit(mask: Array, u: Array, epsilon: float) -> Array:
     slope = mask * (1.0 - mask)
     mean = (slope * u).sum(-1, keepdims=True) / (slope.sum(-1, keepdims=True) + 1e-30)
     return slope * (u - mean) / (epsilon / 2)
+
+
+# What people write by hand --------------------------------------------------------------------------------------------
+
+
+def bisection(xp: Any, x: Array, k: int, epsilon: float, sigmoid: Callable[[Array], Array], loop: Any) -> Array:
+    """The mask by bisection on its threshold. `loop(step, state)` runs the iterations; `implicit` is its derivative."""
+    n, tau = x.shape[-1], 0.5 * epsilon
+    # If all scores were the smallest (the largest) of them, the threshold would be there.
+    shift = tau * float(np.log((n - k) / k))
+
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = state
+        middle = 0.5 * (low + high)
+        more = xp.sum(sigmoid((x - middle) / tau), axis=-1, keepdims=True) > k
+        return xp.where(more, middle, low), xp.where(more, high, middle)
+
+    low, high = loop(halve, (xp.amin(x, axis=-1, keepdims=True) + shift, xp.amax(x, axis=-1, keepdims=True) + shift))
+    return sigmoid((x - 0.5 * (low + high)) / tau)
 
 
 # The peers ------------------------------------------------------------------------------------------------------------

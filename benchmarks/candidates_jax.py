@@ -12,7 +12,21 @@ import numpy as np
 
 import softk
 
-from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, few, implicit, installed, sinkhorn
+from .candidates import (
+    BISECTION,
+    BISECTIONS,
+    REFERENCE,
+    SINKHORN,
+    SINKHORN_ITERATIONS,
+    Candidate,
+    Prepare,
+    Prepared,
+    bisection,
+    few,
+    implicit,
+    installed,
+    sinkhorn,
+)
 from .cases import Case
 
 Operator = Callable[[Case, Any], Any]
@@ -50,6 +64,11 @@ def _softk(case: Case, x: Any) -> Any:
     return softk.topk(x, case.k, epsilon=case.epsilon)
 
 
+def _reference(case: Case, x: Any) -> Any:
+    with softk.kernels("none"):
+        return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
 def _sorted(case: Case, x: Any) -> Any:
     return softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
 
@@ -71,25 +90,40 @@ def _loop(step: Any, state: Any) -> Any:
     return jax.lax.fori_loop(0, SINKHORN_ITERATIONS, lambda _, state: step(state), state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _with_implicit_derivative(solve: Callable[[Any, int, float], Any]) -> Any:
+    """A solver of the mask with the implicit derivative at its result."""
+    function = jax.custom_vjp(solve, nondiff_argnums=(1, 2))
+
+    def forward(x: Any, k: int, epsilon: float) -> Any:
+        mask = function(x, k, epsilon)
+        return mask, mask
+
+    def backward(k: int, epsilon: float, mask: Any, u: Any) -> Any:
+        return (implicit(mask, u, epsilon),)
+
+    function.defvjp(forward, backward)
+    return function
+
+
+@_with_implicit_derivative
 def _iterated(x: Any, k: int, epsilon: float) -> Any:
     return sinkhorn(jnp, x, k, epsilon, _loop)
 
 
-def _iterated_forward(x: Any, k: int, epsilon: float) -> Any:
-    mask = _iterated(x, k, epsilon)
-    return mask, mask
+@_with_implicit_derivative
+def _bisected(x: Any, k: int, epsilon: float) -> Any:
+    def loop(step: Any, state: Any) -> Any:
+        return jax.lax.fori_loop(0, BISECTIONS, lambda _, state: step(state), state)
 
-
-def _iterated_backward(k: int, epsilon: float, mask: Any, u: Any) -> Any:
-    return (implicit(mask, u, epsilon),)
-
-
-_iterated.defvjp(_iterated_forward, _iterated_backward)
+    return bisection(jnp, x, k, epsilon, jax.nn.sigmoid, loop)
 
 
 def _sinkhorn(case: Case, x: Any) -> Any:
     return _iterated(x, case.k, case.epsilon)
+
+
+def _bisection(case: Case, x: Any) -> Any:
+    return _bisected(x, case.k, case.epsilon)
 
 
 # Without squashing it is the operator of softk.topk. Its implicit derivative raises an error with the current lineax,
@@ -121,10 +155,12 @@ def candidates(device: str) -> list[Candidate]:
     here = installed("JAX")
     found = [
         Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),
+        Candidate(REFERENCE, "JAX jit", "soft", _prepare(_reference, device)),
         Candidate("softk.sorted_topk", "JAX jit", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
         Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "JAX jit", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", _prepare(_hard, device, gradient=False)),
+        Candidate(BISECTION, "JAX jit", "soft", _prepare(_bisection, device), peer=True),
         Candidate(SINKHORN, "JAX jit", "soft", _prepare(_sinkhorn, device), peer=True),
     ]
     if "ott-jax" in here:

@@ -11,6 +11,7 @@ import softk
 
 from .candidates import (
     MOST_ITERATIONS,
+    REFERENCE,
     SETTLED,
     SINKHORN,
     SINKHORN_ITERATIONS,
@@ -31,6 +32,22 @@ def _softk(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
     def both() -> tuple[np.ndarray, np.ndarray]:
         mask, pullback = softk.vjp(softk.topk, x, case.k, epsilon=case.epsilon)
         return mask, pullback(u)["x"]
+
+    return Prepared(forward, both, np.asarray)
+
+
+def _reference(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    prepared = _softk(case, x, u)
+
+    def forward() -> np.ndarray:
+        with softk.kernels("none"):
+            mask: np.ndarray = prepared.forward()
+        return mask
+
+    def both() -> tuple[np.ndarray, np.ndarray]:
+        assert prepared.both is not None
+        with softk.kernels("none"):
+            return prepared.both()
 
     return Prepared(forward, both, np.asarray)
 
@@ -107,6 +124,7 @@ def candidates(device: str) -> list[Candidate]:
     """All candidates. The device is ignored, because NumPy has only one."""
     return [
         Candidate("softk.topk", "NumPy", "soft", _softk),
+        Candidate(REFERENCE, "NumPy", "soft", _reference),
         Candidate("softk.sorted_topk", "NumPy", "other", _sorted, obstacle=few(1.5e6)),
         Candidate("softmax (SciPy)", "NumPy", "other", _softmax),
         Candidate("sigmoid (SciPy)", "NumPy", "other", _sigmoid),

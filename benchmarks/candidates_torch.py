@@ -12,7 +12,21 @@ import torch._dynamo
 
 import softk
 
-from .candidates import SINKHORN, SINKHORN_ITERATIONS, Candidate, Prepare, Prepared, few, implicit, installed, sinkhorn
+from .candidates import (
+    BISECTION,
+    BISECTIONS,
+    REFERENCE,
+    SINKHORN,
+    SINKHORN_ITERATIONS,
+    Candidate,
+    Prepare,
+    Prepared,
+    bisection,
+    few,
+    implicit,
+    installed,
+    sinkhorn,
+)
 from .cases import Case
 
 Operator = Callable[[Case, torch.Tensor], torch.Tensor]
@@ -61,6 +75,11 @@ def _softk(case: Case, x: torch.Tensor) -> torch.Tensor:
     return softk.topk(x, case.k, epsilon=case.epsilon)
 
 
+def _reference(case: Case, x: torch.Tensor) -> torch.Tensor:
+    with softk.kernels("none"):
+        return softk.topk(x, case.k, epsilon=case.epsilon)
+
+
 def _sorted(case: Case, x: torch.Tensor) -> torch.Tensor:
     values: torch.Tensor = softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
     return values
@@ -101,6 +120,31 @@ class _Sinkhorn(torch.autograd.Function):
 
 def _sinkhorn(case: Case, x: torch.Tensor) -> torch.Tensor:
     mask: torch.Tensor = _Sinkhorn.apply(x, case.k, case.epsilon)
+    return mask
+
+
+class _Bisection(torch.autograd.Function):
+    """Bisection on the threshold, with its implicit derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
+        def loop(step: Any, state: Any) -> Any:
+            for _ in range(BISECTIONS):
+                state = step(state)
+            return state
+
+        mask = bisection(torch, x, k, epsilon, torch.sigmoid, loop)
+        ctx.save_for_backward(mask)
+        ctx.epsilon = epsilon
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, u: torch.Tensor) -> Any:
+        return implicit(ctx.saved_tensors[0], u, ctx.epsilon), None, None
+
+
+def _bisection(case: Case, x: torch.Tensor) -> torch.Tensor:
+    mask: torch.Tensor = _Bisection.apply(x, case.k, case.epsilon)
     return mask
 
 
@@ -159,10 +203,12 @@ def candidates(device: str) -> list[Candidate]:
     here = installed("PyTorch")
     found = [
         Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
+        Candidate(REFERENCE, "PyTorch", "soft", _prepare(_reference, device)),
         Candidate("softk.sorted_topk", "PyTorch", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
+        Candidate(BISECTION, "PyTorch", "soft", _prepare(_bisection, device), peer=True),
         Candidate(SINKHORN, "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
     ]
     if "POT" in here:
@@ -190,6 +236,7 @@ def compiled(device: str) -> list[Candidate]:
     torch._dynamo.config.accumulated_recompile_limit = 1000
     return [
         Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
+        Candidate(BISECTION, "torch.compile", "soft", _prepare(_bisection, device, compiled=True), peer=True),
         Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
         Candidate("sigmoid", "torch.compile", "other", _prepare(_sigmoid, device, compiled=True)),
     ]

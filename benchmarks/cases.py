@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-SHAPES = ((128, 1000, 10), (8, 20_000, 100), (4096, 64, 8), (1, 1_000_000, 1000))
+SHAPES = ((128, 1000, 10), (8, 20_000, 100), (4096, 64, 8), (1, 1_000_000, 1000), (2, 16, 4), (32, 100, 10))
 """(slices, scores per slice, k)."""
+LARGEST = (1, 10_000_000, 1000)
 HALVES = ((128, 1000, 500), (1, 1_000_000, 500_000))
 EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 Peers = Literal["all", "solvers", "sinkhorn", "none"]
@@ -53,6 +54,7 @@ class Case:
 def plan(threads: str) -> list[Case]:
     """All cases of a full run in the order of their importance, small ones first. `threads` is "one" or "all"."""
     shapes = [Case("shapes", *shape, compiled=True) for shape in SHAPES] + [Case("shapes", *shape) for shape in HALVES]
+    shapes.append(Case("shapes", *LARGEST, peers="none"))
     # float64 adds little information about speed, so only softk and its framework are measured.
     doubles = [replace(case, dtype="float64", peers="none", compiled=False) for case in shapes]
     doubles.sort(key=lambda case: case.size)

@@ -47,7 +47,7 @@ class _Lists(Slices):
         check_reduction(reduction)
         self.reduction = reduction
         with self.backend.quiet():
-            self.x: Any = self.scores().value
+            self.x: Any = self.scores().of(scores).value
             self.epsilon: Any = epsilon if is_number(epsilon) else self.per_slice("epsilon", epsilon).value
             self.where: Any = self.kept(where).value
 

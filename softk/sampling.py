@@ -106,7 +106,7 @@ def subset(
     check_precision(slices.xp, "scores", scores, "noise", noise)
     with slices.backend.quiet():
         x: Any = slices.per_item("scores", scores).value
-        uniform: Any = slices.scores().value
+        uniform: Any = slices.scores().of(noise).value
         mass: Any = k if is_number(k) else slices.per_slice("k", k).value
         strength: Any = epsilon if is_number(epsilon) else slices.per_slice("epsilon", epsilon).value
         kept, mass = slices.kept(where).value, at_most(slices.xp, mass, slices.n)

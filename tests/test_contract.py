@@ -747,7 +747,8 @@ def test_hard_mask_has_the_soft_derivative(eager: Library) -> None:
     soft, hard = (cotangents(eager, "topk", given, hard=hard) for hard in (False, True))
     assert set(hard) == {"x", "k", "epsilon"}
     for name, values in soft.items():
-        np.testing.assert_allclose(hard[name], values, rtol=32 * EPS["float64"], atol=0)
+        largest = np.max(np.abs(values))
+        np.testing.assert_allclose(hard[name], values, rtol=0, atol=4 * EPS["float64"] * largest)
 
 
 def test_hard_mask_of_a_count_that_the_dtype_does_not_hold(rng: np.random.Generator) -> None:
