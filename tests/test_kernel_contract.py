@@ -150,6 +150,7 @@ KEYED = (np.full((4, 1), 2.0), np.full((4, 1), 0.2), None, None)
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     **dict.fromkeys(("topk_mask", "topk_log_mask", "topk_threshold", "solve_threshold"), MASKS),
     "topk_hard_mask": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None}),
+    "topk_selection": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None, "count": 2}),
     "empty_mask": ((X[:, :0], ONE, ONE, None, None), {}),
     "soft_quantile": ((X, 0.2 * ONE, 0.1 * ONE, ITEMS, None), {}),
     "sorted_plan": ((X, 0.1 * ONE, np.asarray(1.0), None), {"rows": 3, "ranks": None}),
