@@ -362,12 +362,21 @@ class Backend:
         return x if isinstance(x, numbers.Real) else None
 
     def cache_key(self, x: Array) -> Hashable | None:
-        """What, beside the values of an array, may decide what a call of it needs: its shape, dtype, device, ...
+        """A key of what a call depends on beside the values of its scores: their shape, dtype, device, ...
 
-        Arrays of equal keys take each other's place: what softk makes of a number for a call of one of them (an array,
-        of the same dtype and device) serves a call of the other. So the key has whatever state of the framework such an
-        array depends on. None where nothing may be kept: under a trace or a transform, for a lazy array, for a subclass
-        of the library's type, or where arrays belong to a stream.
+        softk keeps the conversion of the other arguments, and uses it for all scores with an equal key. The key must
+        therefore contain every state of the framework on which the converted arrays, or a bound primitive, depend.
+
+        Parameters
+        ----------
+        x : array
+            The scores.
+
+        Returns
+        -------
+        hashable or None
+            None if nothing may be kept: under a trace or a transform, for a lazy array, for a subclass of the library's
+            type, or if arrays belong to a stream.
         """
         return None
 
@@ -440,7 +449,7 @@ class Backend:
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """The k largest scores along the last axis, in descending order, and where they are: the library's own top-k.
+        """The k largest scores along the last axis in descending order, and their indices, by the library's own top-k.
 
         Equal scores are in the order of the library. A slice that has a NaN is sorted as the library sorts it.
 
@@ -454,7 +463,7 @@ class Backend:
         Returns
         -------
         values, indices : array
-            The scores and their places, of the dtype of indices, both of shape (..., k).
+            The scores, and their indices of the library's dtype of indices, both of shape (..., k).
         """
         indices = self.xp.argsort(x, axis=-1, descending=True)[..., :k]
         return self.xp.take_along_axis(x, indices, axis=-1), indices
@@ -467,15 +476,16 @@ class Backend:
         values, indices : array
             Shape (..., k), with 1 <= k <= size.
         size : int
-            How many items there are along the axis.
+            The size n of the axis of the result.
 
         Returns
         -------
         array
             Shape (..., size): the values at their indices, and 0 elsewhere.
         """
-        # The standard has no assignment. The indices are sorted beside those of all items, each before the item that it
-        # stands for; the value of an item is that of the entry before it, which is 0 for another item.
+        # The standard has no indexed assignment. The given indices and the indices of all items are sorted together, a
+        # given index before the equal index of an item. The entry before an item then has its value, or else is another
+        # item, whose value is 0.
         xp, k = self.xp, indices.shape[-1]
         zeros = xp.zeros((*values.shape[:-1], size), dtype=values.dtype, device=self.device(values))
         items = xp.broadcast_to(xp.arange(size, dtype=indices.dtype, device=self.device(values)), zeros.shape)

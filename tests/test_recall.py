@@ -324,3 +324,15 @@ def test_precision_is_that_of_the_call(fresh: None) -> None:
     for wide in (True, False, True):
         with jax.enable_x64(wide) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(wide):
             assert softk.topk(x, 2).dtype == np.float32
+
+
+def test_kernels_are_those_in_force_at_the_call() -> None:
+    """JAX compiles a primitive with its kernels, so a call of another choice is another call."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    x = jax.numpy.asarray(X)
+    for choice in ("auto", "none", "auto"):
+        with softk.kernels(choice):
+            call = described(x, 2)
+            assert call.bound is call.backend.bind(call.primitive, **call.options)
+    with softk.kernels("none"):
+        assert described(x, 2) is not call

@@ -42,10 +42,11 @@ class JaxBackend(Backend):
         return None if isinstance(x, jax.core.Tracer) else x
 
     def cache_key(self, x: Array) -> Hashable | None:
-        """Of arrays on one device: under a mesh new ones lie on all of its devices."""
+        """None unless the array is on one device: under a mesh, new arrays are on all of its devices."""
         if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, jax.sharding.SingleDeviceSharding):
             return None
-        return x.shape, x.dtype, jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        # JAX compiles a bound primitive with the kernels in force, so their choice is part of the key.
+        return x.shape, x.dtype, jax.dtypes.canonicalize_dtype("float64"), chosen_kernels()
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         def unfinished(loop: tuple[Any, Array, Array]) -> Array:
@@ -196,7 +197,7 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: s
 
 
 def _no_tangent(value: Array) -> Any:
-    """Zero: of an array of integers, as JAX has it, of no bits."""
+    """Zeros. The tangent of an array of integers has the dtype float0 in JAX."""
     return jnp.zeros_like(value) if value.dtype.kind == "f" else np.zeros(value.shape, jax.dtypes.float0)
 
 
