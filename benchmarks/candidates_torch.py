@@ -97,54 +97,49 @@ def _hard(case: Case, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x).scatter_(-1, torch.topk(x, case.k, dim=-1).indices, 1.0)
 
 
-def _loop(step: Any, state: Any) -> Any:
-    for _ in range(SINKHORN_ITERATIONS):
-        state = step(state)
-    return state
+def _repeated(count: int) -> Callable[[Any, Any], Any]:
+    """A loop that applies a step so many times."""
+
+    def loop(step: Any, state: Any) -> Any:
+        for _ in range(count):
+            state = step(state)
+        return state
+
+    return loop
 
 
-class _Sinkhorn(torch.autograd.Function):
-    """The paper's forward iterations, with its implicit derivative."""
+class _Implicit(torch.autograd.Function):
+    """A solver of the mask, `solve(x, k, epsilon)`, with the implicit derivative at its result."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
-        mask = sinkhorn(torch, x, k, epsilon, _loop)
+    def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float, solve: Any) -> torch.Tensor:
+        mask: torch.Tensor = solve(x, k, epsilon)
         ctx.save_for_backward(mask)
         ctx.epsilon = epsilon
         return mask
 
     @staticmethod
     def backward(ctx: Any, u: torch.Tensor) -> Any:
-        return implicit(ctx.saved_tensors[0], u, ctx.epsilon), None, None
+        return implicit(ctx.saved_tensors[0], u, ctx.epsilon), None, None, None
 
 
-def _sinkhorn(case: Case, x: torch.Tensor) -> torch.Tensor:
-    mask: torch.Tensor = _Sinkhorn.apply(x, case.k, case.epsilon)
+def _iterated(x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
+    mask: torch.Tensor = sinkhorn(torch, x, k, epsilon, _repeated(SINKHORN_ITERATIONS))
     return mask
 
 
-class _Bisection(torch.autograd.Function):
-    """Bisection on the threshold, with its implicit derivative."""
+def _bisected(x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
+    mask: torch.Tensor = bisection(torch, x, k, epsilon, torch.sigmoid, _repeated(BISECTIONS))
+    return mask
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, k: int, epsilon: float) -> torch.Tensor:
-        def loop(step: Any, state: Any) -> Any:
-            for _ in range(BISECTIONS):
-                state = step(state)
-            return state
 
-        mask = bisection(torch, x, k, epsilon, torch.sigmoid, loop)
-        ctx.save_for_backward(mask)
-        ctx.epsilon = epsilon
-        return mask
-
-    @staticmethod
-    def backward(ctx: Any, u: torch.Tensor) -> Any:
-        return implicit(ctx.saved_tensors[0], u, ctx.epsilon), None, None
+def _sinkhorn(case: Case, x: torch.Tensor) -> torch.Tensor:
+    mask: torch.Tensor = _Implicit.apply(x, case.k, case.epsilon, _iterated)
+    return mask
 
 
 def _bisection(case: Case, x: torch.Tensor) -> torch.Tensor:
-    mask: torch.Tensor = _Bisection.apply(x, case.k, case.epsilon)
+    mask: torch.Tensor = _Implicit.apply(x, case.k, case.epsilon, _bisected)
     return mask
 
 
