@@ -7,7 +7,6 @@ In canonical form the selected axis is last, the dtype is float32 or float64, k 
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -389,9 +388,15 @@ def static_ranks(backend: Backend, k: Any, bits: int) -> tuple[int, int] | None:
     """ceil(k) and floor(k) + 1 of a Python number, rounded to the working dtype; None for arrays and symbols."""
     if not is_number(k) or backend.memory(k) is None:
         return None
-    # struct rounds to float32 without NumPy, which need not be installed.
-    rounded = struct.unpack("f", struct.pack("f", k))[0] if bits <= 32 else float(k)
+    rounded = as_float32(k) if bits <= 32 else float(k)
     return math.ceil(rounded), math.floor(rounded) + 1
+
+
+def as_float32(k: float) -> float:
+    """k rounded to float32, by operations that every version of ``torch.compile`` traces, and without NumPy."""
+    _, exponent = math.frexp(k)
+    unit = 2.0 ** (max(exponent, -125) - 24)  # the distance of the numbers of float32 around k
+    return round(k / unit) * unit
 
 
 def require_scores(slices: Slices) -> None:

@@ -99,8 +99,8 @@ class Call(Generic[R]):
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
         """Convert the first outputs to the user's form. The conversion is linear, so it also converts tangents."""
-        # Further outputs of the primitive are internal.
-        pairs = zip(self.restores, outputs, strict=False)
+        given = outputs[: len(self.restores)]  # further outputs of the primitive are internal
+        pairs = zip(self.restores, given, strict=True)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
     def evaluate(self, x: Array) -> R:

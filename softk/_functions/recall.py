@@ -54,11 +54,11 @@ def remembered(describe: Callable[P, Call[R]]) -> Callable[P, Call[R]]:
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """What determines a call; None if other arguments than numbers and the form of the scores do."""
-    x, *others = args or (None,)
-    others += kwargs.values()
-    kinds = tuple(map(type, others))
-    if not LITERALS.issuperset(kinds):
-        return None
+    x, *positional = args or (None,)
     backend = adapted(type(x))
     form = None if backend is None else backend.cache_key(x)
-    return None if form is None else (backend, form, kinds, *others, *kwargs)
+    if form is None:
+        return None
+    others = (*positional, *kwargs.values())
+    kinds = tuple(map(type, others))
+    return (backend, form, kinds, *others, *kwargs) if LITERALS.issuperset(kinds) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -213,7 +212,7 @@ class _Case:
         )
         ranks = None
         if problem.is_numeric and problem.weights is None:
-            k = struct.unpack("f", struct.pack("f", problem.k))[0] if self.working == "float32" else float(problem.k)
+            k = float(np.dtype(self.working).type(problem.k))
             ranks = math.ceil(k), math.floor(k) + 1
         self.options = {"ranks": ranks}
         if kernel.primitive is solver:
