@@ -19,7 +19,7 @@ QUICK := test_mask or test_threshold or test_derivatives_of_every_slice or indep
 
 # What `make lowest` and `make latest` run: every library, with other versions than the pinned ones.
 VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_autograd.py tests/test_dask.py \
-	tests/test_torch_func.py tests/test_torch_compile.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
+	tests/test_torch_func.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo knn beam quick test test-full lint docs lowest latest package bench bench-history clean
