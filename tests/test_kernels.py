@@ -36,7 +36,14 @@ from .test_accuracy import MASK, MASS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPS = float(np.finfo(np.float32).eps)
-SIZES = {"LONGEST": 8, "BLOCK": 16, "SHORTEST": 32, "SEGMENTS": 8, "PER_WARP": 32}
+SIZES = {
+    "LONGEST": 8,
+    "BLOCK": 16,
+    "SHORTEST": 32,
+    "SEGMENTS": 8,
+    "PER_WARP": 32,
+    "SAMPLE": {"SAMPLE": 16, "RUN": 4, "num_warps": 1},
+}
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,10 +15,15 @@ LONGEST = 32768
 PER_WARP = 1024
 #: The width of a chunk of a short row. A warp then has several rows, and computes the values of several rows at once.
 WIDTH = 32
-#: For longer rows: the scores that a program loads at a time, the shortest segment, and the largest number of segments.
-BLOCK = 4096
+#: The registers of a thread, limited for these tiles, so that more programs run at a time and hide each other's waits.
+REGISTERS = {1024: 128, 2048: 80, 4096: 80, 8192: 80, 16384: 64, 32768: 64}
+#: For longer rows: the scores that a program loads at a time, its warps, the shortest segment, and the most segments.
+BLOCK = 1024
+WARPS = 4
 SHORTEST = 32768
 SEGMENTS = 1024
+#: The sample of a long row: its scores, the length of a run of adjacent ones, and the warps of its program.
+SAMPLE = {"SAMPLE": 8192, "RUN": 32, "num_warps": 8}
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
@@ -50,7 +55,7 @@ class Problem:
         """Launch a kernel on the device of the scores and its current stream."""
         with _on(self.x.device):
             kernel[grid or self.grid](
-                *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size, **options
+                *self.arrays, *arrays, n=self.n, rows=self.rows, **self.steps, **self.size | options
             )
 
     def mask(self) -> tuple[Tensor, ...]:
@@ -92,7 +97,7 @@ class Tiles(Problem):
     def __init__(self, *inputs: Any) -> None:
         super().__init__(*inputs)
         block = max(1 << (self.n - 1).bit_length(), 16)
-        scores = PER_WARP // 2 if block <= PER_WARP else PER_WARP  # short rows are faster with more warps
+        scores = PER_WARP // 2 if block < PER_WARP else PER_WARP  # short rows are faster with more warps
         rows = max(scores // block, 1)
         width = min(WIDTH, block) if rows > 1 else block
         self.grid = (-(-self.rows // rows),)
@@ -104,13 +109,14 @@ class Tiles(Problem):
             "FULL": self.n == block,
             "num_warps": warps,
         }
-        self.again = block == LONGEST  # load u again instead of holding it, which saves registers
+        if self.weights is None and block in REGISTERS:
+            self.size["maxnreg"] = REGISTERS[block]
 
     def forward(self, *found: Optional) -> None:
         self.run(tiles.solve_tile, *found)
 
     def pull(self, *arrays: Optional) -> None:
-        self.run(tiles.pull_tile, *arrays, AGAIN=self.again)
+        self.run(tiles.pull_tile, *arrays)
 
 
 class Segments(Problem):
@@ -129,7 +135,7 @@ class Segments(Problem):
             "LENGTH": length,
             "BLOCK": BLOCK,
             "SEGMENTS": 1 << (self.segments - 1).bit_length(),
-            "num_warps": max((1 if self.weights is None else 2) * BLOCK // PER_WARP, 1),
+            "num_warps": WARPS,
         }
 
     def parts(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -150,19 +156,22 @@ class Segments(Problem):
     ) -> None:
         # For a mask, any reference within a temperature of the gap will do. The solver needs the scores at the gap.
         kernels, near = segments, float(mask is not None)
-        survey = self.parts(5), self.parts(dtype=self.mass), self.parts(dtype=torch.int32)
+        pivots = self.values(kernels.PIVOTS.value, dtype=torch.int32)
+        self.run(kernels.sample_rows, pivots, grid=self.each, **SAMPLE)
+        counts = self.parts(kernels.PIVOTS.value, dtype=self.mass)
+        survey = pivots, self.parts(5), self.parts(dtype=self.mass), counts, self.parts(dtype=torch.int32)
         self.run(kernels.survey, *survey)
-        outer, facts = self.values(2), self.values(4, dtype=torch.int32)
-        first = self.values(2, dtype=torch.int32), self.values(dtype=self.mass)
-        self.run(kernels.open_bracket, *survey, outer, facts, *first, grid=self.each)
+        outer, facts, lowest = self.values(2), self.values(4, dtype=torch.int32), self.values(dtype=torch.int32)
+        first = self.values(2, dtype=torch.int32), self.values(2, dtype=self.mass)
+        self.run(kernels.open_bracket, *survey, outer, facts, lowest, *first, grid=self.each)
         bracket, reached, counts = self.select(*first, near, upper=True)
         last, flanks = self.values(dtype=self.mass), self.parts(2)
         self.run(kernels.flank, bracket, reached, counts, last, flanks, near)
         lower: tuple[Optional, ...] = (None, None, None)
         if self.weights is not None:
             bracket = self.values(2, dtype=torch.int32)
-            self.run(kernels.open_lower_bracket, flanks, first[0], last, bracket, grid=self.each)
-            lower = self.select(bracket, first[1], 0.0, upper=False)
+            self.run(kernels.open_lower_bracket, flanks, lowest, last, bracket, grid=self.each)
+            lower = self.select(bracket, first[1][1], 0.0, upper=False)
         gap, state = self.values(5), self.values(5)
         self.run(kernels.frame_rows, flanks, last, outer, facts, *lower, gap, state, grid=self.each)
         tails: Optional = None
@@ -196,12 +205,16 @@ class Segments(Problem):
         kernels = segments
         of_x, of_k, of_tau, of_weights = found
         distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
-        self.run(kernels.nearest_rows, offset, reference, distances)
-        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses)
-        joined, gains, moments = self.values(11), self.parts(), self.parts()
-        self.run(kernels.join_rows, offset, reference, c, distances, sums, masses, of_k, joined, grid=self.each)
-        self.run(kernels.gain_rows, offset, reference, u, joined, gains)
-        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments)
+        # The derivatives in k, tau and the weights need p exactly in a gap, so each side of it has its own sums.
+        sides = {"SIDES": any(value is not None for value in (of_k, of_tau, of_weights))}
+        self.run(kernels.nearest_rows, offset, reference, distances, **sides)
+        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses, **sides)
+        joined, gains = self.values(11), self.parts()
+        moments = None if of_tau is None else self.parts()
+        arrays = distances, sums, masses, of_k, joined
+        self.run(kernels.join_rows, offset, reference, c, *arrays, grid=self.each, **sides)
+        self.run(kernels.gain_rows, offset, reference, u, joined, gains, **sides)
+        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments, **sides)
         if of_tau is not None:
             self.run(kernels.temperature_rows, offset, reference, c, joined, moments, of_tau, grid=self.each)
 

@@ -17,21 +17,25 @@ import triton.language as tl
 from softk._reference.threshold.limits import STEPS
 
 from .tiles import (
+    FARTHEST,
     INFINITY,
     LARGEST,
     across,
     balance_of,
     bars,
-    beside,
     columns,
     cotangent_of,
-    edges_of,
+    distance_of,
+    edge_of,
     extent,
     final_offset,
     finish,
+    from_nearest,
     from_sides,
     gain_of,
     going_on,
+    is_close,
+    is_ordinary,
     key_of,
     level_of,
     load_cotangent,
@@ -42,23 +46,27 @@ from .tiles import (
     load_tile,
     load_weights,
     log_odds,
-    mass_of,
+    masses_of,
     max_of,
     min_of,
     narrow_gap,
     narrowed,
     newton,
+    odds_of,
+    ordinary_mask,
     rates,
     reference_of,
     safe_denominator,
     score_of,
+    select,
     sides_of,
     sigmoid,
     spaced,
     store_settled,
     sum_of,
-    sweep,
     tail_of,
+    tails_of,
+    total_of,
     weigh,
 )
 
@@ -111,17 +119,65 @@ def keep(values, field, row, rows, value, segment):
     tl.store(values + field * rows + row, value, mask=segment + tl.arange(0, 1) == 0)
 
 
-@triton.jit
-def no_mass(weights, SIZE: tl.constexpr):
-    """Zeros in the dtype of a mass, for the start of a sum."""
-    if weights is None:
-        nothing = tl.zeros([SIZE], tl.int32)
-    else:
-        nothing = tl.zeros([SIZE], tl.float32)
-    return nothing
-
-
 # --- the scores at the gap
+
+
+@triton.jit(do_not_specialize=["rows", "segments"])
+def sample_rows(
+    x_given,
+    k_given,
+    tau_given,
+    weights_given,
+    where,
+    pivots,
+    n,
+    rows,
+    k_step,
+    tau_step,
+    weights_step,
+    where_step,
+    segments,
+    LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Per row: pivots around the k-th largest score, from a sample of the scores.
+
+    The sample is made of runs of RUN adjacent scores at equal distances. The pivots cover three standard deviations of
+    the mass above a score in a random sample. Any pivots are right, and those of a sample usually leave a bracket that
+    needs no further pass.
+    """
+    row = tl.program_id(0) + tl.arange(0, 1)
+    place = columns(0, 1, SAMPLE)
+    distance = n // (SAMPLE // RUN)
+    column = (place // RUN).to(tl.int64) * distance + place % RUN
+    x, able, _sound = load_scores(x_given, where, row, column, column < n, n, where_step)
+    k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
+    weights = None
+    heaviest = tl.full([1], 1.0, tl.float32)
+    if weights_given is not None:
+        weights, _all, _usable = load_weights(weights_given, row, column, column < n, able, weights_step)
+        x = tl.where(weights > 0.0, x, -INFINITY)
+        heaviest = max_of(weights)
+    total = sum_of(tl.where(x > -INFINITY, 1.0, 0.0))
+    if weights_given is not None:
+        total = sum_of(weights)
+    share = tl.minimum(tl.maximum(k / n * SAMPLE, 0.0), total)
+    spread = 3.0 * tl.sqrt(heaviest * share * (1.0 - share / safe_denominator(total)) + heaviest * heaviest)
+    side = 2.0 * tl.arange(0, 2).to(tl.float32) - 1.0
+    bar = tl.minimum(tl.maximum(share - side * spread, 0.0), total - heaviest)
+    lowest, highest = min_of(tl.where(x > -INFINITY, x, LARGEST)), max_of(tl.maximum(x, -LARGEST))
+    # Both ends are searched at once, as two rows. An error of a fraction of tau does not matter.
+    first, last = key_of(lowest + 0.0) + tl.zeros([2], tl.int32), key_of(highest + 0.0) + tl.zeros([2], tl.int32)
+    mass, near = total + tl.zeros([2], tl.float32), 0.25 * tau + tl.zeros([2], tl.float32)
+    ends, _, _ = select(x, weights, first, last, mass, bar, bar, near, mass, 0.5 * heaviest)
+    lower, upper = tl.min(score_of(ends), axis=0), tl.max(score_of(ends), axis=0)
+    lower, upper = tl.minimum(tl.maximum(lower, -LARGEST), LARGEST), tl.minimum(tl.maximum(upper, -LARGEST), LARGEST)
+    part = tl.arange(0, PIVOTS)
+    share = part.to(tl.float32) / (PIVOTS - 1)
+    tl.store(pivots + part * rows + row, key_of(lower * (1.0 - share) + upper * share + 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -131,8 +187,10 @@ def survey(
     tau_given,
     weights_given,
     where,
+    pivots_given,
     scores,
     totals,
+    counts,
     unsound,
     n,
     rows,
@@ -145,11 +203,14 @@ def survey(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Per segment: the extreme scores that can be selected, those of positive weight, the mass, and whether invalid."""
+    """Per segment: the extreme scores, those of positive weight, the mass, that at each pivot, and whether invalid."""
     row, segment = this_place(segments)
-    lowest, highest = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
-    first, last, total, bad = lowest, highest, no_mass(weights_given, 1), tl.zeros([1], tl.int32)
-    of_all = tl.zeros([1], tl.float32)
+    nothing, everything = tl.full([1, 1, BLOCK], -INFINITY, tl.float32), tl.full([1, 1, BLOCK], INFINITY, tl.float32)
+    lowest, highest, first, last = everything, nothing, everything, nothing
+    bad, of_all = tl.zeros([1, 1, BLOCK], tl.int32), tl.zeros([1, 1, BLOCK], tl.float32)
+    pivot = tl.arange(0, PIVOTS)
+    pivots = across(score_of(tl.load(pivots_given + pivot * rows + row)))
+    total, found = tl.zeros([1, 1, BLOCK], tl.float32), tl.zeros([PIVOTS, 1, BLOCK], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -158,25 +219,42 @@ def survey(
         weights = None
         if weights_given is not None:
             weights, all_weights, usable = load_weights(weights_given, row, column, inside, able, weights_step)
-            sound, of_all = sound & usable, of_all + sum_of(all_weights)
-        lowest = tl.minimum(lowest, min_of(tl.where(able, x, INFINITY)))
-        highest = tl.maximum(highest, max_of(tl.where(able, x, -INFINITY)))
-        bad = tl.maximum(bad, max_of(tl.where(sound, 0, 1)))
+            sound, of_all = sound & usable, of_all + all_weights
+        lowest, highest = tl.minimum(lowest, tl.where(able, x, INFINITY)), tl.maximum(highest, x)
+        bad = bad | tl.where(sound, 0, 1)
         if weights_given is None:
-            first, last = lowest, highest
-            total += mass_of(able, None)
+            total += masses_of(able, None)
         else:
             counted = able & (weights > 0.0)
-            first = tl.minimum(first, min_of(tl.where(counted, x, INFINITY)))
-            last = tl.maximum(last, max_of(tl.where(counted, x, -INFINITY)))
-            total += sum_of(weights)
-    hand_on(scores, 0, row, rows, segment, segments, lowest)
-    hand_on(scores, 1, row, rows, segment, segments, highest)
-    hand_on(scores, 2, row, rows, segment, segments, first)
-    hand_on(scores, 3, row, rows, segment, segments, last)
-    hand_on(scores, 4, row, rows, segment, segments, of_all)
-    hand_on(totals, 0, row, rows, segment, segments, total)
-    hand_on(unsound, 0, row, rows, segment, segments, bad)
+            first = tl.minimum(first, tl.where(counted, x, INFINITY))
+            last = tl.maximum(last, tl.where(counted, x, -INFINITY))
+            total += weights
+        found += masses_of(x >= pivots, weights)
+    if weights_given is None:
+        first, last = lowest, highest
+    hand_on(scores, 0, row, rows, segment, segments, min_of(lowest))
+    hand_on(scores, 1, row, rows, segment, segments, max_of(highest))
+    hand_on(scores, 2, row, rows, segment, segments, min_of(first))
+    hand_on(scores, 3, row, rows, segment, segments, max_of(last))
+    hand_on(scores, 4, row, rows, segment, segments, sum_of(of_all))
+    hand_on(totals, 0, row, rows, segment, segments, total_of(total, weights_given))
+    hand_on(unsound, 0, row, rows, segment, segments, max_of(bad))
+    hand_on(counts, pivot, row, rows, segment, segments, total_of(found, weights_given))
+
+
+@triton.jit
+def narrow(low, high, reached, pivots, counts, row, rows, segments, bar, going, SEGMENTS: tl.constexpr):
+    """Narrow a bracket by the masses at and above each of several pivots, which rise."""
+    pivot, segment = tl.arange(0, PIVOTS), tl.arange(0, SEGMENTS)[None, :]
+    place = (pivot * rows + row.to(tl.int64))[:, None] * segments + segment
+    found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
+    # The mass falls as the pivots rise. The last pivot with enough mass is `low`; `high` is below the next pivot.
+    enough = found > bar
+    raised = tl.max(tl.where(enough, pivots, low), axis=0)
+    lowered = tl.min(tl.where(enough, high, pivots - 1), axis=0)
+    reached = tl.where(going & (raised > low), tl.min(tl.where(enough, found, reached), axis=0), reached)
+    low = tl.where(going, tl.maximum(low, raised), low)
+    return low, tl.where(going, tl.minimum(high, lowered), high), reached
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -186,11 +264,14 @@ def open_bracket(
     tau_given,
     weights_given,
     where,
+    pivots,
     scores,
     totals,
+    counts,
     unsound,
     outer,
     flags,
+    edges,
     bracket,
     mass,
     n,
@@ -204,7 +285,7 @@ def open_bracket(
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Per row: the combined results of the survey, and the initial bracket."""
+    """Per row: the combined results of the survey, and the bracket that they leave."""
     row = tl.program_id(0) + tl.arange(0, 1)
     k, _, valid = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     lowest = min_of(parts_of(scores, 0, row, rows, segments, SEGMENTS, INFINITY))
@@ -225,10 +306,15 @@ def open_bracket(
     keep(flags, 0, row, rows, nothing, 0)
     keep(flags, 1, row, rows, everything, 0)
     keep(flags, 2, row, rows, valid, 0)
+    keep(edges, 0, row, rows, first, 0)
     # A row without a search gets an empty bracket, so that the passes skip it.
-    keep(bracket, 0, row, rows, tl.where(valid & ~nothing & ~everything, first, last), 0)
-    keep(bracket, 1, row, rows, last, 0)
-    keep(mass, 0, row, rows, total, 0)
+    searched = valid & ~nothing & ~everything
+    low, pivots = tl.where(searched, first, last), tl.load(pivots + tl.arange(0, PIVOTS) * rows + row)
+    low, high, reached = narrow(low, last, total, pivots, counts, row, rows, segments, bar, searched, SEGMENTS)
+    keep(bracket, 0, row, rows, low, 0)
+    keep(bracket, 1, row, rows, high, 0)
+    keep(mass, 0, row, rows, reached, 0)
+    keep(mass, 1, row, rows, total, 0)
 
 
 @triton.jit
@@ -246,16 +332,8 @@ def bracket_of(bracket, mass, counts, row, rows, segments, bar, lower_bar, near,
     low, high, reached = field_of(bracket, 0, row, rows), field_of(bracket, 1, row, rows), field_of(mass, 0, row, rows)
     going = going_on(low, high, reached, bar, lower_bar, near, weights)
     if counts is not None:
-        pivot, segment = tl.arange(0, PIVOTS), tl.arange(0, SEGMENTS)[None, :]
-        place = (pivot * rows + row.to(tl.int64))[:, None] * segments + segment
-        found = tl.sum(tl.load(counts + place, mask=segment < segments, other=0), axis=1)
-        # The mass falls as the pivots rise. The last pivot with enough mass is `low`; `high` is below the next pivot.
-        pivots, enough = pivots_in(low, high), found > bar
-        raised = tl.max(tl.where(enough, pivots, low), axis=0)
-        lowered = tl.min(tl.where(enough, high, pivots - 1), axis=0)
-        reached = tl.where(going & (raised > low), tl.min(tl.where(enough, found, reached), axis=0), reached)
-        low = tl.where(going, tl.maximum(low, raised), low)
-        high = tl.where(going, tl.minimum(high, lowered), high)
+        pivots = pivots_in(low, high)
+        low, high, reached = narrow(low, high, reached, pivots, counts, row, rows, segments, bar, going, SEGMENTS)
         going = going_on(low, high, reached, bar, lower_bar, near, weights)
     return low, high, reached, going
 
@@ -298,7 +376,8 @@ def count(
     keep(next_bracket, 0, row, rows, low, segment)
     keep(next_bracket, 1, row, rows, high, segment)
     keep(next_mass, 0, row, rows, reached, segment)
-    pivots, found = across(score_of(pivots_in(low, high))), no_mass(weights_given, PIVOTS)
+    pivots = across(score_of(pivots_in(low, high)))
+    found = tl.zeros([PIVOTS, 1, BLOCK], tl.float32)
     begin, end = segment_of(segment, n, going, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -307,8 +386,8 @@ def count(
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        found += mass_of(x >= pivots, weights)
-    hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, found)
+        found += masses_of(x >= pivots, weights)
+    hand_on(next_counts, tl.arange(0, PIVOTS), row, rows, segment, segments, total_of(found, weights_given))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -339,12 +418,15 @@ def flank(
     row, segment = this_place(segments)
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     bar, lower_bar = bars(k, weights_given)
-    low, _, reached, _ = bracket_of(
+    low, high, reached, _ = bracket_of(
         bracket, mass, counts, row, rows, segments, bar, lower_bar, near * tau, weights_given, SEGMENTS
     )
     keep(last_mass, 0, row, rows, reached, segment)
-    upper, lower = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
-    begin, end = segment_of(segment, n, row >= 0, LENGTH)
+    # If both sides are closer to each other than tau, any score in the bracket will do, and nothing is read.
+    close = is_close(low, high, reached, lower_bar, near * tau)
+    upper = tl.zeros([1, 1, BLOCK], tl.float32) + across(tl.where(close, score_of(low), INFINITY))
+    lower = tl.zeros([1, 1, BLOCK], tl.float32) + across(tl.where(close, score_of(low), -INFINITY))
+    begin, end = segment_of(segment, n, ~close, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
         inside = column < n
@@ -354,8 +436,9 @@ def flank(
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
         if weights_given is not None:  # an item of weight 0 is on no side of the gap
             x = tl.where(weights > 0.0, x, -INFINITY)
-        above, below = beside(x, low)
-        upper, lower = tl.minimum(upper, above), tl.maximum(lower, below)
+        above = x >= across(score_of(low))
+        upper, lower = tl.minimum(upper, tl.where(above, x, INFINITY)), tl.maximum(lower, tl.where(above, -INFINITY, x))
+    upper, lower = min_of(upper), max_of(lower)
     hand_on(flanks, 0, row, rows, segment, segments, upper)
     hand_on(flanks, 1, row, rows, segment, segments, lower)
 
@@ -368,7 +451,7 @@ def open_lower_bracket(
     weights_given,
     where,
     flanks,
-    first_bracket,
+    edges,
     mass,
     bracket,
     n,
@@ -390,7 +473,7 @@ def open_lower_bracket(
     k, _, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     _, lower_bar = bars(k, weights_given)
     lower = key_of(max_of(parts_of(flanks, 1, row, rows, segments, SEGMENTS, -INFINITY)) + 0.0)
-    first, apart = field_of(first_bracket, 0, row, rows), field_of(mass, 0, row, rows) <= lower_bar
+    first, apart = field_of(edges, 0, row, rows), field_of(mass, 0, row, rows) <= lower_bar
     keep(bracket, 0, row, rows, tl.where(apart & (first < lower), first, lower), 0)
     keep(bracket, 1, row, rows, lower, 0)
 
@@ -506,7 +589,7 @@ def sweep_rows(
     k, tau, _ = load_numbers(k_given, tau_given, row, rows, k_step, tau_step)
     reference, z_high, z_low = field_of(gap, 0, row, rows), field_of(gap, 1, row, rows), field_of(gap, 2, row, rows)
     high, low = field_of(gap, 3, row, rows), field_of(gap, 4, row, rows)
-    half, _ = narrowed(z_high, z_low)
+    half, excess = narrowed(z_high, z_low)
     # Every program makes the step for itself, from the sums of all segments in the previous pass.
     offset, least, most, done, last = search_of(
         state, tails, above, steps - 1, half, k, row, rows, segments, weights_given, SEGMENTS
@@ -516,8 +599,9 @@ def sweep_rows(
     keep(next_state, 2, row, rows, most, segment)
     keep(next_state, 3, row, rows, done.to(tl.float32), segment)
     keep(next_state, 4, row, rows, last.to(tl.float32), segment)
-    level, number = tl.exp(offset), no_mass(weights_given, 1)
-    lower, upper, slope = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    level, zero = tl.exp(offset), tl.zeros([1, 1, BLOCK], tl.float32)
+    mass, both, upper, slope = zero, zero, zero, zero
+    ordinary = is_ordinary(excess, tau, done)
     begin, end = segment_of(segment, n, ~done, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -526,16 +610,19 @@ def sweep_rows(
         weights = None
         if weights_given is not None:
             weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-        odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
-        found = sweep(odds, weights, level)
-        number += found[0]
-        lower += found[1]
-        upper += found[2]
-        slope += found[3]
-    hand_on(next_above, 0, row, rows, segment, segments, number)
-    hand_on(next_tails, 0, row, rows, segment, segments, lower)
-    hand_on(next_tails, 1, row, rows, segment, segments, upper)
-    hand_on(next_tails, 2, row, rows, segment, segments, slope)
+        if ordinary:
+            odds = odds_of(x, reference, z_high, z_low, tau)
+        else:
+            odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
+        side, tails_here, upper_here, slope_here = tails_of(odds, weights, level)
+        mass += masses_of(side, weights)
+        both, upper, slope = both + tails_here, upper + upper_here, slope + slope_here
+    above_it = sum_of(upper)
+    lower = sum_of(both) - above_it
+    hand_on(next_above, 0, row, rows, segment, segments, total_of(mass, weights_given))
+    hand_on(next_tails, 0, row, rows, segment, segments, tl.where(lower < 0.0, 0.0, lower))
+    hand_on(next_tails, 1, row, rows, segment, segments, above_it)
+    hand_on(next_tails, 2, row, rows, segment, segments, sum_of(slope))
 
 
 @triton.jit(do_not_specialize=["rows", "segments", "steps"])
@@ -590,6 +677,7 @@ def mask_rows(
         offset = final_offset(offset, nothing, everything, valid)
         tl.store(reference_found + row, reference, mask=leads)
         tl.store(offset_found + row, offset, mask=leads)
+        ordinary = is_ordinary(excess, tau, nothing | everything | ~valid)
         begin, end = segment_of(segment, n, row >= 0, LENGTH)
         for start in range(begin, end, BLOCK):
             column = columns(start, 1, BLOCK)
@@ -598,8 +686,11 @@ def mask_rows(
             weights = None
             if weights_given is not None:
                 weights, _all, _usable = load_weights(weights_given, row, column, inside, able, weights_step)
-            odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
-            soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
+            if weights is None and ordinary:
+                soft = ordinary_mask(odds_of(x, reference, z_high, z_low, tau), level)
+            else:
+                odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
+                soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
             tl.store(mask + across(row.to(tl.int64)) * n + column, soft, mask=inside)
 
 
@@ -626,13 +717,17 @@ def nearest_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SIDES: tl.constexpr,
 ):
-    """Per segment: the nearest scores of positive weight above and below the threshold, and the largest weight."""
+    """Per segment: the nearest scores of positive weight, and the largest weight.
+
+    With SIDES these are the nearest scores above and below the threshold, else the smallest |z|.
+    """
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    high, low = tl.full([1], INFINITY, tl.float32), tl.full([1], -INFINITY, tl.float32)
-    heaviest = tl.zeros([1], tl.float32)
+    high, low = tl.full([1, 1, BLOCK], INFINITY, tl.float32), tl.full([1, 1, BLOCK], -INFINITY, tl.float32)
+    heaviest = tl.zeros([1, 1, BLOCK], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -643,18 +738,26 @@ def nearest_rows(
         weights = None
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
-        above, below = edges_of(x, z, inside, weights)
-        high, low = tl.minimum(high, above), tl.maximum(low, below)
-        if weights is not None:
-            heaviest = tl.maximum(heaviest, max_of(tl.where(x > -INFINITY, weights, 0.0)))
-    hand_on(distances, 0, row, rows, segment, segments, high)
-    hand_on(distances, 1, row, rows, segment, segments, low)
-    hand_on(distances, 2, row, rows, segment, segments, heaviest)
+            heaviest = tl.maximum(heaviest, tl.where(x > -INFINITY, weights, 0.0))
+        if SIDES:
+            above, below = edge_of(x, z, inside, weights)
+            high, low = tl.minimum(high, above), tl.maximum(low, below)
+        else:
+            high = tl.minimum(high, distance_of(z, inside, weights))
+    hand_on(distances, 0, row, rows, segment, segments, min_of(high))
+    hand_on(distances, 1, row, rows, segment, segments, max_of(low))
+    hand_on(distances, 2, row, rows, segment, segments, max_of(heaviest))
+
+
+@triton.jit
+def nearest_in(distance):
+    """The smallest |z| of a row, as `nearest_of`."""
+    return tl.minimum(distance, 0.5 * FARTHEST)
 
 
 @triton.jit
 def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
-    """The nearest scores of positive weight above and below the threshold in a row, and the largest weight."""
+    """The results of `nearest_rows` for a row."""
     return (
         min_of(parts_of(distances, 0, row, rows, segments, SEGMENTS, INFINITY)),
         max_of(parts_of(distances, 1, row, rows, segments, SEGMENTS, -INFINITY)),
@@ -663,20 +766,19 @@ def edges_in(distances, row, rows, segments, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def sums_of(values, upper):
-    """The sums below and above the threshold."""
-    return sum_of(tl.where(upper, 0.0, values)), sum_of(tl.where(upper, values, 0.0))
+def greater(values, u, share, best, u_best, share_best):
+    """Update the greatest value in each column of a tile, and u and the share there."""
+    better = values > best
+    best, u_best = tl.where(better, values, best), tl.where(better, u, u_best)
+    return best, u_best, tl.where(better, share, share_best)
 
 
 @triton.jit
-def greatest(values, u, share, best, u_best, share_best):
-    """Update the greatest value, and u and the share there. Equal greatest values do not dominate, so any will do."""
-    here = max_of(values)
-    at = values == across(here)
-    better = here > best
-    u_here, share_here = max_of(tl.where(at, u, -INFINITY)), max_of(tl.where(at, share, 0.0))
-    u_best, share_best = tl.where(better, u_here, u_best), tl.where(better, share_here, share_best)
-    return tl.maximum(here, best), u_best, share_best
+def greatest(values, u, share):
+    """The greatest value of a row, and u and the share there. Equal greatest values do not dominate: any will do."""
+    best = max_of(values)
+    at = values == across(best)
+    return best, max_of(tl.where(at, u, -INFINITY)), max_of(tl.where(at, share, 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -702,21 +804,26 @@ def sum_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SIDES: tl.constexpr,
 ):
-    """Per segment and side of the threshold: the tails, V', <v', u>, <v', share>, and the greatest a v'.
+    """Per segment: V', <v', u>, <v', share>, and the greatest a v'.
 
-    Each side has its own units, which `join_rows` balances.
+    With SIDES these and the tails are summed for each side of the threshold. Each side then has its own units, which
+    `join_rows` balances. Otherwise there is one sum, which takes the place of that above.
     """
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
     high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
-    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
-    zero = tl.zeros([1], tl.float32)
-    tails_below, tails_above, normal_below, normal_above = zero, zero, zero, zero
-    pulled_below, pulled_above, shares_below, shares_above = zero, zero, zero, zero
+    if SIDES:
+        high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+    else:
+        nearest = nearest_in(high)
+    zero = tl.zeros([1, 1, BLOCK], tl.float32)
+    tails_below, normal_below, pulled_below, shares_below = zero, zero, zero, zero
+    tails_above, normal_above, pulled_above, shares_above = zero, zero, zero, zero
     most_below, u_below, share_below, most_above, u_above, share_above = zero, zero, zero, zero, zero, zero
-    mass = no_mass(weights_given, 1)
+    mass = zero
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -728,41 +835,46 @@ def sum_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        upper = z > 0.0
-        distance, height = from_sides(
-            x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
-        )
+        if SIDES:
+            distance, height = from_sides(
+                x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
+            )
+        else:
+            distance, height = from_nearest(z, inside, weights, nearest), across(tl.exp(-nearest))
         tail, larger = tail_of(distance, height)
         scaled = tail / larger
-        weighted = weigh(weights, scaled)
         if weights_given is None:
             share = tl.where(inside, 1.0, 0.0)
         else:
             share = tl.where(scaled > 0.0, weights, 0.0) / across(unit)
-        mass += mass_of(upper & inside, weights)
-        below, above = sums_of(weigh(weights, tail), upper)
-        tails_below, tails_above = tails_below + below, tails_above + above
-        below, above = sums_of(weighted, upper)
-        normal_below, normal_above = normal_below + below, normal_above + above
-        below, above = sums_of(scaled * u, upper)
-        pulled_below, pulled_above = pulled_below + below, pulled_above + above
-        below, above = sums_of(scaled * share, upper)
-        shares_below, shares_above = shares_below + below, shares_above + above
-        most_below, u_below, share_below = greatest(
-            tl.where(upper, 0.0, weighted), u, share, most_below, u_below, share_below
-        )
-        most_above, u_above, share_above = greatest(
-            tl.where(upper, weighted, 0.0), u, share, most_above, u_above, share_above
-        )
-    hand_on(masses, 0, row, rows, segment, segments, mass)
-    hand_on(sums, 0, row, rows, segment, segments, tails_below)
-    hand_on(sums, 1, row, rows, segment, segments, tails_above)
-    hand_on(sums, 2, row, rows, segment, segments, normal_below)
-    hand_on(sums, 3, row, rows, segment, segments, normal_above)
-    hand_on(sums, 4, row, rows, segment, segments, pulled_below)
-    hand_on(sums, 5, row, rows, segment, segments, pulled_above)
-    hand_on(sums, 6, row, rows, segment, segments, shares_below)
-    hand_on(sums, 7, row, rows, segment, segments, shares_above)
+        if SIDES:
+            upper = z > 0.0
+            mass += masses_of(upper & inside, weights)
+            tail = weigh(weights, tail)
+            tails_below, tails_above = (
+                tails_below + tl.where(upper, 0.0, tail),
+                tails_above + tl.where(upper, tail, 0.0),
+            )
+            below, scaled = tl.where(upper, 0.0, scaled), tl.where(upper, scaled, 0.0)
+            weighted = weigh(weights, below)
+            normal_below, pulled_below = normal_below + weighted, pulled_below + below * u
+            shares_below += below * share
+            most_below, u_below, share_below = greater(weighted, u, share, most_below, u_below, share_below)
+        weighted = weigh(weights, scaled)
+        normal_above, pulled_above = normal_above + weighted, pulled_above + scaled * u
+        shares_above += scaled * share
+        most_above, u_above, share_above = greater(weighted, u, share, most_above, u_above, share_above)
+    most_below, u_below, share_below = greatest(most_below, u_below, share_below)
+    most_above, u_above, share_above = greatest(most_above, u_above, share_above)
+    hand_on(masses, 0, row, rows, segment, segments, total_of(mass, weights_given))
+    hand_on(sums, 0, row, rows, segment, segments, sum_of(tails_below))
+    hand_on(sums, 1, row, rows, segment, segments, sum_of(tails_above))
+    hand_on(sums, 2, row, rows, segment, segments, sum_of(normal_below))
+    hand_on(sums, 3, row, rows, segment, segments, sum_of(normal_above))
+    hand_on(sums, 4, row, rows, segment, segments, sum_of(pulled_below))
+    hand_on(sums, 5, row, rows, segment, segments, sum_of(pulled_above))
+    hand_on(sums, 6, row, rows, segment, segments, sum_of(shares_below))
+    hand_on(sums, 7, row, rows, segment, segments, sum_of(shares_above))
     hand_on(sums, 8, row, rows, segment, segments, most_below)
     hand_on(sums, 9, row, rows, segment, segments, u_below)
     hand_on(sums, 10, row, rows, segment, segments, share_below)
@@ -786,8 +898,7 @@ def greatest_of(sums, field, row, rows, segments, SEGMENTS: tl.constexpr):
     values = parts_of(sums, field, row, rows, segments, SEGMENTS, 0.0)
     u = parts_of(sums, field + 1, row, rows, segments, SEGMENTS, 0.0)
     share = parts_of(sums, field + 2, row, rows, segments, SEGMENTS, 0.0)
-    zero = tl.zeros([1], tl.float32)
-    return greatest(values, u, share, zero, zero, zero)
+    return greatest(values, u, share)
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -815,6 +926,7 @@ def join_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SIDES: tl.constexpr,
 ):
     """Per row: the balance of the two sides, V', the level from which u is measured, and the cotangent of k."""
     row = tl.program_id(0) + tl.arange(0, 1)
@@ -824,10 +936,13 @@ def join_rows(
     if c_given is not None:
         c = field_of(c_given, 0, row, rows)
     high, low, unit = edges_in(distances, row, rows, segments, SEGMENTS)
-    _, _, near_high, near_low, _, _ = sides_of(high, low, reference, tau, offset)
-    below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
-    mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
-    nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
+    if SIDES:
+        _, _, near_high, near_low, _, _ = sides_of(high, low, reference, tau, offset)
+        below, above = both_of(sums, 0, row, rows, segments, SEGMENTS)
+        mass = sum_of(parts_of(masses, 0, row, rows, segments, SEGMENTS, 0))
+        nearest, less, more = balance_of(mass, below, above, k, near_high, near_low, weights_given)
+    else:
+        nearest, less, more = nearest_in(high), 0.0 * offset, 0.0 * offset + 1.0
     below, above = both_of(sums, 2, row, rows, segments, SEGMENTS)
     normal = safe_denominator(less * below + more * above)
     origin = tl.where(more * above > less * below, high, low)  # the side that has more of p
@@ -859,16 +974,23 @@ def join_rows(
 
 
 @triton.jit
-def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows):
+def rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows, SIDES: tl.constexpr):
     """v', v, and the multiple of the weights from which u is measured, for a tile."""
-    nearest, less, more = field_of(joined, 0, row, rows), field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
-    high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
-    normal, level = field_of(joined, 2, row, rows), field_of(joined, 3, row, rows)
-    unit, held = field_of(joined, 4, row, rows), field_of(joined, 6, row, rows) != 0.0
-    high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
-    distance, side = from_sides(x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau)
-    scaled, larger = tail_of(distance, side)
-    scaled = scaled * tl.where(z > 0.0, across(more), across(less)) / larger
+    nearest, normal = field_of(joined, 0, row, rows), field_of(joined, 2, row, rows)
+    level, unit = field_of(joined, 3, row, rows), field_of(joined, 4, row, rows)
+    held = field_of(joined, 6, row, rows) != 0.0
+    if SIDES:
+        less, more = field_of(joined, 1, row, rows), field_of(joined, 7, row, rows)
+        high, low = field_of(joined, 8, row, rows), field_of(joined, 9, row, rows)
+        high, low, near_high, near_low, across_high, across_low = sides_of(high, low, reference, tau, offset)
+        distance, height = from_sides(
+            x, z, inside, weights, high, low, near_high, near_low, across_high, across_low, tau
+        )
+        tail, larger = tail_of(distance, height)
+        scaled = tail * tl.where(z > 0.0, across(more), across(less)) / larger
+    else:
+        tail, larger = tail_of(from_nearest(z, inside, weights, nearest), across(tl.exp(-nearest)))
+        scaled = tail / larger
     if weights is None:
         level = tl.where(inside, across(level), 0.0)
     else:
@@ -900,12 +1022,13 @@ def gain_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SIDES: tl.constexpr,
 ):
     """Per segment: <v, u>, with u measured from its level."""
     row, segment = this_place(segments)
     tau = load_per_row(tau_given, row, rows, tau_step, 1.0)
     offset, reference = field_of(offset_given, 0, row, rows), field_of(reference_given, 0, row, rows)
-    gained = tl.zeros([1], tl.float32)
+    gained = tl.zeros([1, 1, BLOCK], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -917,9 +1040,9 @@ def gain_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        _, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
-        gained += sum_of((u - level) * gain)
-    hand_on(gains, 0, row, rows, segment, segments, gained)
+        _, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows, SIDES)
+        gained += (u - level) * gain
+    hand_on(gains, 0, row, rows, segment, segments, sum_of(gained))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -948,6 +1071,7 @@ def pull_rows(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SIDES: tl.constexpr,
 ):
     """Per segment: the cotangents of the scores and of the weights, and <z - z_ref, xbar>."""
     row, segment = this_place(segments)
@@ -960,7 +1084,7 @@ def pull_rows(
     if c_given is not None:
         g += field_of(c_given, 0, row, rows)
     bad = across(offset != offset)
-    moment = tl.zeros([1], tl.float32)
+    moment = tl.zeros([1, 1, BLOCK], tl.float32)
     begin, end = segment_of(segment, n, row >= 0, LENGTH)
     for start in range(begin, end, BLOCK):
         column = columns(start, 1, BLOCK)
@@ -972,7 +1096,7 @@ def pull_rows(
         if weights_given is not None:
             weights = load_tile(weights_given, row, column, inside, weights_step, 0.0)
         u = load_cotangent(u_given, row, column, kept, n)
-        scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows)
+        scaled, gain, level = rule_of(x, z, u, inside, weights, joined, reference, tau, offset, row, rows, SIDES)
         xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
         place = across(row.to(tl.int64)) * n + column
         invalid = tl.where(kept, float("nan"), 0.0)
@@ -981,8 +1105,10 @@ def pull_rows(
         if of_weights is not None:
             abar = -sigmoid(z) * across(hbar)
             tl.store(of_weights + place, tl.where(bad, float("nan"), abar), mask=inside)
-        moment += sum_of(spaced(x, origin, tau) * xbar)
-    hand_on(moments, 0, row, rows, segment, segments, moment)
+        if moments is not None:
+            moment += spaced(x, origin, tau) * xbar
+    if moments is not None:
+        hand_on(moments, 0, row, rows, segment, segments, sum_of(moment))
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])

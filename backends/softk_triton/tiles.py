@@ -50,6 +50,8 @@ step_size, midpoint, excess_of = _FORMULAS.step_size, _FORMULAS.midpoint, _FORMU
 rate_of = _FORMULAS.rate_of
 rounded_deficit, is_rounding = _FORMULAS.deficit, _FORMULAS.is_rounding
 share_of, is_beside = _FORMULAS.balance, _FORMULAS.is_beside
+#: The least slope of the sum of the mask, as a share of that sum, and the longest step, for which `approach` continues.
+FLATTEST, LONGEST_STEP = tl.constexpr(2.0**-8), tl.constexpr(2.0)
 #: Between these temperatures 1 / tau neither overflows nor underflows, nor do its products.
 COLDEST, HOTTEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
 
@@ -157,6 +159,17 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def binary_logarithm(values):
+    """log2 of a normal number: one instruction, with an absolute error of 2 roundings."""
+    if INTERPRETED:
+        return tl.log2(values)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def exponential(exponent):
     """exp, by `power_of_two`. Subnormal results are 0."""
     return power_of_two(exponent * LOG2_E)
@@ -176,39 +189,67 @@ def rarity(mass, total, little):
 
     For bell-shaped distributions the log-odds of the mass above a score are nearly linear in the score.
     """
-    return tl.log2((mass + little) / (total - mass + little))
+    return binary_logarithm((mass + little) * inverse_of(total - mass + little))
+
+
+@triton.jit
+def is_close(low, high, mass, lower_bar, near):
+    """Whether both sides of the gap lie in a bracket that is narrower than `near`."""
+    return (mass > lower_bar) & (score_of(high) - score_of(low) < near)
 
 
 @triton.jit
 def going_on(low, high, mass, bar, lower_bar, near, weights):
     """Whether the bracket must still be narrowed.
 
-    The search ends if `low` is the key, or if it has the smallest count that suffices. It also ends if both sides of
-    the gap lie in the bracket, and the bracket is narrower than `near`: any score in it is then near the threshold.
+    The search ends if `low` is the key, or if it has the smallest count that suffices. It also ends if the bracket
+    `is_close`: any score in it is then near the threshold.
     """
     going = low < high
     if weights is None:
         going = going & (mass > bar + 1)
-    return going & ~((mass > lower_bar) & (score_of(high) - score_of(low) < near))
+    return going & ~is_close(low, high, mass, lower_bar, near)
+
+
+@triton.jit
+def masses_of(chosen, weights):
+    """The weights of the chosen items of a tile, 0 for the others; without weights 1."""
+    if weights is None:
+        masses = tl.where(chosen, 1.0, 0.0)
+    else:
+        masses = tl.where(chosen, weights, 0.0)
+    return masses
+
+
+@triton.jit
+def total_of(masses, weights):
+    """The sum of the masses of a tile; without weights a number, which fits into an integer."""
+    if weights is None:
+        total = sum_of(masses).to(tl.int32)
+    else:
+        total = sum_of(masses)
+    return total
 
 
 @triton.jit
 def mass_of(chosen, weights):
     """The total weight of the chosen items of a tile; without weights their number, which is exact in float32."""
-    if weights is None:
-        mass = sum_of(tl.where(chosen, 1.0, 0.0)).to(tl.int32)
-    else:
-        mass = sum_of(tl.where(chosen, weights, 0.0))
-    return mass
+    return total_of(masses_of(chosen, weights), weights)
+
+
+@triton.jit
+def width_of(low, high):
+    """The width of a bracket of integer keys. It needs all 32 bits, without a sign."""
+    return (high - low).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
-    """Find the largest key at or above which the mass exceeds `bar`: a lower bound of the key, and the mass there.
+    """Find the largest key at or above which the mass exceeds `bar`: bounds of the key, and the mass at the lower one.
 
-    No score lies between the bound and the key, except within `near`. Throughout, the mass at or above `low` is `mass`,
-    which exceeds `bar`, and the mass beyond `high` does not exceed it. Without weights a mass is a count. The bracket
-    is of integer keys, but scores are compared as floats.
+    No score lies between the lower bound and the key, except within `near`. Throughout, the mass at or above `low` is
+    `mass`, which exceeds `bar`, and the mass beyond `high` does not exceed it. Without weights a mass is a count. The
+    bracket is of integer keys, but scores are compared as floats.
     """
     going = going_on(low, high, mass, bar, lower_bar, near, weights)
     first, last = rarity(total, total, little), rarity(0.0 * total, total, little)
@@ -217,21 +258,21 @@ def select(x, weights, low, high, mass, bar, lower_bar, near, total, little):
     while tl.max(going.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # the mean, rounded up, without overflow
         # Interpolate linearly between the log-odds at both ends of the bracket. They fall as the score rises.
-        share = tl.minimum(tl.maximum((aim - first) / tl.minimum(last - first, -LEAST), 0.0), 1.0)
+        share = (aim - first) * inverse_of(tl.minimum(last - first, -LEAST))
+        share = tl.minimum(tl.maximum(share, 0.0), 1.0)
         x_low, x_high = tl.maximum(score_of(low), -LARGEST), tl.minimum(score_of(high), LARGEST)
         pivot = tl.where(halve, middle, key_of(x_low * (1.0 - share) + x_high * share + 0.0))
         # A pivot above `low` makes the bracket smaller in either case.
         pivot = tl.minimum(tl.maximum(pivot, low + 1), high)
         found = mass_of(x >= across(score_of(pivot)), weights)
         rare = rarity(found.to(tl.float32), total, little)
-        enough, width = found > bar, high.to(tl.int64) - low.to(tl.int64)
+        enough, width = found > bar, width_of(low, high)
         raised, lowered = going & enough, going & ~enough
         low, mass, first = tl.where(raised, pivot, low), tl.where(raised, found, mass), tl.where(raised, rare, first)
         high, last = tl.where(lowered, pivot - 1, high), tl.where(lowered, rare, last)
-        # Bisect next if this pivot has not halved the bracket. Differences of keys need 64 bits.
-        halve = 2 * (high.to(tl.int64) - low.to(tl.int64)) > width
+        halve = width_of(low, high) > width >> 1  # bisect next if this pivot has not halved the bracket
         going = going_on(low, high, mass, bar, lower_bar, near, weights)
-    return low, mass
+    return low, high, mass
 
 
 @triton.jit
@@ -296,7 +337,7 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
     """The scores on either side of the gap, and whether nothing is selected, everything is, and the problem is valid.
 
     Items that cannot be selected have the score -inf. `of_all` is the weight of all items. If both sides are closer to
-    each other than `near`, any score next to them will do.
+    each other than `near`, any score next to them will do, and both results are that score.
     """
     nothing, highest = k <= 0.0, max_of(x)
     bar, lower_bar = bars(k, weights)
@@ -314,16 +355,21 @@ def find_ends(x, weights, lowest, total, of_all, k, n, near, valid):
     lowest = tl.where(bar < total, lowest, -INFINITY)
     everything, enough = extent(k, total, of_all, n, weights)
     valid = valid & enough
-    start = tl.where(valid & ~nothing & ~everything, first, last)
+    searched = valid & ~nothing & ~everything
+    start = tl.where(searched, first, last)
     mass = total.to(tl.float32)
-    low, reached = select(counted, weights, start, last, total, bar, lower_bar, near, mass, little)
-    upper, lower = beside(counted, low)
+    low, most, reached = select(counted, weights, start, last, total, bar, lower_bar, near, mass, little)
+    close = is_close(low, most, reached, lower_bar, near) | ~searched
+    if tl.min(close.to(tl.int32), axis=0) > 0:
+        upper, lower = score_of(low), score_of(low)
+    else:
+        upper, lower = beside(counted, low)
     apart = reached <= lower_bar  # otherwise k lies within the mass of the upper score, and there is no gap
     if weights is not None:
         # Scores whose weights are within the rounding of k may lie between both sides: search the lower one separately.
         below = key_of(lower + 0.0)
         start = tl.where(apart & (first < below), first, below)
-        below, _ = select(counted, weights, start, below, total, lower_bar, lower_bar, 0.0 * near, mass, little)
+        below, _, _ = select(counted, weights, start, below, total, lower_bar, lower_bar, 0.0 * near, mass, little)
         lower = score_of(below)
     high = tl.where(nothing, highest, tl.where(everything, lowest, upper))
     return high, tl.where(nothing | everything | ~apart | (lower == -INFINITY), high, lower), nothing, everything, valid
@@ -382,18 +428,24 @@ def odds_of(x, reference, z_high, z_low, tau):
 
 
 @triton.jit
-def sweep(odds, weights, level):
-    """One pass over a tile: the mass above the threshold, the tails below and above it, and the slope of the mass."""
+def tails_of(odds, weights, level):
+    """Which items of a tile are above the threshold, their tails, those above it alone, and the slopes."""
     side = odds > across(level)
     tail = tl.minimum(odds, across(level)) * inverse_of(odds + across(level))
     weighted = tail
     if weights is not None:
         weighted = weights * tail
-    above, both = mass_of(side, weights), sum_of(weighted)
-    upper = sum_of(tl.where(side, 1.0, 0.0) * weighted)
+    return side, weighted, tl.where(side, 1.0, 0.0) * weighted, weighted - weighted * tail
+
+
+@triton.jit
+def sweep(odds, weights, level):
+    """One pass over a tile: the mass above the threshold, the tails below and above it, and the slope of the mass."""
+    side, both, upper, slope = tails_of(odds, weights, level)
+    upper = sum_of(upper)
     # At the root neither tail is lost in their sum, or its error is negligible beside k. A maximum would hide a NaN.
-    lower = both - upper
-    return above, tl.where(lower < 0.0, 0.0, lower), upper, both - sum_of(weighted * tail)
+    lower = sum_of(both) - upper
+    return mass_of(side, weights), tl.where(lower < 0.0, 0.0, lower), upper, sum_of(slope)
 
 
 @triton.jit
@@ -425,10 +477,32 @@ def newton(offset, least, most, done, last, steps, above, lower, upper, slope, h
 
 
 @triton.jit
-def search(odds, weights, half, k, fixed):
-    """The offset from the middle of the gap; NaN if there is no solution."""
-    offset = half - half
-    least, most, done, last = offset - INFINITY, offset + INFINITY, fixed, fixed
+def approach(odds, k, fixed):
+    """An offset near that of the search, and whether one step of `newton` suffices from there.
+
+    These are Newton steps on the sum of the mask. They need half the instructions of `sweep`, and are used where k is
+    not much larger than the slope of that sum. Otherwise the rounding of the sum would determine the step.
+    """
+    offset = 0.0 * k
+    going, ready = ~fixed, fixed
+    steps = 0
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        soft = odds * inverse_of(odds + across(exponential(offset)))
+        mass = sum_of(soft)
+        slope = mass - sum_of(soft * soft)
+        size = (mass - k) * inverse_of(slope)
+        going = going & (slope > mass * FLATTEST) & (tl.abs(size) < LONGEST_STEP)
+        offset = tl.where(going, offset + size, offset)
+        ready = ready | (going & (tl.abs(size) < TOLERANCE))
+        steps += 1
+        going = going & ~ready & (steps < LIMIT)
+    return offset, ready
+
+
+@triton.jit
+def search(odds, weights, half, k, fixed, offset, last):
+    """The offset from the middle of the gap, from a first guess; NaN if there is no solution."""
+    least, most, done = offset - INFINITY, offset + INFINITY, fixed
     steps = 0
     while tl.min(done.to(tl.int32), axis=0) == 0:
         above, lower, upper, slope = sweep(odds, weights, tl.exp(offset))
@@ -437,6 +511,12 @@ def search(odds, weights, half, k, fixed):
         )
         steps += 1
     return offset
+
+
+@triton.jit
+def ordinary_mask(odds, level):
+    """The mask of ordinary rows, from the odds. It never exceeds 1."""
+    return tl.minimum(odds * inverse_of(odds + across(level)), 1.0)
 
 
 @triton.jit
@@ -604,7 +684,10 @@ def solve_tile(
         odds = odds_of(x, reference, z_high, z_low, tau)
     else:
         odds = narrow_gap(x, high, low, reference, z_high, z_low, tau)
-    offset = search(odds, weights, half, k, fixed)
+    guess, ready = half - half, fixed
+    if weights is None and ordinary:
+        guess, ready = approach(odds, k, fixed)
+    offset = search(odds, weights, half, k, fixed, guess, ready)
     valid = valid & (offset == offset)
     level = tl.exp(offset)
     offset += 0.5 * (z_high + z_low)  # the search measures it from the middle of the gap
@@ -617,7 +700,7 @@ def solve_tile(
         tl.store(reference_found + row, reference, mask=present)
         tl.store(offset_found + row, offset, mask=present)
         if weights is None and ordinary:
-            soft = tl.minimum(odds * inverse_of(odds + across(level)), 1.0)
+            soft = ordinary_mask(odds, level)
         else:
             soft = finish(x, odds, level, excess, weights, reference, tau, offset, nothing, everything, valid)
         tl.store(mask + across(row.to(tl.int64)) * n + column, soft, mask=inside)
@@ -643,13 +726,19 @@ def log_odds(x, reference, tau, offset):
 
 
 @triton.jit
-def nearest_of(z, inside, weights):
-    """The smallest |z| of the items of positive weight."""
+def distance_of(z, inside, weights):
+    """|z| of the items of positive weight, infinite for the others."""
     distance = tl.where(inside, tl.abs(z), INFINITY)
     if weights is not None:
         distance = tl.where(weights == 0.0, INFINITY, distance)
+    return distance
+
+
+@triton.jit
+def nearest_of(z, inside, weights):
+    """The smallest |z| of the items of positive weight."""
     # A score at the largest distance does not contribute to a derivative, even if it is the nearest.
-    return tl.minimum(min_of(distance), 0.5 * FARTHEST)
+    return tl.minimum(min_of(distance_of(z, inside, weights)), 0.5 * FARTHEST)
 
 
 @triton.jit
@@ -662,14 +751,20 @@ def from_nearest(z, inside, weights, nearest):
 
 
 @triton.jit
-def edges_of(x, z, inside, weights):
-    """The scores of positive weight nearest to the threshold above and below it; infinite if there are none."""
+def edge_of(x, z, inside, weights):
+    """The scores of positive weight above the threshold, else inf; and those below it, else -inf."""
     upper, x = z > 0.0, tl.minimum(x, LARGEST)
     counted = inside
     if weights is not None:
         counted = counted & (weights != 0.0)
-    high = min_of(tl.where(counted & upper, x, INFINITY))
-    return high, max_of(tl.where(counted & ~upper, x, -INFINITY))
+    return tl.where(counted & upper, x, INFINITY), tl.where(counted & ~upper, x, -INFINITY)
+
+
+@triton.jit
+def edges_of(x, z, inside, weights):
+    """The scores of positive weight nearest to the threshold above and below it; infinite if there are none."""
+    above, below = edge_of(x, z, inside, weights)
+    return min_of(above), max_of(below)
 
 
 @triton.jit
@@ -807,12 +902,8 @@ def pull_tile(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):
-    """Compute the requested cotangents from u, the cotangent of the mask, and c, that of the offset.
-
-    AGAIN loads u each time it is needed, instead of holding it in registers.
-    """
+    """Compute the requested cotangents from u, the cotangent of the mask, and c, that of the offset."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), columns(0, CHUNKS, WIDTH)
     present = row < rows
     inside = places(present, column, n, FULL)
@@ -853,8 +944,6 @@ def pull_tile(
     u = load_cotangent(u_given, row, column, kept, n)
     pulled, at_most = sum_of(scaled * u), sum_of(tl.where(most, u, 0.0))
     hbar = rate * pulled - inverse_slope * c
-    if AGAIN:
-        u = load_cotangent(u_given, row, column, kept, n)
     if weights is None:
         level = across(tl.where(held, at_most, pulled / normal))
     else:
@@ -866,8 +955,6 @@ def pull_tile(
     gain = gain_of(z, scaled, height, weights)
     # p g cancels the rest of the weighted mean of u, and adds the cotangent c of the offset.
     g = c - sum_of((u - level) * gain)
-    if AGAIN:
-        u = load_cotangent(u_given, row, column, kept, n)
     xbar = cotangent_of(x, u - level, gain, scaled, weights, normal, g, tau)
     # An invalid row has a NaN offset, which its cotangents must show. A removed score has the cotangent 0.
     bad = offset != offset

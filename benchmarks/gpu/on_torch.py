@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from benchmarks.cases import Case
 from benchmarks.machine import installed
 from benchmarks.timing import Call
 
+from .cases import is_anchored
 from .drivers import Array, Driver, Inputs
 
 
@@ -34,7 +37,7 @@ class _Torch(Driver):
             "device": properties.name,
             "memory": properties.total_memory,
             "cache": getattr(properties, "L2_cache_size", None),
-            "versions": found | {"CUDA of torch": torch.version.cuda},
+            "versions": found | {"CUDA of torch": torch.version.cuda} | installed(["liger-kernel"]),
         }
 
     def normal(self, rows: int, n: int, dtype: str, seed: int) -> torch.Tensor:
@@ -66,11 +69,19 @@ class _Torch(Driver):
             out = mask(given.x)
             return out, torch.autograd.grad(out, given.x, given.u)[0]
 
-        def softmax(given: Inputs) -> Any:
-            out = torch.softmax(given.x, dim=-1)
+        def derived(function: Callable[[torch.Tensor], torch.Tensor], given: Inputs) -> Any:
+            out = function(given.x)
             return out, torch.autograd.grad(out, given.x, given.u)[0]
 
-        return {"copy": copy, "forward": forward, "both": both, "softmax": softmax, "hard": hard}
+        softmax = partial(torch.softmax, dim=-1)
+        found = {"copy": copy, "forward": forward, "both": both, "softmax": partial(derived, softmax), "hard": hard}
+        if self.cuda and is_anchored(case):
+            found["compiled"] = partial(derived, torch.compile(softmax, dynamic=False))
+            if find_spec("liger_kernel"):
+                from liger_kernel.ops.softmax import LigerSoftmaxFunction
+
+                found["liger"] = partial(derived, LigerSoftmaxFunction.apply)
+        return found
 
     def clock(self, call: Call, count: int) -> float:
         if not self.cuda:

@@ -15,10 +15,13 @@ NAMED = {
     "both": "softk, forward + backward",
     "softmax": "softmax",
     "hard": "torch.topk",
+    "compiled": "compiled softmax",
+    "liger": "Liger's softmax",
     "arrays": "softk's memory",
 }
 HEADER = ["shape", "epsilon", "forward, ms", "of a copy", "copy, GB/s"]
 HEADER += ["forward + backward, ms", "over softmax", "over torch.topk", "arrays"]
+ANCHORS = ["shape", "softmax, ms", "compiled, ms", "Liger, ms", "softk over compiled", "softk over Liger"]
 
 
 def page(result: dict[str, Any] | None) -> str:
@@ -31,6 +34,8 @@ def page(result: dict[str, Any] | None) -> str:
     order = list(NAMES.values())
     for framework, dtype in sorted(kinds, key=lambda kind: order.index(kind[0])):
         parts += [f"## {framework}, {dtype}", times(records, framework, dtype)]
+    if any("compiled" in record.get("times", {}) for record in records):
+        parts += ["## Softmaxes, float32, forward + backward", anchors(records)]
     parts += ["## What was not measured", missing(result)]
     return "\n\n".join(parts) + "\n"
 
@@ -72,6 +77,22 @@ def times(records: list[Record], framework: str, dtype: str) -> str:
             ]
         )
     return table(HEADER, rows)
+
+
+def anchors(records: list[Record]) -> str:
+    """The table of the softmaxes of other libraries."""
+    rows = []
+    for record in of(records, status="measured"):
+        if "compiled" in record["times"]:
+            ratios = (record["over_compiled"], record["over_liger"])
+            rows.append(
+                [
+                    shape(record),
+                    *(spread(record["times"].get(name)) for name in ("softmax", "compiled", "liger")),
+                    *(NOTHING if ratio is None else factor(ratio) for ratio in ratios),
+                ]
+            )
+    return table(ANCHORS, rows)
 
 
 def hard(record: Record, records: list[Record]) -> float | None:

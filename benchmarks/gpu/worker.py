@@ -26,7 +26,13 @@ OVER = "the time for the whole run was over"
 TIMES = timing.Plan(rounds=20, sample=0.003, budget=0.25)
 ALLOWED = 0.01
 """The largest allowed |sum mask - k| / k, twice the error in half precision. A result beyond it is a failure."""
-RATIOS = {"of_copy": ("copy", "forward"), "over_softmax": ("both", "softmax"), "over_hard": ("forward", "hard")}
+RATIOS = {
+    "of_copy": ("copy", "forward"),
+    "over_softmax": ("both", "softmax"),
+    "over_hard": ("forward", "hard"),
+    "over_compiled": ("both", "compiled"),
+    "over_liger": ("both", "liger"),
+}
 """The ratios, as (numerator, denominator), computed per round. A copy reads as many bytes as the scores and writes as
 many as the mask, so its time over that of the forward pass is the share of its bandwidth that softk reaches."""
 Record = dict[str, Any]
