@@ -30,7 +30,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps",)
+OPTIONS = ("num_warps", "maxnreg")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 seen: set[Any] = set()

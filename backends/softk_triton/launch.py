@@ -23,7 +23,7 @@ WARPS = 4
 SHORTEST = 32768
 SEGMENTS = 1024
 #: The sample of a long row: its scores, the length of a run of adjacent ones, and the warps of its program.
-SAMPLE = {"SAMPLE": 8192, "RUN": 32, "num_warps": 8}
+SAMPLE: dict[str, Any] = {"SAMPLE": 8192, "RUN": 32, "num_warps": 8}
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
@@ -206,15 +206,15 @@ class Segments(Problem):
         of_x, of_k, of_tau, of_weights = found
         distances, sums, masses = self.parts(3), self.parts(14), self.parts(dtype=self.mass)
         # The derivatives in k, tau and the weights need p exactly in a gap, so each side of it has its own sums.
-        sides = {"SIDES": any(value is not None for value in (of_k, of_tau, of_weights))}
-        self.run(kernels.nearest_rows, offset, reference, distances, **sides)
-        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses, **sides)
+        sides = any(value is not None for value in (of_k, of_tau, of_weights))
+        self.run(kernels.nearest_rows, offset, reference, distances, SIDES=sides)
+        self.run(kernels.sum_rows, offset, reference, u, distances, sums, masses, SIDES=sides)
         joined, gains = self.values(11), self.parts()
         moments = None if of_tau is None else self.parts()
         arrays = distances, sums, masses, of_k, joined
-        self.run(kernels.join_rows, offset, reference, c, *arrays, grid=self.each, **sides)
-        self.run(kernels.gain_rows, offset, reference, u, joined, gains, **sides)
-        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments, **sides)
+        self.run(kernels.join_rows, offset, reference, c, *arrays, grid=self.each, SIDES=sides)
+        self.run(kernels.gain_rows, offset, reference, u, joined, gains, SIDES=sides)
+        self.run(kernels.pull_rows, offset, reference, u, c, joined, gains, of_x, of_weights, moments, SIDES=sides)
         if of_tau is not None:
             self.run(kernels.temperature_rows, offset, reference, c, joined, moments, of_tau, grid=self.each)
 

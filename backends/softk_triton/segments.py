@@ -5,8 +5,12 @@ passes, combines the partial results of all segments. Passes need no synchroniza
 of summation is fixed. A pass that a row no longer needs reads none of its scores. A value of a row is a vector of
 length 1, and loaded scores are tiles of one row, so that the functions of `tiles` apply.
 
-Forward: `survey`, `count` (brackets of keys, PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
+Forward: `sample_rows` (pivots from a sample), `survey` (with the masses at the pivots), `count` (brackets of keys,
+PIVOTS at a time), `flank`, `sweep_rows`, `mask_rows`.
 Backward: `nearest_rows`, `sum_rows`, `gain_rows`, `pull_rows`.
+
+Partial results are summed in the columns of a tile, and across columns only at the end of a segment, because a sum
+across the threads of a program takes as long as several loads.
 """
 
 from __future__ import annotations
