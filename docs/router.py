@@ -1,4 +1,4 @@
-"""Train a router that sends each token to 2 experts of 8, in three ways, which differ in its weights and their gradient.
+"""Train a router that sends each token to 2 experts of 8, in three ways: other weights, other gradients.
 
 Run it with `python docs/router.py`; `make demo` runs it, too. The data are made by a router and experts of the same
 kind: the output for a token is the mean of the outputs of two linear experts, chosen by linear scores. All three
