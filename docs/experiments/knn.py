@@ -32,8 +32,8 @@ PACKAGES = ("numpy", "scikit-learn", "torch")
 COLOURS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
 READINGS = (
     ("cross-entropy", "argmax", "cross-entropy, its own argmax"),
-    ("cross-entropy", "neighbours", "cross-entropy, neighbours of its features"),
-    ("softk", "neighbours", "soft neighbours, neighbours of its features"),
+    ("cross-entropy", "neighbours", "cross-entropy, neighbors of its features"),
+    ("softk", "neighbours", "soft neighbors, neighbors of its features"),
 )
 
 
