@@ -342,7 +342,9 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
 
         def nca(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
             progress.begin(f"split {number} of {len(splits)}, NCA with unit {unit:g}")
-            components = neighbourhood_components(data, labels, unit, lambda *_: progress.advance(0))
+            components = neighbourhood_components(
+                data, labels, unit, lambda _, count: progress.advance(0, f"iteration {count}")
+            )
             progress.advance(options.steps)
             return components
 
