@@ -9,7 +9,8 @@ LOWEST := .venv-lowest
 LATEST := .venv-latest
 PACKAGE := .venv-package
 RUN := $(VENV)/bin/python -m
-INSTALL := -m pip install --quiet --progress-bar off
+# pip says what it downloads and installs, line by line, with or without a terminal.
+INSTALL := -m pip install --progress-bar off --disable-pip-version-check
 FILE ?=
 
 # What `make quick` runs: values and derivatives on NumPy, PyTorch and JAX without jit, identities, and the rules of the code.
@@ -28,7 +29,7 @@ help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
-demo: $(DEMO)/ready ## learn an embedding of handwritten digits, with NumPy only
+demo: $(DEMO)/ready ## learn an embedding of digits, and a router, with NumPy only
 	$(DEMO)/bin/python docs/demo.py
 
 knn: $(EXPERIMENTS)/ready ## the experiment with nearest neighbors
@@ -86,7 +87,7 @@ bench-history: $(BENCH)/ready ## times beside those of earlier runs
 
 # An environment of its own for each kind of command. Dependency groups need pip 25.1.
 define environment
-	@echo "== making $(1), with the packages of $(2); this takes some minutes the first time"
+	@echo "== making the virtual environment $(1), once; then pip installs $(2)"
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python $(INSTALL) --upgrade "pip>=25.1"
 	$(1)/bin/python $(INSTALL) $(2)

@@ -1,11 +1,12 @@
 """Embed handwritten digits in two dimensions, by a linear map trained through a soft k-nearest-neighbor classifier.
 
-Run it with `make demo`, or `python docs/demo.py --help`. It has three parts:
+Run it with `make demo`, or `python docs/demo.py --help`. Afterwards `router.py` trains a router, which has no gradient
+without a soft top-k. The embedding has three parts:
 
 1. `objective` is the whole model. Every query selects its k nearest neighbors with `softk.topk`, the neighbors vote,
    and the loss is the negative log likelihood of the query's own class. It is written once, for any array library.
 2. `differentiate` is its gradient. PyTorch and JAX use their own autodiff. NumPy has none, so `softk.vjp`
-   differentiates the selection, and the few lines around it are differentiated by hand.
+   differentiates the selection in `select`, and the few lines around it are differentiated by hand.
 3. `compare` evaluates the embedding with an ordinary nearest-neighbor classifier on test digits, compared with
    principal components (PCA) and scikit-learn's neighborhood components analysis (NCA).
 """
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import router
 
 import softk
 
@@ -30,11 +34,13 @@ Array = Any
 """An array of the library that is used for training."""
 
 DIMENSIONS = 2
-UNITS = (0.5, 1.0, 2.0, 4.0)
+UNITS = (0.5, 2.0)
 """Candidates for the unit of squared distance: epsilon for softk.topk, the initial scale for NCA."""
 FLOOR = 1e-3
 """Added to every probability, which bounds the loss of outliers."""
-PICTURE = Path(__file__).parent / "_static" / "digits.png"
+PICTURES = Path(__file__).parent / "_build"
+STEPS = 150
+"""Chosen on validation digits, among 30, 60, 100, 150 and 300: the fewest within the standard error of the best."""
 NAMESPACES = {"numpy": "array_api_compat.numpy", "torch": "array_api_compat.torch", "jax": "jax.numpy"}
 COLOURS = (
     "#4269d0", "#efb118", "#ff725c", "#2a9d8f", "#3a3a3a", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#7fb800"
@@ -106,19 +112,22 @@ def differentiate(backend: str, problem: Problem) -> Callable[[Array, Array], tu
     return by_tape
 
 
+def select(scores: Array, k: int, epsilon: float, others: Array, same: Array) -> tuple[Array, Array]:
+    """The neighbors' mask, and the gradient of the loss with respect to the scores.
+
+    The loss is -mean log(own + FLOOR), own = sum_j mask_j same_j / k, where `same` marks the digits of the same class.
+    """
+    mask, pullback = softk.vjp(softk.topk, scores, k, epsilon=epsilon, where=others)
+    by_mask = -same / (len(scores) * (np.sum(mask * same, axis=-1, keepdims=True) + k * FLOOR))
+    return mask, pullback(by_mask)["x"]
+
+
 def by_hand(problem: Problem, embedding: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The gradient on NumPy: `softk.vjp` differentiates the selection, and the chain rule is applied by hand."""
     data, one_hot, k = problem.data, problem.one_hot, problem.k
     scores, others = similarities(problem, embedding, queries)
-    mask, pullback = softk.vjp(softk.topk, scores, k, epsilon=problem.epsilon, where=others)
+    mask, by_scores = select(scores, k, problem.epsilon, others, one_hot[queries] @ one_hot.T)
     loss = surprise(problem, mask, queries)
-
-    # loss = -mean log(own + floor), own = sum_j mask_j [the same class] / k
-    same = one_hot[queries] @ one_hot.T
-    own = np.sum(mask * same, axis=-1, keepdims=True) / k
-    by_mask = -same / (k * len(queries) * (own + FLOOR))
-
-    by_scores = pullback(by_mask)["x"]
 
     # scores_ij = -|q_i - r_j|^2, q = data[queries] @ embedding, r = data @ embedding
     points = data @ embedding
@@ -168,7 +177,7 @@ def train(
     *,
     k: int = 10,
     epsilon: float = 1.0,
-    steps: int = 300,
+    steps: int = STEPS,
     batch: int = 64,
     rate: float = 0.05,
     seed: int = 0,
@@ -254,46 +263,72 @@ def judge(learn: Learner, units: Sequence[float], digits: Digits, k: int, seed: 
     return Result(embedding, accuracy(digits, embedding, k), seconds, unit)
 
 
-def neighbourhood_components(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
+def neighbourhood_components(
+    data: np.ndarray, labels: np.ndarray, unit: float, watch: Callable[..., None]
+) -> np.ndarray:
     """scikit-learn's NCA, run to convergence.
 
     It uses a softmax of the negative squared distances without a temperature, so the scale of the initial map sets the
-    unit.
+    unit. `watch` is called after each iteration.
     """
     from sklearn.neighbors import NeighborhoodComponentsAnalysis
 
     start = principal_axes(data).T / math.sqrt(unit)
-    nca = NeighborhoodComponentsAnalysis(n_components=DIMENSIONS, init=start, max_iter=300)
+    nca = NeighborhoodComponentsAnalysis(n_components=DIMENSIONS, init=start, max_iter=300, callback=watch)
     components: np.ndarray = nca.fit(data, labels).components_.T
     return components
 
 
+class Progress:
+    """Says on stderr what is done: in a bar on a terminal, else in a line every few seconds."""
+
+    def __init__(self, steps: int, unit: str = "step") -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=steps, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+        self.steps, self.done, self.said, self.what = steps, 0, -math.inf, ""
+
+    def begin(self, what: str, steps: int = 0) -> None:
+        """Name what is done from now on, and count its steps if they will not be counted one by one."""
+        self.what = what
+        self.bar.set_description(what)
+        self.advance(steps)
+
+    def advance(self, steps: int, note: str = "") -> None:
+        """Count finished steps."""
+        self.done += steps
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(steps)
+        if self.bar.disable and time.perf_counter() - self.said > 3.0:
+            self.said = time.perf_counter()
+            text = f"{self.what}, {note}" if note else self.what
+            print(f"  {100 * self.done // self.steps:3} %  {text}", file=sys.stderr, flush=True)
+
+
 def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[Result]]]:
-    """Run all three methods on every split. On a terminal, show a progress bar."""
+    """Run all three methods on every split."""
     from sklearn.datasets import load_digits
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
-    from tqdm import tqdm
 
     pixels, labels = load_digits(return_X_y=True)
     splits = [split(pixels / 16.0, labels, 0.3, options.seed + i) for i in range(options.splits)]
     units, scales = (UNITS, UNITS) if options.epsilon is None else ((options.epsilon,), (1.0,))
     fits = len(units) + 1 if len(units) > 1 else 1
     results: dict[str, list[Result]] = {"PCA": [], "NCA (scikit-learn)": [], "softk.topk": []}
-    bar = tqdm(total=len(splits) * fits * options.steps, unit="step", disable=None, leave=False, dynamic_ncols=True)
+    progress = Progress(2 * len(splits) * fits * options.steps)
     # The arrays are so small that a second thread costs more than it gains, especially on a busy machine.
-    with bar, threadpool_limits(1):
+    with progress.bar, threadpool_limits(1):
         average = math.nan
 
         def watch(loss: float) -> None:
             nonlocal average
             average = loss if math.isnan(average) else 0.95 * average + 0.05 * loss
-            bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-            bar.update()
+            progress.advance(1, f"loss {average:.3f}")
 
         def soft_neighbours(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
             nonlocal average
             average = math.nan
-            bar.set_description(f"split {number}/{len(splits)}, epsilon {unit:g}")
+            progress.begin(f"split {number} of {len(splits)}, softk.topk with epsilon {unit:g}")
             return train(
                 options.backend,
                 data,
@@ -305,11 +340,18 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
                 watch=watch,
             )[0]
 
+        def nca(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
+            progress.begin(f"split {number} of {len(splits)}, NCA with unit {unit:g}")
+            components = neighbourhood_components(
+                data, labels, unit, lambda _, count: progress.advance(0, f"iteration {count}")
+            )
+            progress.advance(options.steps)
+            return components
+
         for number, digits in enumerate(splits, 1):
             seed = options.seed + number - 1
             results["PCA"].append(judge(lambda data, *_: principal_axes(data), (1.0,), digits, options.k, seed))
-            bar.set_description(f"split {number}/{len(splits)}, NCA")
-            results["NCA (scikit-learn)"].append(judge(neighbourhood_components, scales, digits, options.k, seed))
+            results["NCA (scikit-learn)"].append(judge(nca, scales, digits, options.k, seed))
             results["softk.topk"].append(judge(soft_neighbours, units, digits, options.k, seed))
     return splits, results
 
@@ -390,17 +432,18 @@ what to try:
 
 epsilon is in the units of the scores, here squared distances in the embedding. The embedding starts as the two
 principal components of pixels between 0 and 1. The mask separates neighbors whose squared distances differ by much
-more than epsilon. Without --epsilon it is chosen among 0.5, 1, 2 and 4 on a quarter of the training digits, never on
+more than epsilon. Without --epsilon it is chosen from 0.5 and 2 on a quarter of the training digits, never on
 the test digits. The initial scale of NCA, which has the same role, is chosen in the same way.
 """,
     )
     parser.add_argument("--backend", choices=tuple(NAMESPACES), default="numpy", help="array library (default: numpy)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of Adam, on 64 digits each (default: 300)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of Adam, on 64 digits each (default: {STEPS})")
     parser.add_argument("--k", type=int, default=10, help="number of neighbors (default: 10)")
     parser.add_argument("--epsilon", type=float, help="softness of the selection (default: chosen by validation)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the splits and mini-batches (default: 0)")
     parser.add_argument("--splits", type=int, default=3, help="number of random train/test splits (default: 3)")
-    parser.add_argument("--output", type=Path, default=PICTURE, help="the figure (default: docs/_static/digits.png)")
+    parser.add_argument("--output", type=Path, default=PICTURES, help="folder of the pictures (default: docs/_build)")
+    parser.add_argument("--seeds", type=int, default=5, help="problems for the router; 0 leaves it out (default: 5)")
     options = parser.parse_args(argv)
     for name in ("steps", "k", "splits"):
         if getattr(options, name) < 1:
@@ -410,21 +453,46 @@ the test digits. The initial scale of NCA, which has the same role, is chosen in
     return options
 
 
+def body(function: Callable[..., Any]) -> str:
+    """The code of a function without its signature and its docstring."""
+    source = inspect.getsource(function)
+    after = source.rindex('"""') + 3
+    return textwrap.indent(textwrap.dedent(source[after:].strip("\n")), "    ")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train, compare, print the table and draw the picture."""
+    """Train, compare, print the tables and draw the pictures."""
     options = parse(argv)
-    namespace(options.backend)  # fail early if the library is missing
     start = time.perf_counter()
+    print(
+        f"1. An embedding of handwritten digits, trained with {options.backend}. Importing the libraries.", flush=True
+    )
+    namespace(options.backend)  # fail early if the library is missing
     splits, results = compare(options)
     sizes = f"{len(splits[0].labels)} training digits, {len(splits[0].test_labels)} test digits"
-    print(f"Hard {options.k}-nearest-neighbor accuracy in {DIMENSIONS} linear dimensions; {sizes}.\n")
+    print(f"\nHard {options.k}-nearest-neighbor accuracy in {DIMENSIONS} linear dimensions; {sizes}.\n")
     print(table(results))
     ours, theirs = results["softk.topk"], results["NCA (scikit-learn)"]
     differences = [a.accuracy - b.accuracy for a, b in zip(ours, theirs, strict=True)]
     print(f"\nsoftk.topk minus NCA, split by split: {mean_and_error(differences, sign='+')}")
-    print(f"epsilon of softk.topk on {options.backend}: {', '.join(f'{result.unit:g}' for result in ours)}")
-    draw(options.output, splits[0], results)
-    print(f"picture: {os.path.relpath(options.output)}; everything took {time.perf_counter() - start:.0f} s")
+    print(f"epsilon of softk.topk: {', '.join(f'{result.unit:g}' for result in ours)}")
+    print("The lines that did the learning:\n")
+    print(body(select if options.backend == "numpy" else objective))
+    pictures = [options.output / "digits.png"]
+    draw(pictures[0], splits[0], results)
+    if options.seeds:
+        print(f"\n2. A router that sends each token to {router.CHOSEN} experts of {router.EXPERTS}.", flush=True)
+        progress = Progress(options.seeds * len(router.TUNED), "fit")
+        with progress.bar:
+            curves = router.compare(options.seeds, router.STEPS, lambda what: progress.begin(what, 1))
+        print(f"\nTest loss over {options.seeds} problems, relative to the variance of the outputs.\n")
+        print(router.table(curves))
+        print("\nThe lines that did the learning:\n")
+        print(body(router.by_softk))
+        pictures.append(options.output / "router.png")
+        router.draw(pictures[1], curves)
+    names = " and ".join(os.path.relpath(picture) for picture in pictures)
+    print(f"\nPictures: {names}. Everything took {time.perf_counter() - start:.0f} s.")
     return 0
 
 

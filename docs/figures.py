@@ -15,7 +15,8 @@ import softk
 
 STATIC = Path(__file__).parent / "_static"
 EPSILONS = (1.0, 0.3, 0.1, 0.01)
-COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
+COLOURS = ("#74a9cf", "#41ab5d", "#6a51a3", "#252525")
+MARKERS = "osD^"
 MARKED = "#d94801"
 
 
@@ -28,24 +29,33 @@ def draw_mask(path: Path) -> None:
     """The mask and the gradient of one of its items, for several values of epsilon."""
     x, k = scores(), 5
     places = np.arange(1, x.size + 1)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
 
-    left.bar(places, x, color=np.where(places <= k, MARKED, "#bdbdbd"))
+    left.bar(places[:k], x[:k], color=MARKED, label=f"the {k} largest")
+    left.bar(places[k:], x[k:], color="#bdbdbd", label="the others")
     left.axhline(0, color="black", lw=0.8)
     left.set(title=f"{x.size} scores, k = {k}", xlabel="item", ylabel="score")
+    left.legend(frameon=False)
 
-    for epsilon, colour in zip(EPSILONS, COLOURS, strict=True):
+    for i, (epsilon, colour, marker) in enumerate(zip(EPSILONS, COLOURS, MARKERS, strict=True)):
         mask, pullback = softk.vjp(softk.topk, x, k, epsilon=epsilon)
-        line = {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.6, "label": f"ε = {epsilon:g}"}
-        middle.plot(places, mask, **line)
+        point = {"color": colour, "marker": marker, "ms": 4.5, "ls": ""}
+        middle.plot(places, mask, **point, label=f"ε = {epsilon:g}")
         cotangent = np.zeros_like(x)
         cotangent[k - 1] = 1.0
-        right.plot(places, pullback(cotangent)["x"], **line)
-    middle.set(title="softk.topk(x, k): sums to k", xlabel="item", ylabel="mask")
-    middle.axvline(k + 0.5, color=MARKED, lw=0.9, ls=":")
-    middle.legend(frameon=False)
-    right.set(title=f"gradient of the mask of item {k}", xlabel="item", ylabel="derivative by each score")
+        found = pullback(cotangent)["x"]
+        beside = places + 0.2 * (i - 1.5)  # the stems of an item stand side by side
+        right.vlines(beside, 0.0, found, color=colour, lw=1.2)
+        right.plot(beside, found, **point)
+    middle.set(title="mask: softk.topk(x, k), which sums to k", xlabel="item", ylabel="mask")
+    middle.axvline(k + 0.5, color=MARKED, lw=1.2, ls=":", label=f"ordinary top-{k}: 1 left of it, 0 right")
+    right.set(
+        title=f"derivative of the mask of item {k}\nwith respect to each score",
+        xlabel=f"item (ε = {EPSILONS[-1]:g}: the gap is too wide, all are 0)",
+        ylabel="derivative",
+    )
     right.axhline(0, color="black", lw=0.8)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks([1, 5, 10, 15, 20])
@@ -61,11 +71,13 @@ def draw_epsilon(path: Path) -> None:
     shares = [softk.vjp(softk.threshold, x, k, epsilon=e)[1](np.asarray(1.0))["x"] for e in epsilons]
     effective = [1.0 / np.sum(p * p) for p in shares]
     sharpness = [np.sum(np.sort(softk.topk(x, k, epsilon=e))[-k:]) / k for e in epsilons]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     left.loglog(epsilons, effective, color=COLOURS[2], lw=2)
-    left.set(xlabel="ε / standard deviation of the scores", ylabel="items", title="items that share the gradient")
+    left.set(xlabel="ε / standard deviation of the scores", ylabel="items")
+    left.set_title("items that share the gradient:\n1 / Σ p², p the derivative of the threshold", fontsize=10.5)
     right.semilogx(epsilons, sharpness, color=COLOURS[2], lw=2)
-    right.set(xlabel="ε / standard deviation of the scores", ylabel="share", title="mask on the true top k")
+    right.set(xlabel="ε / standard deviation of the scores", ylabel="share of k")
+    right.set_title("share of the mask that lies on the\nk largest scores", fontsize=10.5)
     right.set_ylim(0, 1.05)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

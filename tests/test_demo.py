@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def demo() -> Any:
+def demo() -> Iterator[Any]:
+    sys.path.insert(0, str(ROOT / "docs"))  # the demo imports its neighbor
     spec = importlib.util.spec_from_file_location("demo", ROOT / "docs" / "demo.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(ROOT / "docs"))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +64,59 @@ def test_every_backend_learns_the_same(demo: Any, digits: Any, backend: str) -> 
     np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-10)
 
 
-def test_it_prints_a_table_and_draws_a_picture(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "digits.png"
-    assert demo.main(["--steps", "3", "--splits", "1", "--epsilon", "1", "--output", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    for method in ("PCA", "NCA (scikit-learn)", "softk.topk"):
-        assert method in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_it_prints_tables_and_its_code_and_draws_pictures(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.router, "STEPS", 3)
+    options = ["--steps", "3", "--splits", "1", "--seeds", "1", "--epsilon", "1", "--output", str(tmp_path)]
+    assert demo.main(options) == 0
+    printed, said = capsys.readouterr()
+    for text in ("PCA", "NCA (scikit-learn)", "softk.topk", "straight-through"):
+        assert text in printed
+    learning = re.findall("(?<=learning:\n\n)(?:    .*\n)+", printed)
+    assert [code.count("\n") for code in learning] == [3, 3]
+    assert all("softk.vjp(softk.topk" in code for code in learning)
+    for name in ("digits.png", "router.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "NCA with unit 1" in said  # without a terminal, too
+
+
+def test_git_does_not_see_the_pictures(demo: Any) -> None:
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert f"{demo.parse([]).output.relative_to(ROOT)}/" in ignored
+
+
+def test_the_progress_is_said_every_few_seconds(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now)
+    progress = demo.Progress(10)
+    progress.begin("training")
+    for second in range(1, 10):
+        now = float(second)
+        progress.advance(1, f"loss {second}")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in said] == ["0", "40", "80"]
+    assert said[-1] == "   80 %  training, loss 8"
+
+
+def test_the_gradients_of_the_routers_are_right(demo: Any) -> None:
+    rng = np.random.default_rng(0)
+    scores, cotangent, direction = rng.normal(size=(3, 5, 8))
+    for name, setting in (("softk.topk", 2.0), ("softmax over the chosen", 0.0)):
+        function = demo.router.ROUTERS[name]
+        ahead, behind = (function(scores + step * direction, setting, 0.5)[0] for step in (1e-6, -1e-6))
+        gradient = function(scores, setting, 0.5)[1](cotangent)
+        expected = np.sum(cotangent * (ahead - behind)) / 2e-6
+        assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_soft_router_learns_what_the_others_do_not(demo: Any) -> None:
+    curves = demo.router.compare(1, demo.router.STEPS, lambda what: None)
+    last = {name: losses[0, -1] for name, (_, losses) in curves.items()}
+    assert last["softk.topk"] < 0.05
+    assert min(last["softmax over the chosen"], last["straight-through"]) > 0.1
 
 
 @pytest.mark.parametrize("arguments", [["--k", "0"], ["--epsilon", "-1"], ["--steps", "0"]])

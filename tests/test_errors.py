@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import softk
 
 from .libraries import BY_NAME, Library
 
-FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold, "quantile": softk.quantile}
+FUNCTIONS = {"topk": softk.topk, "threshold": softk.threshold, "quantile": partial(softk.quantile, epsilon=0.1)}
 X = np.asarray([[0.5, 2.0, -1.0, 1.0], [3.0, 0.0, 1.0, 2.0]])
 INF, NAN = math.inf, math.nan
 
@@ -94,7 +95,7 @@ def test_masked_array(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def test_masked_array_of_probabilities() -> None:
     q = masked(np.asarray([0.5]))
-    complains(TypeError, "q", "MaskedArray", "ordinary array", softk.quantile, X, q)
+    complains(TypeError, "q", "MaskedArray", "ordinary array", softk.quantile, X, q, epsilon=0.1)
 
 
 def coordinates(values: Any) -> Any:
@@ -144,7 +145,7 @@ def test_array_that_is_not_dense(library: str, make: Callable[[Any], Any], kind:
         refused("x", f, other, 1)
         refused("epsilon", f, x, 1, epsilon=other)
         refused("weights", f, x, 1, weights=other)
-    for f in (softk.sort, softk.rank):
+    for f in (partial(softk.sort, epsilon=0.1), partial(softk.rank, epsilon=0.1)):
         refused("x", f, other)
     refused("k", softk.topk, x, other)
     refused("x", softk.sorted_topk, other, 1)
@@ -250,7 +251,7 @@ def test_range_of_epsilon_is_the_working_dtype_s(epsilon: float) -> None:
 
 @pytest.mark.parametrize("q", [-0.1, 1.0001, 50, INF, -INF, NAN, np.float32(2.0)], ids=repr)
 def test_q_out_of_range(q: Any) -> None:
-    complains(ValueError, "q", re.escape(f"got {q!r}"), "from 0 to 1", softk.quantile, X, q)
+    complains(ValueError, "q", re.escape(f"got {q!r}"), "from 0 to 1", softk.quantile, X, q, epsilon=0.1)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_neither_number_nor_array(value: Any, kind: str) -> None:
     wanted = "a number or an array|must be real"
     complains(TypeError, "k", kind, wanted, softk.topk, X, value)
     complains(TypeError, "k", kind, wanted, softk.threshold, X, value)
-    complains(TypeError, "q", kind, wanted, softk.quantile, X, value)
+    complains(TypeError, "q", kind, wanted, softk.quantile, X, value, epsilon=0.1)
     complains(TypeError, "epsilon", kind, wanted, softk.topk, X, 2, epsilon=value)
 
 
@@ -286,7 +287,7 @@ def test_dtype_of_real_arguments(lib: Library, dtype: str) -> None:
     x, one, row = lib.array(X), lib.array([[1], [1]], dtype), lib.array([1] * 4, dtype)
     allowed = "must be real"
     complains(TypeError, "k", dtype, allowed, lib.call, softk.topk, x, one)
-    complains(TypeError, "q", dtype, allowed, lib.call, softk.quantile, x, one)
+    complains(TypeError, "q", dtype, allowed, lib.call, softk.quantile, x, one, epsilon=0.1)
     complains(TypeError, "epsilon", dtype, allowed, lib.call, softk.topk, x, 1, epsilon=one)
     complains(TypeError, "weights", dtype, allowed, lib.call, softk.topk, x, 1, weights=row)
 
@@ -400,7 +401,7 @@ def test_mixed_libraries(name: str, other: str) -> None:
     for f in (softk.topk, softk.threshold):
         complains(TypeError, "k", value, same, f, x, column)
         complains(TypeError, "k", value, same, f, x, foreign(1.0))
-    complains(TypeError, "q", value, same, softk.quantile, x, row)
+    complains(TypeError, "q", value, same, softk.quantile, x, row, epsilon=0.1)
     for f in FUNCTIONS.values():
         complains(TypeError, "epsilon", value, same, f, x, 1, epsilon=column)
         complains(TypeError, "weights", value, same, f, x, 1, weights=row)
@@ -444,7 +445,7 @@ def test_mixed_devices(library: str, arrays: Callable[[], Any], first: str, seco
         complains(TypeError, "where", value, same, f, x, 1, where=column > 0.0)
     complains(TypeError, "k", value, same, softk.topk, x, column)
     complains(TypeError, "k", value, same, softk.threshold, x, column)
-    complains(TypeError, "q", value, same, softk.quantile, x, column)
+    complains(TypeError, "q", value, same, softk.quantile, x, column, epsilon=0.1)
 
 
 # --- explicit derivatives
@@ -463,7 +464,7 @@ def test_foreign_function(f: Any) -> None:
 )
 def test_shape_of_the_cotangent(lib: Library, function: str, wrong: tuple[int, ...], right: tuple[int, ...]) -> None:
     """Not even one that would broadcast."""
-    _, pullback = softk.vjp(FUNCTIONS[function], lib.array(X), 0.5)
+    _, pullback = softk.vjp(getattr(softk, function), lib.array(X), 0.5, epsilon=0.1)
     value, allowed = re.escape(f"got {wrong}"), re.escape(f"shape {right}")
     complains(ValueError, "cotangent", value, allowed, pullback, lib.array(np.ones(wrong)))
 
@@ -490,9 +491,9 @@ def test_tangent_of_an_integer_array() -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_shape_of_a_tangent(lib: Library, function: str) -> None:
-    f, x, epsilon = FUNCTIONS[function], lib.array(X), lib.array(0.5)
-    tangents = {"x": lib.array(np.ones(4))}
-    complains(ValueError, "tangents['x']", r"got \(4,\)", r"shape \(2, 4\)", softk.jvp, f, x, 0.5, tangents=tangents)
+    f, x, epsilon = getattr(softk, function), lib.array(X), lib.array(0.5)
+    named: dict[str, Any] = {"epsilon": 0.1, "tangents": {"x": lib.array(np.ones(4))}}
+    complains(ValueError, "tangents['x']", r"got \(4,\)", r"shape \(2, 4\)", softk.jvp, f, x, 0.5, **named)
     tangents = {"epsilon": lib.array(np.ones((2, 1)))}
     allowed = r"shape \(\)"
     name = "tangents['epsilon']"
@@ -503,7 +504,9 @@ def test_shape_of_a_tangent(lib: Library, function: str) -> None:
 def test_derivatives_check_their_function_s_arguments(derivative: Any) -> None:
     kwargs = {"tangents": {}} if derivative is softk.jvp else {}
     complains(ValueError, "k", "got 5", "from 0 to 4", derivative, softk.topk, X, 5, **kwargs)
-    complains(ValueError, "axis", "got 2", "from -2 to 1", derivative, softk.quantile, X, 0.5, axis=2, **kwargs)
+    complains(
+        ValueError, "axis", "got 2", "from -2 to 1", derivative, softk.quantile, X, 0.5, axis=2, epsilon=0.1, **kwargs
+    )
 
 
 # --- names and types
@@ -536,7 +539,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "step": (softk.beam.step, (X,), {"beams": 2}),
     "search": (softk.beam.search, (lambda inputs, states: (X, states), X), {"states": X}),
 }
-REST: dict[str, dict[str, Any]] = {"search": {"length": 2, "end": 0}}
+#: What must be passed by name.
+REST: dict[str, dict[str, Any]] = {
+    "search": {"length": 2, "end": 0},
+    **{name: {"epsilon": 0.1} for name in ("quantile", "sort", "rank")},
+}
 each_function = pytest.mark.parametrize("name", CALLS)
 
 
@@ -546,7 +553,7 @@ def test_arguments_by_name_and_by_position(name: str) -> None:
     rest = REST.get(name, {})
     found = [f(*args, **named, **rest), f(*args, *named.values(), **rest)]
     if hasattr(f, "call"):
-        found += [softk.vjp(f, *args, **named)[0], softk.jvp(f, *args, tangents={}, **named)[0]]
+        found += [softk.vjp(f, *args, **named, **rest)[0], softk.jvp(f, *args, tangents={}, **named, **rest)[0]]
     parts = [one if isinstance(one, tuple) else (one,) for one in found]
     for column in zip(*parts, strict=True):
         for values in column[1:]:
@@ -598,7 +605,7 @@ def test_the_argument_that_is_meant(name: str, foreign: str, meant: str) -> None
 def test_too_many_places() -> None:
     """torch.topk takes the axis in the third place."""
     complains(TypeError, "axis", "got 3", "only x, k by position.*axis=, mode=, epsilon=", softk.topk, X, 2, -1)
-    complains(TypeError, "axis", "got 2", "only x by position.*axis=, descending=", softk.sort, X, -1)
+    complains(TypeError, "axis", "got 2", "only x by position.*axis=, descending=", softk.sort, X, -1, epsilon=0.1)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
         softk.topk(X)  # type: ignore[call-arg]
 
@@ -625,7 +632,7 @@ from numpy.typing import NDArray
 def f(x: NDArray[float32], k: NDArray[int64], t: torch.Tensor) -> None:
     reveal_type(softk.topk(x, k))
     reveal_type(softk.topk(t, 2.5, epsilon=t))
-    reveal_type(softk.quantile(t, q=0.5))
+    reveal_type(softk.quantile(t, q=0.5, epsilon=0.1))
     reveal_type(softk.sorted_topk(t, 2))
     values, _ = softk.sorted_topk(x, k=2)
     reveal_type(values)
@@ -735,9 +742,9 @@ def test_no_index_helps() -> None:
         ("hard", lambda value: softk.beam.step(X, hard=value)),
         ("hard", lambda value: softk.beam.search(lambda x, s: (x, s), X, length=1, end=0, hard=value)),
         ("keepdims", lambda value: softk.threshold(X, 1, keepdims=value)),
-        ("keepdims", lambda value: softk.quantile(X, 0.5, keepdims=value)),
-        ("descending", lambda value: softk.sort(X, descending=value)),
-        ("descending", lambda value: softk.rank(X, descending=value)),
+        ("keepdims", lambda value: softk.quantile(X, 0.5, keepdims=value, epsilon=0.1)),
+        ("descending", lambda value: softk.sort(X, descending=value, epsilon=0.1)),
+        ("descending", lambda value: softk.rank(X, descending=value, epsilon=0.1)),
         ("is_causal", lambda value: softk.attention.attend(X, X, X, 1, is_causal=value)),
         ("enable_gqa", lambda value: softk.attention.weights(X, X, 1, enable_gqa=value)),
     ],
@@ -807,3 +814,33 @@ def test_explicit_derivatives_are_those_of_operators() -> None:
         softk.vjp(softk.beam.step, X, beams=1)
     with pytest.raises(TypeError, match=r"f must be a function of softk, such as softk\.topk, got <ufunc 'sin'>"):
         softk.vjp(np.sin, X)
+
+
+@pytest.mark.parametrize("name", ["quantile", "sort", "rank"])
+def test_epsilon_has_no_default_where_the_result_does_not_show_it(name: str) -> None:
+    """With an epsilon far above their differences, the quantile of small scores would lie far outside their range."""
+    f, args, named = CALLS[name]
+    for call in (f, partial(softk.vjp, f), partial(softk.jvp, f, tangents={})):
+        complains(
+            TypeError, "epsilon", rf"{name}\(\)", "units of the scores.*tenth of their standard", call, *args, **named
+        )
+    x = 1e-3 * np.random.default_rng(0).normal(size=1000)
+    small = f(x, *named.values(), epsilon=0.1 * x.std())
+    large = f(1e3 * x, *named.values(), epsilon=1e2 * x.std())
+    np.testing.assert_allclose(small, (1.0 if name == "rank" else 1e-3) * large, rtol=1e-9, atol=1e-12)
+
+
+def test_the_defaults_of_epsilon_are_those_of_the_guide() -> None:
+    """The guide has one table of every function that takes epsilon."""
+    table = (Path(__file__).parent.parent / "docs" / "guide.md").read_text().split("## The default of epsilon")[1]
+    rows = [row.split("|") for row in table.split("\n## ")[0].splitlines() if row.startswith("| `")]
+    told = {name: row[2].strip() for row in rows for name in re.findall(r"`([\w.]+)`", row[1])}
+    modules = (softk, softk.neighbors, softk.attention, softk.losses, softk.sampling, softk.beam)
+    for module in modules:
+        prefix = "" if module is softk else module.__name__.removeprefix("softk.") + "."
+        for name in module.__all__:
+            f = getattr(module, name)
+            if inspect.isroutine(f) and "epsilon" in inspect.signature(f).parameters:
+                default = inspect.signature(f).parameters["epsilon"].default
+                assert told.pop(prefix + name) == ("none" if default is inspect.Parameter.empty else str(default))
+    assert not told

@@ -15,6 +15,7 @@ ADAPTERS = (
     "softk_autograd",
     "softk_cupy",
     "softk_dask",
+    "softk_mlx",
     "softk_jax",
     "softk_numpy",
     "softk_sklearn",

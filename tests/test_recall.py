@@ -29,12 +29,12 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "smallest": lambda x: softk.topk(x, 1.5, mode="smallest", axis=0),
     "log_topk": lambda x: softk.log_topk(x, 2, epsilon=0.5),
     "threshold": lambda x: softk.threshold(x, 2, keepdims=True),
-    "quantile": lambda x: softk.quantile(x, 0.3),
+    "quantile": lambda x: softk.quantile(x, 0.3, epsilon=0.1),
     "sorted_topk": lambda x: softk.sorted_topk(x, 2).assignment,
     "no rows": lambda x: softk.sorted_topk(x, 0).values,
     "select": lambda x: softk.select(x, 2).gates,
-    "sort": lambda x: softk.sort(x, num_anchors=3),
-    "rank": lambda x: softk.rank(x),
+    "sort": lambda x: softk.sort(x, num_anchors=3, epsilon=0.1),
+    "rank": lambda x: softk.rank(x, epsilon=0.1),
 }
 
 
@@ -178,16 +178,16 @@ def test_scores_are_not_kept(library: Library, name: str, every: Callable[[Any],
 @pytest.mark.parametrize(("name", "args"), [("topk", (2,)), ("threshold", (2,)), ("quantile", (0.3,)), ("sort", ())])
 def test_nobody_writes_in_what_is_kept(name: str, args: tuple[Any, ...]) -> None:
     f = getattr(softk, name)
-    call = f.call(X, *args)
+    call = f.call(X, *args, epsilon=0.1)
     constants = [value for value in call.others if value is not None]
     assert constants
     for value in constants:
         value.flags.writeable = False
-    out, pullback = softk.vjp(f, X, *args)
+    out, pullback = softk.vjp(f, X, *args, epsilon=0.1)
     pullback(out)
-    softk.jvp(f, X, *args, tangents={"x": X})
-    assert f.call(X, *args) is call
-    assert not any(np.shares_memory(f(X, *args), value) for value in constants)
+    softk.jvp(f, X, *args, epsilon=0.1, tangents={"x": X})
+    assert f.call(X, *args, epsilon=0.1) is call
+    assert not any(np.shares_memory(f(X, *args, epsilon=0.1), value) for value in constants)
 
 
 def test_it_starts_anew_when_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -501,7 +501,7 @@ class Select(torch.nn.Module):
             case "attention":
                 return softk.attention.attend(x, x[:6], 0.5 * x[:6], 2, epsilon=0.5)
             case "quantile":
-                return softk.quantile(x, 0.3)
+                return softk.quantile(x, 0.3, epsilon=0.1)
             case "sort" | "rank":
                 return getattr(softk, self.name)(x, epsilon=0.5)
             case "sorted_topk":
@@ -640,7 +640,7 @@ def test_shapes_without_values(mode: str, dtype: str) -> None:
         weights = torch.empty(7, dtype=kind, device=device, requires_grad=True)
         mask = softk.topk(x, k, weights=weights)
         level = softk.threshold(x, 2, axis=0, epsilon=torch.empty((), dtype=kind, device=device))
-        middle = softk.quantile(x, torch.empty(4, dtype=kind, device=device), keepdims=True)
+        middle = softk.quantile(x, torch.empty(4, dtype=kind, device=device), keepdims=True, epsilon=0.1)
         hard = softk.topk(x, 2, hard=True, where=torch.empty(3, 7, dtype=torch.bool, device=device))
         found = [(out.shape, out.dtype, out.device.type) for out in (mask, level, middle, hard)]
         shapes = [(3, 7), (7,), (4, 3, 1), (3, 7)]

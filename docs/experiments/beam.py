@@ -23,7 +23,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -505,6 +505,18 @@ def table(found: Record) -> str:
     return "\n\n".join([*parts, how, trained, what, where])
 
 
+def distinct(arms: Sequence[str], looks: Callable[[str], np.ndarray]) -> dict[str, str]:
+    """The arms with different phoneme errors and their labels. Of arms that coincide, one is drawn."""
+    labels: dict[str, list[str]] = {}
+    for arm in arms:
+        same = (other for other in labels if np.array_equal(looks(arm)[:, :, 2], looks(other)[:, :, 2]))
+        labels.setdefault(next(same, arm), []).append(ARMS[arm])
+    return {
+        arm: names[0] if len(names) == 1 else f"{names[0].split(',')[0]} ({len(names)} settings, which coincide)"
+        for arm, names in labels.items()
+    }
+
+
 def draw(found: Record, path: Path) -> None:
     """Errors on validation words during training: of each seed before, and then what has changed since, on average."""
     import matplotlib
@@ -528,12 +540,13 @@ def draw(found: Record, path: Path) -> None:
         (by_update, 0, ("forced", "at_soft", "at_along", "soft", "along")),
         (by_time, 1, ("longer", "soft", "along")),
     )
+    by_time.sharey(by_update)
     for axes, abscissa, arms in panels:
-        for arm in arms:
+        for arm, label in distinct(arms, looks).items():
             seen = looks(arm)
             change = 100.0 * (seen[:, :, 2] - seen[:, :1, 2])
             mean, where = change.mean(axis=0), seen[:, :, abscissa].mean(axis=0)
-            axes.plot(where, mean, "o-", color=colours[arm], markersize=4, label=ARMS[arm])
+            axes.plot(where, mean, "o-", color=colours[arm], markersize=4, label=label)
             if len(seen) > 1:
                 error = change.std(axis=0, ddof=1) / len(seen) ** 0.5
                 axes.fill_between(where, mean - error, mean + error, color=colours[arm], alpha=0.12, linewidth=0)
@@ -544,9 +557,9 @@ def draw(found: Record, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     before.set_ylabel("phoneme errors on validation words, %")
-    before.set_title("before: teacher forcing, each seed")
-    by_update.set_title("going on, by updates: mean and standard error")
-    by_time.set_title("going on, by time")
+    before.set_title("initial training: one line per seed")
+    by_update.set_title("further training, by updates: mean and s.e.")
+    by_time.set_title("further training, by time")
     handles = {
         label: line
         for axes in (by_update, by_time)

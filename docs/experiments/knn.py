@@ -32,8 +32,8 @@ PACKAGES = ("numpy", "scikit-learn", "torch")
 COLOURS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
 READINGS = (
     ("cross-entropy", "argmax", "cross-entropy, its own argmax"),
-    ("cross-entropy", "neighbours", "cross-entropy, neighbours of its features"),
-    ("softk", "neighbours", "soft neighbours, neighbours of its features"),
+    ("cross-entropy", "neighbours", "cross-entropy, neighbors of its features"),
+    ("softk", "neighbours", "soft neighbors, neighbors of its features"),
 )
 
 
@@ -147,8 +147,8 @@ def draw_linear(path: Path, records: list[Record]) -> None:
 
     found = groups(records)
     data = list(dict.fromkeys(name for name, _ in found))
-    figure = Figure(figsize=(2.0 + 2.7 * len(data), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(data), squeeze=False)[0]
+    figure = Figure(figsize=(2.0 + 2.7 * len(data), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
     for panel, name in zip(panels, data, strict=True):
         dimensions = [d for other, d in found if other == name]
         for i, method in enumerate(linear.METHODS):

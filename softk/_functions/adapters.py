@@ -51,6 +51,12 @@ def _autograd() -> Backend:
     return backend
 
 
+def _mlx() -> Backend:
+    from softk_mlx import backend
+
+    return backend
+
+
 def _third_party(entry: EntryPoint) -> Backend | None:
     """Load a third-party adapter. If it fails, warn and ignore it, so that softk keeps working."""
     try:
@@ -78,5 +84,6 @@ ADAPTERS |= {
     "cupy": Adapter(_cupy, ("ndarray",)),
     "dask": Adapter(_dask, ("Array",)),
     "autograd": Adapter(_autograd, ("ArrayBox",)),
+    "mlx": Adapter(_mlx, ("array",)),
 }
 register_third_parties(tuple(entry_points(group="softk.backends")))

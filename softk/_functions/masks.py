@@ -227,6 +227,9 @@ def threshold(
 
     Notes
     -----
+    It has the default epsilon of `softk.topk`, so that both calls agree. With an epsilon far above the differences of
+    the scores it lies outside their range.
+
     For ``epsilon -> 0`` and a whole k it is the midpoint between the k-th and the next score. Its derivative with
     respect to the scores is ``p = softmax(log v)`` with ``v = mask * (1 - mask)``: positive numbers that sum to 1 and
     are largest for the scores near the threshold.
@@ -257,7 +260,7 @@ def quantile(
     q: float | AnyArray,
     *,
     axis: int = -1,
-    epsilon: float | AnyArray = 0.1,
+    epsilon: float | AnyArray,
     weights: AnyArray | None = None,
     where: AnyArray | None = None,
     keepdims: bool = False,
@@ -274,8 +277,11 @@ def quantile(
         Scores, as for `softk.topk`.
     q : number or array
         Probabilities, from 0 to 1. The axes of an array come first in the result, as in NumPy.
-    axis, epsilon
+    axis
         As for `softk.topk`.
+    epsilon : number or array
+        Strength of the entropy, in the units of `x`, as for `softk.topk`. It has no default, because a quantile does
+        not show whether it fits the scores. A tenth of their standard deviation is a good start.
     weights : array, optional
         Frequencies, at least 0, broadcasting to the shape of `x`: how many observations each item stands for. Their sum
         replaces n. The quantile of several items whose frequencies sum to at most 1 is NaN. See the notes for weights
@@ -293,7 +299,7 @@ def quantile(
     Raises
     ------
     TypeError, ValueError
-        As `softk.topk`; also if there are no scores along `axis`.
+        As `softk.topk`; also without `epsilon`, or if there are no scores along `axis`.
 
     Notes
     -----

@@ -132,7 +132,7 @@ def sort(
     *,
     axis: int = -1,
     descending: bool = False,
-    epsilon: float | AnyArray = 0.1,
+    epsilon: float | AnyArray,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
     """Soft sort along an axis.
@@ -148,8 +148,9 @@ def sort(
         The axis along which to sort.
     descending : bool, optional
         Sort the largest score first.
-    epsilon : number or array, optional
-        Strength of the entropy, in the units of `x`, as for `softk.topk`.
+    epsilon : number or array
+        Strength of the entropy, in the units of `x`, as for `softk.topk`. It has no default, because sorted values and
+        ranks do not show whether it fits the scores. A tenth of their standard deviation is a good start.
     num_anchors : int, optional
         The number of anchors, from 2 to n, spaced evenly over 0 ... n - 1; n by default. Fewer anchors reduce the cost
         to O(n num_anchors), and each value is then the mean of n / num_anchors scores.
@@ -162,7 +163,7 @@ def sort(
     Raises
     ------
     TypeError, ValueError
-        As `softk.topk`; also if `num_anchors` is out of its range.
+        As `softk.topk`; also without `epsilon`, or if `num_anchors` is out of its range.
 
     References
     ----------
@@ -188,7 +189,7 @@ def rank(
     *,
     axis: int = -1,
     descending: bool = False,
-    epsilon: float | AnyArray = 0.1,
+    epsilon: float | AnyArray,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
     """Soft ranks along an axis: 0 for the smallest score, n - 1 for the largest. Tied scores get their mean rank.

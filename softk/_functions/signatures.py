@@ -40,8 +40,9 @@ ABSENT = {
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap the function so that an unknown argument raises a TypeError that suggests the right name."""
+    """Wrap the function so that a wrong or missing argument raises a TypeError that says what is right."""
     parameters = signature(function).parameters.values()
+    needs_epsilon = any(one.name == "epsilon" and one.default is Parameter.empty for one in parameters)
     named = frozenset(one.name for one in parameters if one.kind is not Parameter.POSITIONAL_ONLY)
     places = sum(one.kind is not Parameter.KEYWORD_ONLY for one in parameters)
 
@@ -52,6 +53,12 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
         for keyword in kwargs:
             if keyword not in named:
                 raise TypeError(_unexpected(function, keyword))
+        if needs_epsilon and "epsilon" not in kwargs:
+            raise TypeError(
+                f"{_called(function)} needs epsilon=, the softness in the units of the scores. It has no default, "
+                "because the result does not show whether it fits the scores; a tenth of their standard deviation is "
+                "a good start"
+            )
         return function(*args, **kwargs)
 
     return checked
