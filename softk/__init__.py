@@ -1,6 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import attention, beam, losses, neighbors, sampling
+from . import attention, beam, budget, losses, neighbors, sampling
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
@@ -17,6 +17,7 @@ __all__ = [
     "SortedTopK",
     "attention",
     "beam",
+    "budget",
     "jvp",
     "kernels",
     "log_topk",

@@ -287,6 +287,8 @@ class Backend:
     autodiff: str = "softk.vjp, softk.jvp"
     #: The kernels, in order of preference. The first that supports the arguments replaces the reference.
     kernels: tuple[Kernel, ...] = ()
+    #: Whether the items of a slice lie in several arrays, so that only elementwise operations and reductions see them.
+    is_split: bool = False
     #: The reference's formulas for this namespace, which the reference loads at its first call.
     formulas: Any = None
 
@@ -494,6 +496,30 @@ class Backend:
         before = xp.concat([zeros[..., :1], before], axis=-1)
         places = xp.argsort(xp.astype(order < k, indices.dtype), axis=-1, stable=True)[..., :size]
         return xp.take_along_axis(before, places, axis=-1)
+
+    def shards(self, group: str) -> tuple[Any, int]:
+        """The index of this member in a group of processes or devices, and the number of its members.
+
+        Parameters
+        ----------
+        group : str
+            The framework's name of the group.
+        """
+        raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        """The sum or the maximum of the values of all members of a group, which every member gets.
+
+        Parameters
+        ----------
+        values : array
+            Numbers of one shape and dtype on every member.
+        operation : {"sum", "max"}
+            How they are combined.
+        group : str
+            As for `shards`.
+        """
+        raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
 
 
 def peek(backend: Backend, flag: Array) -> bool | None:

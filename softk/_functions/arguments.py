@@ -7,6 +7,7 @@ In canonical form the selected axis is last, the dtype is float32 or float64, k 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,8 +39,9 @@ class Slices:
         require_array(called, x)
         arrays = {}
         for name, value in others.items():
-            # where and weights have one value per item, so they cannot be numbers, but may be absent.
-            per_item = name in ("where", "weights")
+            # where and weights have one value per item, so they cannot be numbers, but may be absent. Those of a tree
+            # are named by their paths, such as weights['bias'].
+            per_item = re.split(r"[\[.]", name)[0] in ("where", "weights")
             if (value is None and per_item) or (is_number(value) and not per_item):
                 continue
             require_array(name, value, or_number=not per_item)
@@ -180,12 +182,12 @@ class Slices:
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
-    def mass(self, k: Any, weights: Any = None) -> Argument:
+    def mass(self, k: Any, weights: Any = None, n: int | None = None) -> Argument:
         """k. Without weights, a value that misses 0 or n by its rounding becomes that end and keeps its derivative."""
         argument = self.per_slice("k", k)
         if weights is not None or is_number(k):
             return argument
-        return self._counted(argument, self.n)
+        return self._counted(argument, self.n if n is None else n)
 
     def whole_mass(self, k: Any) -> dict[str, Argument]:
         """An integer k as an extra input, if n exceeds the integers that the working dtype represents exactly."""

@@ -54,6 +54,14 @@ def _masked(
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 
+def require_whole(counted: Any, weights: Any, k: Any) -> None:
+    """Require what the hard mask can select: no weights, and a whole k. `counted` is k without its rounding."""
+    if weights is not None:
+        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
+    if is_number(counted) and counted != math.floor(counted):
+        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
+
+
 @operator_from
 def topk(
     x: ArrayT,
@@ -148,11 +156,9 @@ def topk(
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:  # an empty slice has no threshold
         call |= {"primitive": primitives.empty_mask, "options": {}}
-    if hard and weights is not None:
-        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
     counted = call["arguments"]["k"].given
-    if hard and is_number(counted) and counted != math.floor(counted):
-        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
+    if hard:
+        require_whole(counted, weights, k)
     if hard and slices.n and weights is None:
         call["arguments"] |= slices.whole_mass(counted)
     return Call(**call, restores=(slices.like_scores(narrow=True),))
