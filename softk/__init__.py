@@ -1,6 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import attention, beam, budget, losses, neighbors, sampling
+from . import attention, beam, budget, losses, neighbors, sampling, schedules
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
@@ -26,6 +26,7 @@ __all__ = [
     "quantile",
     "rank",
     "sampling",
+    "schedules",
     "select",
     "sort",
     "sorted_topk",

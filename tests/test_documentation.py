@@ -32,6 +32,7 @@ MODULES = [
     "softk.beam",
     "softk.losses",
     "softk.sampling",
+    "softk.schedules",
     "softk_torch.layers",
     "softk_torch.losses",
 ]

@@ -228,7 +228,7 @@ def topk(
     >>> tree = {"hidden": np.asarray([[0.2, 1.7], [-0.5, 0.9]]), "out": np.asarray([1.1])}
     >>> masks = softk.budget.topk(tree, 2, epsilon=0.5)
     >>> masks["hidden"].round(3).tolist(), masks["out"].round(3).tolist()
-    ([[0.062, 0.963], [0.004, 0.523]], [0.448])
+    ([[0.04, 0.944], [0.003, 0.408]], [0.605])
     """
     check_flag("hard", hard)
     slices, call, rebuild = _described("hard_mask" if hard else "mask", tree, k, epsilon, mode, weights, where)
