@@ -4,6 +4,7 @@ from . import attention, beam, budget, losses, neighbors, sampling, schedules
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
+from ._functions.segments import segment_topk
 from ._functions.selection import Selected, select
 from ._functions.transport import ConvergenceWarning, Plan, transport
 from .backend import kernels
@@ -27,6 +28,7 @@ __all__ = [
     "rank",
     "sampling",
     "schedules",
+    "segment_topk",
     "select",
     "sort",
     "sorted_topk",

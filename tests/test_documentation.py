@@ -17,6 +17,7 @@ MODULES = [
     "softk._functions.masks",
     "softk._functions.budget",
     "softk._functions.ordering",
+    "softk._functions.segments",
     "softk._functions.selection",
     "softk._functions.transport",
     "softk._functions.derivatives",

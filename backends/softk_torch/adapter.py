@@ -9,13 +9,14 @@ is right to second order.
 
 from __future__ import annotations
 
+import math
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import array_api_compat.torch as compat
 import torch
@@ -108,6 +109,18 @@ class TorchBackend(Backend):
         return torch.zeros((*values.shape[:-1], size), dtype=values.dtype, device=values.device).scatter(
             -1, indices, values
         )
+
+    def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
+        shape, wide = (*values.shape[:-1], count), values.dtype
+        segments = segments.expand(values.shape)
+        if operation == "max":
+            found = torch.full(shape, -math.inf, dtype=wide, device=values.device)
+            return found.scatter_reduce(-1, segments, values, "amax")
+        # In float64: a scattered sum adds one value after the other, on a GPU in any order.
+        if values.is_floating_point():
+            wide = torch.float64 if values.device.type != "mps" else wide
+        found = torch.zeros(shape, dtype=wide, device=values.device)
+        return found.scatter_add(-1, segments, values.to(wide)).to(values.dtype)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:

@@ -43,25 +43,14 @@ def edges_by_counting(
     digit = DIGIT_OF_SHARDS[bits] if backend.has_shards else DIGIT
     first = bits - digit * ((bits - 1) // digit)  # 2 of 32 bits, 4 of 64
 
-    def masses(pivots: Array, count: int) -> Array:
-        if backend.memory(x) is None:  # a compiler fuses the comparison with the sum, and never has its result whole
-            chosen = x.map(lambda array: xp.expand_dims(array, axis=-2) >= xp.expand_dims(pivots, axis=-1))
-            if weights is None:
-                return backend.counts(chosen)[..., 0]
-            rows = weights.map(lambda array: xp.expand_dims(array, axis=-2))
-            return backend.totals(xp.where(chosen, rows, 0.0))[..., 0]
-        each = (x >= pivots[..., i : i + 1] for i in range(count))
-        if weights is None:
-            return backend.counts(*each)
-        return backend.totals(*(xp.where(one, weights, 0.0) for one in each))
-
     # The candidates of the first pass lie around 0: their distance from the lowest number exceeds the integers.
     start = xp.astype(xp.zeros_like(least + most), index)
     places, half = digit * ((bits - 1) // digit), 1 << (first - 1)
     candidates = [(j - half) << places for j in range(1, 1 << first)]
-    found = masses(number_of(xp, xp.concat([start + one for one in candidates], axis=-1), x.dtype), len(candidates))
+    pivots = number_of(xp, xp.concat([start + one for one in candidates], axis=-1), x.dtype)
+    found = backend.masses(x, pivots, weights)
     base = start + -(2 ** (bits - 1))
-    reached = start + x.shape[-1] if weights is None else xp.zeros_like(least) + math.inf
+    reached = start + backend.size_of(x) if weights is None else xp.zeros_like(least) + math.inf
     for i, one in enumerate(candidates):
         accepted = found[..., i : i + 1] >= least
         base, reached = xp.where(accepted, one, base), xp.where(accepted, found[..., i : i + 1], reached)
@@ -69,7 +58,7 @@ def edges_by_counting(
     def step(state: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
         base, reached, unit = state  # the unit is the place of the digit
         pivots = xp.concat([base + unit * j for j in range(1, 1 << digit)], axis=-1)
-        found = masses(number_of(xp, pivots, x.dtype), (1 << digit) - 1)
+        found = backend.masses(x, number_of(xp, pivots, x.dtype), weights)
         # The mass falls with the pivot, so the first pivots are accepted, and the last of them has the smallest mass.
         accepted = found >= least
         base = base + unit * xp.astype(xp.count_nonzero(accepted, axis=-1, keepdims=True), index)

@@ -44,14 +44,18 @@ class Pieces:
     def dtype(self) -> Any:
         return self.arrays[0].dtype
 
+    def part(self, i: int, value: Any) -> Any:
+        """What the piece i is combined with: the same piece of another value, or a value that holds for every piece."""
+        return value.arrays[i] if isinstance(value, Pieces) else value
+
+    def like(self, arrays: tuple[Array, ...]) -> Pieces:
+        """Other values of the same items."""
+        return Pieces(arrays, self.size)
+
     def map(self, function: Callable[..., Array], *others: Any) -> Pieces:
         """The function applied to every piece, with the same piece of the others. Other values go to every piece."""
-        return Pieces(
-            tuple(
-                function(array, *(other.arrays[i] if isinstance(other, Pieces) else other for other in others))
-                for i, array in enumerate(self.arrays)
-            ),
-            self.size,
+        return self.like(
+            tuple(function(array, *(self.part(i, other) for other in others)) for i, array in enumerate(self.arrays))
         )
 
     def __neg__(self) -> Pieces:
@@ -95,12 +99,8 @@ class PieceNamespace:
             first = next((value for value in args if isinstance(value, Pieces)), None)
             if first is None:
                 return found(*args, **kwargs)
-            return Pieces(
-                tuple(
-                    found(*(value.arrays[i] if isinstance(value, Pieces) else value for value in args), **kwargs)
-                    for i in range(len(first.arrays))
-                ),
-                first.size,
+            return first.like(
+                tuple(found(*(first.part(i, value) for value in args), **kwargs) for i in range(len(first.arrays)))
             )
 
         setattr(self, name, apply)
@@ -168,6 +168,10 @@ class PieceBackend(Backend):
             size = size + array.shape[-1] * (1 if group is None else self.inner.shards(group)[1])
         return Pieces(arrays, size)
 
+    def size_of(self, x: Pieces) -> Any:
+        """The number of items, as an integer."""
+        return x.size
+
     # -- reductions, of several values at a time
 
     def totals(self, *values: Pieces) -> Array:
@@ -204,6 +208,24 @@ class PieceBackend(Backend):
         """The smallest value of the first and the largest of the second."""
         both = self.largest(-high, low)
         return -both[..., :1], both[..., 1:]
+
+    def masses(self, x: Pieces, pivots: Array, weights: Pieces | None) -> Array:
+        """The number, or the weight, of the items that are at least as large as each of m pivots: both (..., m)."""
+        xp = self.xp
+        if self.memory(x) is None:  # a compiler fuses the comparison with the sum, and never has its result whole
+            chosen = x.map(lambda array: xp.expand_dims(array, axis=-2) >= xp.expand_dims(pivots, axis=-1))
+            if weights is None:
+                return self.counts(chosen)[..., 0]
+            rows = weights.map(lambda array: xp.expand_dims(array, axis=-2))
+            return self.totals(xp.where(chosen, rows, 0.0))[..., 0]
+        return self.masses_one_by_one(x, pivots, weights)
+
+    def masses_one_by_one(self, x: Pieces, pivots: Array, weights: Pieces | None) -> Array:
+        """`masses`, with a comparison per pivot."""
+        each = (x >= pivots[..., i : i + 1] for i in range(pivots.shape[-1]))
+        if weights is None:
+            return self.counts(*each)
+        return self.totals(*(self.xp.where(one, weights, 0.0) for one in each))
 
     def _count(self, array: Array, index: Any) -> Array:
         xp = self.inner.xp
@@ -245,7 +267,7 @@ class PieceBackend(Backend):
                 own = own + xp.sum(xp.where(places < place, each, 0), axis=-1, keepdims=True)
             found.append(own if before is None else own + before)
             before = count if before is None else before + count
-        return Pieces(tuple(found), x.size)
+        return x.like(tuple(found))
 
     # -- what the framework does differently
 
