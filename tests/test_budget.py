@@ -12,7 +12,7 @@ import pytest
 import softk
 from softk._reference.threshold import split
 from softk._reference.threshold.counting import edges_by_counting, number_of
-from softk._reference.threshold.pieces import PieceBackend
+from softk._reference.threshold.pieces import PieceBackend, Pieces
 from softk.backend import backend_of
 
 from .closed_form import assert_close
@@ -307,11 +307,11 @@ def test_edges_are_those_of_the_sorted_scores(dtype: str, kind: str, rng: Any) -
         "subnormal": lambda: float(info.tiny) * rng.uniform(-1, 1, n),
     }[kind]().astype(dtype)
     backend = PieceBackend(backend_of(x), (None, None))
-    pieces = backend.gather((x[:70], x[70:]))
+    pieces = Pieces((x[:70], x[70:]))
     ordered = np.append(np.sort(x)[::-1], -np.inf)
     with np.errstate(all="ignore"):
         for first in (1, 2, 50, 133, 199, 200):
             for last in (first - 1, first):
-                high, low = edges_by_counting(backend, pieces, None, np.asarray([first]), np.asarray([last]))
-                assert high == ordered[first - 1]
+                high, low, count = edges_by_counting(backend, pieces, None, np.asarray([first]), np.asarray([last]))
+                assert (high, count) == (ordered[first - 1], n)
                 assert low == ordered[last]

@@ -113,6 +113,12 @@ class JaxBackend(Backend):
         zeros = jnp.zeros((*values.shape[:-1], size), values.dtype)
         return jnp.put_along_axis(zeros, indices, values, axis=-1, inplace=False)
 
+    def shards(self, group: str) -> tuple[Any, int]:
+        return jax.lax.axis_index(group), jax.lax.axis_size(group)
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        return jax.lax.psum(values, group) if operation == "sum" else jax.lax.pmax(values, group)
+
     def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
         empty = 0 if operation == "sum" else -jnp.inf
         found = jnp.full((*values.shape[:-1], count), empty, values.dtype)

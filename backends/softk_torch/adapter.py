@@ -110,6 +110,16 @@ class TorchBackend(Backend):
             -1, indices, values
         )
 
+    def shards(self, group: str) -> tuple[int, int]:
+        from . import dtensors
+
+        return dtensors.shards(group)
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        from . import dtensors
+
+        return dtensors.reduce_shards(values, operation, group)
+
     def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
         shape, wide = (*values.shape[:-1], count), values.dtype
         segments = segments.expand(values.shape)
@@ -178,10 +188,10 @@ def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tenso
         with torch.no_grad():
             return _forward(name, options, inputs)
     if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
-        from . import distributed
+        from . import dtensors
 
-        if distributed.is_distributed(inputs):
-            return distributed.by_process(partial(_apply, name, options), PRIMITIVES[name].axes, inputs)
+        if dtensors.is_distributed(inputs):
+            return dtensors.by_process(_apply, name, options, inputs)
     outputs: tuple[torch.Tensor, ...] = _apply(name, options, *inputs)
     return outputs
 

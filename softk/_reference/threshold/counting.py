@@ -24,8 +24,9 @@ DIGIT_OF_SHARDS = {32: 3, 64: 6}
 
 def edges_by_counting(
     backend: PieceBackend | Any, x: Pieces | Any, weights: Pieces | Any | None, least: Array, most: Array
-) -> tuple[Array, Array]:
-    """The largest score v with mass(x >= v) >= least, and the largest one with mass(x >= v) > most, -inf if none.
+) -> tuple[Array, Array, Array]:
+    """The largest score v with mass(x >= v) >= least, the largest one with mass(x >= v) > most, -inf if there is none,
+    and the mass of all items, without those that are NaN.
 
     Parameters
     ----------
@@ -48,9 +49,10 @@ def edges_by_counting(
     places, half = digit * ((bits - 1) // digit), 1 << (first - 1)
     candidates = [(j - half) << places for j in range(1, 1 << first)]
     pivots = number_of(xp, xp.concat([start + one for one in candidates], axis=-1), x.dtype)
-    found = backend.masses(x, pivots, weights)
+    found = backend.masses(x, xp.concat([pivots, xp.full_like(pivots[..., :1], -math.inf)], axis=-1), weights)
+    everything = found[..., -1:]
     base = start + -(2 ** (bits - 1))
-    reached = start + backend.size_of(x) if weights is None else xp.zeros_like(least) + math.inf
+    reached = everything if weights is None else xp.zeros_like(everything) + math.inf
     for i, one in enumerate(candidates):
         accepted = found[..., i : i + 1] >= least
         base, reached = xp.where(accepted, one, base), xp.where(accepted, found[..., i : i + 1], reached)
@@ -71,7 +73,7 @@ def edges_by_counting(
     base, reached, _ = backend.repeat(step, (base, reached, unit), places // digit)
     level = number_of(xp, base, x.dtype)
     above, below = backend.extremes(xp.where(x >= level, x, math.inf), xp.where(x >= level, -math.inf, x))
-    return above, xp.where(reached > most, above, below)
+    return above, xp.where(reached > most, above, below), everything
 
 
 def number_of(xp: Any, ordinal: Array, dtype: Any) -> Array:

@@ -35,7 +35,7 @@ def find_ends(
     k: Array,
     weights: Array | None,
     ranks: tuple[int, ...] | None,
-    n: int,
+    n: Any,
 ) -> Ends:
     """Where the thresholds of the masses k (..., b) lie among n scores. `x` may be a window: the largest of them."""
     xp = backend.xp
@@ -44,20 +44,24 @@ def find_ends(
         k = xp.reshape(k, (1,) * x.ndim)
     nothing = k <= 0.0
     if weights is None:
-        edges = _counted_edges if backend.is_split else _edges
-        high, low = edges(backend, selectable(xp, x, where), k, ranks)
+        if backend.is_split:
+            high, low, n = _counted_edges(backend, selectable(xp, x, where), k, ranks)
+        else:
+            high, low = _edges(backend, selectable(xp, x, where), k, ranks)
         return Ends(high, low, nothing, ~nothing & (low < -bound.largest), (k >= 0.0) & (k <= n))
     rounding = ROUNDINGS * bound.eps  # k may be a sum of weights that the user computed, with other roundings
     high, low = _weighted_edges(backend, x, where, k * (1.0 - rounding), k * (1.0 + rounding), weights)
     x = selectable(xp, x, where)
     usable = (weights >= 0.0) & (weights < math.inf)
     never = x == -math.inf
-    unusable, sum_of_all, sum_of_selectable = totals(
+    unusable, sum_of_all, sum_of_selectable, *items = totals(
         backend,
         ~(usable | never),  # an item that is never selected may have any weight
         xp.where(usable, weights, 0.0),
         xp.where(usable & ~never, weights, 0.0),
+        *((xp.ones_like(x),) if backend.is_split else ()),
     )
+    n = items[0] if backend.is_split else n
     valid = unusable == 0.0
     everything = ~nothing & (k >= sum_of_selectable * (1.0 - rounding))
     # Below the last score there is no gap unless everything is selected: only roundings of the running sums differ.
@@ -91,17 +95,18 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) 
     return high, low
 
 
-def _counted_edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
-    """`_edges` of slices in pieces."""
-    xp, n = backend.xp, x.shape[-1]
-    index = index_dtype(xp)
+def _counted_edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array, Array]:
+    """`_edges` of slices in pieces, and the number of their items."""
+    xp, index = backend.xp, index_dtype(backend.xp)
     if ranks is None:
-        k = xp.where((k >= 0.0) & (k <= n), k, 0.0)
+        most = float(xp.iinfo(index).max // 2)
+        k = xp.where((k >= 0.0) & (k <= most), k, 0.0)
         first, last = xp.astype(xp.ceil(k), index), xp.astype(xp.floor(k), index)
     else:
         none = xp.zeros(k.shape, dtype=index, device=backend.device(k))
         first, last = none + ranks[0], none + (ranks[1] - 1)
-    return edges_by_counting(backend, x, None, xp.maximum(first, 1), last)
+    high, low, n = edges_by_counting(backend, x, None, xp.maximum(first, 1), last)
+    return high, low, xp.astype(n, k.dtype)
 
 
 def _weighted_edges(
@@ -116,7 +121,8 @@ def _weighted_edges(
     counts = (weights > 0.0) | xp.isnan(x)
     x = xp.where(counts if where is None else counts & where, x, -math.inf)
     if backend.is_split:
-        return edges_by_counting(backend, x, xp.where(x > -math.inf, weights, 0.0), least, most)
+        high, low, _ = edges_by_counting(backend, x, xp.where(x > -math.inf, weights, 0.0), least, most)
+        return high, low
     x, mass = _descending(xp, x, weights)
     mass = xp.expand_dims(xp.cumulative_sum(mass, axis=-1), axis=-2)
     first = xp.count_nonzero(mass < xp.expand_dims(least, axis=-1), axis=-1)

@@ -23,17 +23,17 @@ __all__ = ["PieceBackend", "Pieces"]
 
 
 class Pieces:
-    """An array of one value per item, in pieces along the last axis."""
+    """An array of one value per item, in pieces along the last axis. No operation tells how many items there are."""
 
     #: NumPy leaves its binary operations to this class.
     __array_ufunc__ = None
 
-    def __init__(self, arrays: tuple[Array, ...], size: Any) -> None:
-        self.arrays, self.size = arrays, size
+    def __init__(self, arrays: tuple[Array, ...]) -> None:
+        self.arrays = arrays
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        return (*self.arrays[0].shape[:-1], self.size)
+        return (*self.arrays[0].shape[:-1], None)
 
     @property
     def ndim(self) -> int:
@@ -50,7 +50,7 @@ class Pieces:
 
     def like(self, arrays: tuple[Array, ...]) -> Pieces:
         """Other values of the same items."""
-        return Pieces(arrays, self.size)
+        return Pieces(arrays)
 
     def map(self, function: Callable[..., Array], *others: Any) -> Pieces:
         """The function applied to every piece, with the same piece of the others. Other values go to every piece."""
@@ -160,17 +160,6 @@ class PieceBackend(Backend):
         super().__init__(PieceNamespace(self, inner.xp), inner.name)
         self.inner, self.groups = inner, groups
         self.has_shards = any(group is not None for group in groups)
-
-    def gather(self, arrays: tuple[Array, ...]) -> Pieces:
-        """The pieces as one value."""
-        size: Any = 0
-        for array, group in zip(arrays, self.groups, strict=True):
-            size = size + array.shape[-1] * (1 if group is None else self.inner.shards(group)[1])
-        return Pieces(arrays, size)
-
-    def size_of(self, x: Pieces) -> Any:
-        """The number of items, as an integer."""
-        return x.size
 
     # -- reductions, of several values at a time
 
@@ -294,10 +283,3 @@ class PieceBackend(Backend):
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         return self.inner.repeat(step, state, limit)
-
-    def select(self, x: Any, ranks: Array | tuple[int, ...]) -> Array:
-        """Only to where the hard mask counts beyond the integers of the dtype: the score of one rank per slice."""
-        from .counting import edges_by_counting
-
-        found, _ = edges_by_counting(self, x, None, ranks, ranks)
-        return found

@@ -22,7 +22,7 @@ class Segments(Pieces):
     """An array of one value per item, (..., 1, n), of the segments of a `SegmentBackend`."""
 
     def __init__(self, array: Array, backend: SegmentBackend) -> None:
-        super().__init__((array,), backend.sizes)
+        super().__init__((array,))
         self.backend = backend
 
     def part(self, i: int, value: Any) -> Any:
@@ -43,17 +43,11 @@ class SegmentBackend(PieceBackend):
         The backend of the arrays.
     segments, lengths : array
         The segment of every item, (1, ..., 1, n), and the lengths, (1, ..., s, 1).
-    dtype : dtype
-        That of k, in which k is compared with the lengths.
     """
 
-    def __init__(self, inner: Backend, segments: Array, lengths: Array, dtype: Any) -> None:
+    def __init__(self, inner: Backend, segments: Array, lengths: Array) -> None:
         super().__init__(inner, (None,))
-        self.segments, self.lengths, self.count = segments, lengths, lengths.shape[-2]
-        self.sizes = inner.xp.astype(lengths, dtype)
-
-    def size_of(self, x: Pieces) -> Any:
-        return self.lengths
+        self.segments, self.count = segments, lengths.shape[-2]
 
     def join(self, array: Array | None) -> Any:
         return None if array is None else Segments(array, self)
@@ -98,7 +92,7 @@ class SegmentBackend(PieceBackend):
 
 def _segmented(whole: Primitive) -> Primitive:
     def prepared(backend: Backend, inputs: tuple[Any, ...]) -> tuple[SegmentBackend, Inputs]:
-        over = SegmentBackend(backend, inputs[5], inputs[6], inputs[1].dtype)
+        over = SegmentBackend(backend, inputs[5], inputs[6])
         return over, arguments(over, inputs, inputs[1].dtype)
 
     def arguments(over: SegmentBackend, values: Inputs, dtype: Any) -> Inputs:

@@ -64,7 +64,7 @@ class _Parts:
             self.xp.concat([filled[i] for i in piece], axis=-1) if len(piece) > 1 else filled[piece[0]]
             for piece in self.pieces
         )
-        return joined[0] if self.is_whole else self.over.gather(joined)  # type: ignore[attr-defined]
+        return joined[0] if self.is_whole else Pieces(joined)
 
     def inputs(self, values: Inputs) -> Inputs:
         """The inputs, or their tangents, as the operator takes them."""
