@@ -34,6 +34,7 @@ MODULES = [
     "softk.losses",
     "softk.sampling",
     "softk.schedules",
+    "softk_jax.sharded",
     "softk_torch.distributed",
     "softk_torch.layers",
     "softk_torch.losses",
