@@ -1,9 +1,10 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import attention, beam, losses, neighbors, sampling
+from . import attention, beam, budget, losses, neighbors, sampling, schedules
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
+from ._functions.segments import segment_topk
 from ._functions.selection import Selected, select
 from ._functions.transport import ConvergenceWarning, Plan, transport
 from .backend import kernels
@@ -17,6 +18,7 @@ __all__ = [
     "SortedTopK",
     "attention",
     "beam",
+    "budget",
     "jvp",
     "kernels",
     "log_topk",
@@ -25,6 +27,8 @@ __all__ = [
     "quantile",
     "rank",
     "sampling",
+    "schedules",
+    "segment_topk",
     "select",
     "sort",
     "sorted_topk",

@@ -99,6 +99,8 @@ class Primitive:
         The names of the last outputs. They have no derivative.
     axes : int
         The number of trailing axes of the first input that form one problem. The axes before them are batch axes.
+    shared : int
+        The number of last inputs that have no batch axes: they hold for the whole batch.
     narrow : bool
         Whether the scores may be float16 or bfloat16 while the other inputs are float32. The result then has the dtype
         of the scores.
@@ -118,6 +120,7 @@ class Primitive:
     state: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     axes: int = 1
+    shared: int = 0
     narrow: bool = False
 
     def __post_init__(self) -> None:
@@ -287,6 +290,8 @@ class Backend:
     autodiff: str = "softk.vjp, softk.jvp"
     #: The kernels, in order of preference. The first that supports the arguments replaces the reference.
     kernels: tuple[Kernel, ...] = ()
+    #: Whether the items of a slice lie in several arrays, so that only elementwise operations and reductions see them.
+    is_split: bool = False
     #: The reference's formulas for this namespace, which the reference loads at its first call.
     formulas: Any = None
 
@@ -494,6 +499,59 @@ class Backend:
         before = xp.concat([zeros[..., :1], before], axis=-1)
         places = xp.argsort(xp.astype(order < k, indices.dtype), axis=-1, stable=True)[..., :size]
         return xp.take_along_axis(before, places, axis=-1)
+
+    def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
+        """The sum, or the maximum, of the values of every segment along the last axis.
+
+        Parameters
+        ----------
+        values : array
+            Numbers, shape (..., n).
+        operation : {"sum", "max"}
+            How they are combined. The maximum of no values is ``-inf``.
+        segments : array
+            The segment of every value, from 0 to ``count - 1`` and in ascending order: integers of a shape that
+            broadcasts to that of the values.
+        count : int
+            The number of segments.
+
+        Returns
+        -------
+        array
+            Shape (..., count).
+        """
+        # The standard has no scattered sum, so every segment looks at all values.
+        xp = self.xp
+        empty = 0 if operation == "sum" else -float("inf")
+        places = xp.arange(count, dtype=segments.dtype, device=self.device(values))[:, None]
+        chosen = xp.where(xp.expand_dims(segments, axis=-2) == places, xp.expand_dims(values, axis=-2), empty)
+        if operation == "max":
+            return xp.max(chosen, axis=-1)
+        return xp.sum(chosen, axis=-1, dtype=values.dtype)
+
+    def shards(self, group: str) -> tuple[Any, int]:
+        """The index of this member in a group of processes or devices, and the number of its members.
+
+        Parameters
+        ----------
+        group : str
+            The framework's name of the group.
+        """
+        raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        """The sum or the maximum of the values of all members of a group, which every member gets.
+
+        Parameters
+        ----------
+        values : array
+            Numbers of one shape and dtype on every member.
+        operation : {"sum", "max"}
+            How they are combined.
+        group : str
+            As for `shards`.
+        """
+        raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
 
 
 def peek(backend: Backend, flag: Array) -> bool | None:

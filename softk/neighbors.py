@@ -60,7 +60,7 @@ class _Pairs(Slices):
         self.before = _broadcast(shape[:-2], other[:-2])
         self.count, self.n = shape[-2], other[-2]
         self.batch, self.shape = (*self.before, self.count), (*self.before, self.count, self.n)
-        self.ndim, self.axis = len(self.shape), len(self.shape) - 1
+        self.ndim, self.axes = len(self.shape), (len(self.shape) - 1,)
         self.k = check_mass(self.xp, k, self.n, self.working, False, "the number of keys")
         check_temperature(self.xp, epsilon, self.working)
 

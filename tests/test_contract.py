@@ -419,7 +419,78 @@ def test_axis(lib: Library, function: str, shape: tuple[int, ...], axis: int, rn
     np.testing.assert_allclose(found, expected, rtol=0, atol=MASK * EPS["float64"])
 
 
+def joined(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The axes as one axis at the end."""
+    moved = np.moveaxis(values, axes, range(-len(axes), 0))
+    return moved.reshape(*moved.shape[: -len(axes)], -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "axis"),
+    [*((f, (-1, 0)) for f in FUNCTIONS), *(("topk", axis) for axis in ((0, 1), (2, 1), (1,), (0, 1, 2)))],
+    ids=str,
+)
+def test_several_axes(eager: Library, function: str, axis: tuple[int, ...], rng: Any) -> None:
+    """The axes of a tuple count as one, in every argument, and in the derivatives."""
+    x, weights = rng.standard_normal((2, 3, 4)), rng.uniform(0.5, 2.0, (3, 1))
+    axes = tuple(sorted(one % 3 for one in axis))
+    kept = tuple(1 if one in axes else size for one, size in enumerate(x.shape))
+    share = 0.8 if function == "quantile" else 1.5
+    k, epsilon = share * rng.uniform(0.5, 1.0, kept), rng.uniform(0.3, 0.8, kept)
+    options = {"keepdims": True} if function in ("threshold", "quantile") else {}
+    where = np.ones(x.shape, bool) if function == "log_topk" else rng.random(x.shape) < 0.8  # its -inf has no distance
+    given = {"epsilon": epsilon, "weights": weights, "where": where}
+    names = ("x", "q" if function == "quantile" else "k", "epsilon", "weights")
+    if function == "quantile":  # the axes of a probability come first, so it has none here
+        k = np.asarray(0.4)
+
+    def pulled(values: Any, mass: Any, u: Any, axis: Any, **given: Any) -> tuple[Any, ...]:
+        out, pull = softk.vjp(FUNCTIONS[function], values, mass, axis=axis, **given, **options)
+        found = pull(u)
+        return (out, *(found[name] for name in names))
+
+    def flat(values: np.ndarray) -> np.ndarray:
+        return joined(np.broadcast_to(values, x.shape), axes)
+
+    def one(values: np.ndarray) -> np.ndarray:
+        return joined(values, axes) if values.ndim else values
+
+    one_axis = {"epsilon": one(epsilon), "weights": flat(weights), "where": flat(given["where"])}
+    u = rng.standard_normal(x.shape if function.endswith("topk") else kept)
+    wanted = pulled(flat(x), one(k), joined(u, axes), -1, **one_axis)
+    arrays = {name: eager.array(value, value.dtype) for name, value in given.items()}
+    found = pulled(eager.array(x), eager.array(k), eager.array(u), axis, **arrays)
+    found = tuple(eager.numpy(value) for value in found)
+    assert [value.shape for value in found] == [u.shape, x.shape, k.shape, epsilon.shape, weights.shape]
+    of_weights = (
+        np.moveaxis(
+            wanted[4].reshape(*(s for i, s in enumerate(x.shape) if i not in axes), *(x.shape[i] for i in axes)),
+            range(-len(axes), 0),
+            axes,
+        )
+        .sum(axis=(0, 2))
+        .reshape(3, 1)
+    )
+    for own, other in zip(found[:4], wanted[:4], strict=True):
+        closed_form.assert_close(joined(own, axes) if own.ndim else own, other, 1e-12)
+    closed_form.assert_close(found[4], of_weights, 1e-12)
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_several_axes_of_a_quantile(eager: Library, keepdims: bool, rng: Any) -> None:
+    x, q = rng.standard_normal((2, 3, 4)), np.asarray([0.1, 0.7])
+    found = eager.evaluate(softk.quantile, x, q, axis=(2, 0), epsilon=1e-6, keepdims=keepdims)
+    np.testing.assert_allclose(found, np.quantile(x, q, axis=(0, 2), keepdims=keepdims), rtol=0, atol=1e-9)
+
+
+def test_a_tuple_selects_in_the_order_of_the_axes() -> None:
+    """Ties go to the lowest index, the last axis first, whatever the order in the tuple."""
+    found = softk.topk(np.ones((2, 3)), 4, axis=(1, 0), hard=True)
+    np.testing.assert_array_equal(found, [[1, 1, 1], [1, 0, 0]])
+
+
 def test_axis_may_be_any_integer() -> None:
+    np.testing.assert_array_equal(softk.topk(ROWS, 1, axis=(np.int64(0), 1)), softk.topk(ROWS, 1, axis=(0, 1)))
     np.testing.assert_array_equal(softk.topk(ROWS, 1, axis=np.int64(0)), softk.topk(ROWS, 1, axis=0))
 
 

@@ -15,7 +15,9 @@ from .pages import BLOCK, PAGES, ROOT
 
 MODULES = [
     "softk._functions.masks",
+    "softk._functions.budget",
     "softk._functions.ordering",
+    "softk._functions.segments",
     "softk._functions.selection",
     "softk._functions.transport",
     "softk._functions.derivatives",
@@ -31,6 +33,9 @@ MODULES = [
     "softk.beam",
     "softk.losses",
     "softk.sampling",
+    "softk.schedules",
+    "softk_jax.sharded",
+    "softk_torch.distributed",
     "softk_torch.layers",
     "softk_torch.losses",
 ]

@@ -309,11 +309,30 @@ def test_axis_out_of_range(lib: Library, function: str, axis: int) -> None:
     complains(ValueError, "axis", f"got {axis}", "from -2 to 1 .* 2 axes", lib.call, f, x, 1, axis=axis)
 
 
-@pytest.mark.parametrize("axis", [None, 0.0, "last", (0, 1), True, False, np.True_], ids=repr)
+@pytest.mark.parametrize("axis", [None, 0.0, "last", [0, 1], True, False, np.True_], ids=repr)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_axis_is_no_integer(function: str, axis: Any) -> None:
     f = FUNCTIONS[function]
     complains(TypeError, "axis", re.escape(f"got {axis!r}"), "must be an integer", f, X, 1, axis=axis)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, "log_topk"])
+def test_axis_is_a_bad_tuple(function: str) -> None:
+    f = getattr(softk, function)
+    complains(ValueError, "axis", r"got \(\)", "at least one axis", f, X, 1, axis=())
+    complains(ValueError, "axis", r"got \(0, -2\)", "each axis once", f, X, 1, axis=(0, -2))
+    complains(ValueError, "axis", "got 2", "from -2 to 1 .* 2 axes", f, X, 1, axis=(0, 2))
+    complains(TypeError, "axis", "got 1.0", "an integer or a tuple of integers", f, X, 1, axis=(0, 1.0))
+
+
+def test_several_axes_where_one_is_asked_for() -> None:
+    for f in (softk.sorted_topk, softk.select):
+        complains(TypeError, "axis", r"got \(0, 1\)", "must be an integer", f, X, 1, axis=(0, 1))
+
+
+def test_shape_of_slice_arguments_of_several_axes() -> None:
+    complains(ValueError, "k", r"got shape \(2, 1\)", r"shape \(1, 1\)", softk.topk, X, np.ones((2, 1)), axis=(0, 1))
+    complains(ValueError, "k", "got 9", "from 0 to 8", softk.topk, X, 9, axis=(0, 1))
 
 
 @pytest.mark.parametrize("mode", ["max", "Largest", "", None, 1, ["largest"]], ids=repr)

@@ -27,7 +27,11 @@ STOREYS = [
     ("the kernels", ["softk_triton", "softk_numba"]),
     (
         "the layers and estimators",
-        [*(f"softk_torch.{name}" for name in ("layers", "losses", "parameters")), "softk_sklearn"],
+        [
+            *(f"softk_torch.{name}" for name in ("layers", "losses", "parameters", "distributed")),
+            "softk_jax.sharded",
+            "softk_sklearn",
+        ],
     ),
     ("the adapters", ["softk_"]),
     ("the functions", ["softk._functions"]),

@@ -973,3 +973,56 @@ def test_sharded_over_devices(rng: Any) -> None:
         assert_close(eager, out, 1e-13)
         assert_close(in_x, expected["x"])
         assert_close(in_k, expected["k"])
+
+
+def test_an_axis_over_devices(rng: Any) -> None:
+    """The selected axis over four devices in a shard_map: values, derivatives, and no gathering of the scores."""
+    root = Path(__file__).parents[1]
+    source = """
+    import os
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    import jax, jax.numpy as jnp, numpy as np, softk, softk_jax.sharded
+    from jax.sharding import Mesh, PartitionSpec as P
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_platforms", "cpu")
+    mesh, over = Mesh(np.asarray(jax.devices()), ("d",)), P(None, "d")
+    rng = np.random.default_rng(3)
+    x, u = (jnp.asarray(rng.standard_normal((2, 1200))) for _ in range(2))
+    weights = jnp.asarray(rng.uniform(0.5, 2.0, (2, 1200)))
+
+    def loss(x, k, epsilon, weights):
+        def local(x, k, epsilon, weights, u):
+            mask = softk_jax.sharded.topk(x, k, axis_name="d", epsilon=epsilon, weights=weights)
+            return jax.lax.psum((u * mask).sum(), "d"), mask
+        specs = (over, P(), P(), over, over)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), over))(x, k, epsilon, weights, u)
+
+    def whole(x, k, epsilon, weights):
+        mask = softk.topk(x, k, epsilon=epsilon, weights=weights)
+        return (u * mask).sum(), mask
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    for epsilon in (0.3, 1e-3):
+        given = x, jnp.asarray(140.3), jnp.asarray(epsilon), weights
+        (_, mask), found = gradient(*given)
+        (_, wanted_mask), wanted = jax.value_and_grad(whole, (0, 1, 2, 3), has_aux=True)(*given)
+        np.testing.assert_allclose(mask, wanted_mask, rtol=0, atol=64 * 2.0**-52)
+        for own, other in zip(found, wanted):
+            np.testing.assert_allclose(own, other, rtol=0, atol=1e-11 * float(abs(other).max()))
+    text = gradient.lower(*given).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text and "all-to-all" not in text
+    hard = lambda x: softk_jax.sharded.topk(x, 30, axis_name="d", hard=True)
+    found = jax.jit(jax.shard_map(hard, mesh=mesh, in_specs=over, out_specs=over))(x.round())
+    np.testing.assert_array_equal(found, softk.topk(x.round(), 30, hard=True))
+    try:
+        softk_jax.sharded.topk(x, 2, axis_name=0)
+    except TypeError as error:
+        assert "axis_name must be a string" in str(error)
+    else:
+        raise AssertionError("it was not refused")
+    print("done")
+    """
+    setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"
+    done = subprocess.run([sys.executable, "-c", setup + textwrap.dedent(source)], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr

@@ -108,7 +108,7 @@ def test_equal_numbers_of_other_types() -> None:
     softk.threshold(X, 1, keepdims=True)
     with pytest.raises(TypeError, match="k must be a number or an array"):
         softk.topk(X, True, axis=1, epsilon=1, hard=True)
-    with pytest.raises(TypeError, match="axis must be an integer, got True"):
+    with pytest.raises(TypeError, match="axis must be an integer or a tuple of integers, got True"):
         softk.topk(X, 1, axis=True, epsilon=1, hard=True)
     with pytest.raises(TypeError, match=r"axis must be an integer, got 1\.0"):
         softk.topk(X, 1, axis=1.0, epsilon=1, hard=True)  # type: ignore[arg-type]

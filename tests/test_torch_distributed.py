@@ -1,4 +1,4 @@
-"""DTensors over two processes: shards of the batch and replicas, forward and backward, by value."""
+"""DTensors and local shards over two and four processes, forward and backward, by value, and what is sent."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROCESS = """
-import sys, warnings
+import os, sys, warnings
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 import softk
-from softk_torch import TopK
+import softk_torch.distributed
+from softk_torch import TopK, dtensors
 
-rank, file, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, file, case, world = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 torch.set_num_threads(1)
 torch.manual_seed(0)
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
 close = torch.testing.assert_close
 
 def check(f, placement, *given, others=None, dtype=torch.float64):
@@ -49,6 +50,14 @@ def check(f, placement, *given, others=None, dtype=torch.float64):
     for own, other in zip(wanted, held, strict=True):
         close(other.grad.full_tensor() if isinstance(other.grad, DTensor) else other.grad, own.grad)
     return found
+
+def refused(f, x, axis):
+    try:
+        f(distribute_tensor(x, mesh, [Shard(axis)]))
+    except NotImplementedError as error:
+        assert str(error).startswith("x must not be sharded along the selected axis for this function"), error
+    else:
+        raise AssertionError("it was not refused")
 
 x, k = torch.randn(5, 7), torch.rand(5, 1) * 3 + 1  # three rows for one process, two for the other
 weights, epsilon = torch.rand(7) + 0.5, torch.tensor(0.7)
@@ -98,41 +107,115 @@ elif case == "compiled":
     expected.backward(u)
     found.backward(distribute_tensor(u, mesh, [Shard(0)]))
     close(given.grad.full_tensor(), own.grad)
+elif case == "selected axis":
+    sent, real = [], dist.all_reduce
+    def counted(values, *args, **kwargs):
+        sent.append(values.numel())
+        return real(values, *args, **kwargs)
+    dtensors.dist.all_reduce = counted
+    x = torch.randn(3, 2001)
+    weights = torch.rand(2001) + 0.5
+    with_where = lambda x, k: softk.topk(x, k, epsilon=0.3, where=torch.arange(2001) % 3 != 0)
+    found = check(topk, Shard(1), x, torch.rand(3, 1) * 300 + 1, epsilon, weights)
+    assert found.placements == (Shard(1),)
+    assert found.to_local().shape == (3, 1001 - rank)
+    check(topk, Shard(1), x, torch.tensor(40.3), torch.tensor(1e-3), weights, others=[None, None, None])
+    check(with_where, Shard(1), x, torch.tensor(40.3))
+    check(lambda x, k: softk.threshold(x, k, epsilon=0.3), Shard(1), x, torch.tensor(40.3))
+    check(lambda x: softk.topk(x.round(), 40, hard=True), Shard(1), x)
+    check(lambda x: softk.topk(x, 7, axis=0, mode="smallest"), Shard(0), x.mT)
+    for k in (1, 40, 1999.5):
+        sent.clear()
+        softk.topk(distribute_tensor(x.float(), mesh, [Shard(1)]), k, epsilon=1e-3)
+        assert len(sent) <= 24 and max(sent) <= 16 * 3, sent
+    refused(lambda x: softk.log_topk(x, 2), x, 1)
+    refused(lambda x: softk.quantile(x, 0.2), x, 1)
+    refused(lambda x: softk.sorted_topk(x, 2, axis=0), x, 0)
+    own = distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+    try:
+        torch.autograd.grad(softk.topk(own, 2).full_tensor()[:, 0].sum(), own, create_graph=True)
+    except NotImplementedError as error:
+        assert "second derivatives over an axis that is sharded" in str(error), error
+    else:
+        raise AssertionError("it was not refused")
+elif case == "local shards":
+    cuts = {2: [0, 300, 1001], 4: [0, 300, 300, 999, 1001]}[world]  # one process may have nothing
+    mine = slice(cuts[rank], cuts[rank + 1])
+    x, u = torch.randn(2, 2, 1001)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        for weights in (None, torch.rand(2, 1001) + 0.5):
+            for strength in (0.3, 1e-2)[: 3 - world // 2]:
+                whole = [x, torch.tensor(40.3), torch.tensor(strength), weights]
+                whole = [None if value is None else value.to(dtype, copy=True).requires_grad_() for value in whole]
+                local = [
+                    None if value is None else value.detach()[..., mine if value.ndim else ...].clone().requires_grad_()
+                    for value in whole
+                ]
+                mask = softk_torch.distributed.topk(*local[:2], epsilon=local[2], weights=local[3])
+                expected = softk.topk(*whole[:2], epsilon=whole[2], weights=whole[3])
+                close(mask, expected[:, mine], rtol=0, atol=32 * torch.finfo(dtype).eps)
+                mass = (mask if weights is None else mask * local[3]).double().sum(-1)
+                dist.all_reduce(mass)
+                assert (mass - whole[1].item()).abs().max() <= 16 * torch.finfo(dtype).eps * 40.3
+                (mask * u[:, mine].to(dtype)).sum().backward()
+                (expected * u.to(dtype)).sum().backward()
+                for value, other in zip(local, whole):
+                    if value is not None:
+                        wanted = other.grad[..., mine if value.ndim else ...]
+                        close(value.grad, wanted, rtol=0, atol=tolerance * float(other.grad.abs().max()))
+    hard = softk_torch.distributed.topk(x[:, mine].round(), 30, hard=True)
+    assert torch.equal(hard, softk.topk(x.round(), 30, hard=True)[:, mine])
+    if world == 4:  # shards of the axis, replicas of them, and shards of the batch on one mesh
+        mesh = init_device_mesh("cpu", (2, 2))
+        for placements in ((Shard(1), Replicate()), (Shard(0), Shard(1)), (Shard(1), Shard(1))):
+            given = distribute_tensor(x, mesh, placements).requires_grad_()
+            own = x.clone().requires_grad_()
+            found, expected = softk.topk(given, 40.3), softk.topk(own, 40.3)
+            assert found.placements == placements
+            close(found.full_tensor(), expected)
+            expected.backward(u)
+            found.backward(distribute_tensor(u, mesh, placements))
+            close(given.grad.full_tensor(), own.grad)
+elif case == "a lost process":
+    if rank == 1:
+        os._exit(0)
+    try:
+        softk_torch.distributed.topk(x, 2)
+    except RuntimeError as error:
+        print("done")
+        os._exit(0)
+    raise AssertionError("nothing was raised")
 else:
-    for f in (softk.topk, softk.log_topk, softk.threshold, softk.sorted_topk):
-        for axis in (0, 1):
-            given = distribute_tensor(x, mesh, [Shard(axis)])
-            try:
-                f(given, 2, axis=axis)
-            except NotImplementedError as error:
-                assert str(error).startswith("x must not be sharded along the selected axis"), error
-            else:
-                raise AssertionError("it was not refused")
+    raise AssertionError(case)
 dist.destroy_process_group()
 print("done")
 """
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "world"),
     [
-        "batch",
-        "selected axis",
-        pytest.param("functions", marks=pytest.mark.full),
-        pytest.param("compiled", marks=pytest.mark.full),
+        ("batch", 2),
+        ("selected axis", 2),
+        ("local shards", 2),
+        ("local shards", 4),
+        ("a lost process", 2),
+        pytest.param("functions", 2, marks=pytest.mark.full),
+        pytest.param("compiled", 2, marks=pytest.mark.full),
     ],
 )
-def test_two_processes(case: str, tmp_path: Path) -> None:
+def test_processes(case: str, world: int, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"
     command = [sys.executable, "-c", setup + PROCESS]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), case], **pipes) for rank in range(2)]
+    given = [str(tmp_path / "store"), case, str(world)]
+    processes = [subprocess.Popen([*command, str(rank), *given], **pipes) for rank in range(world)]
     try:
         printed = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, text in zip(processes, printed, strict=True):
+    for rank, (process, text) in enumerate(zip(processes, printed, strict=True)):
         assert process.returncode == 0, text
-        assert text.endswith("done\n")
+        assert text.endswith("done\n") or (case, rank) == ("a lost process", 1)

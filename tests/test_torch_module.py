@@ -84,6 +84,36 @@ def test_learned_k_is_held_within_its_range(k: float, selected: float, rng: Any)
     assert layer.k.grad == 0
 
 
+def test_hard_when_it_evaluates(rng: Any) -> None:
+    """Soft while it trains; exactly k when it evaluates, also of a learned k, with the soft derivative."""
+    x = torch.tensor(rng.standard_normal((4, 5)))
+    layer = TopK(parameter(2.7), epsilon=0.6, hard="eval")
+    assert torch.equal(layer(x), softk.topk(x, 2.7, epsilon=0.6))
+    layer.eval()
+    found = layer(x)
+    assert torch.equal(found, softk.topk(x, 3, epsilon=0.6, hard=True))
+    found[:, 0].sum().backward()
+    own = parameter(3.0)
+    softk.topk(x, own, epsilon=0.6)[:, 0].sum().backward()
+    assert_close(layer.k.grad, own.grad)
+    assert float(own.grad.abs()) > 0.01
+    assert layer.train()(x).unique().numel() > 2
+    assert repr(layer) == "TopK(k=2.7 (learned), dim=-1, mode='largest', epsilon=0.6, hard='eval')"
+    with pytest.raises(ValueError, match="hard=True does not support weights"):
+        layer.eval()(x, weights=torch.ones_like(x))
+    with pytest.raises(ValueError, match=r"k must be a whole number with hard=True, got 2.5"):
+        TopK(2.5, hard="eval")
+    with pytest.raises(TypeError, match="hard must be True, False or 'eval', got 'evaluating'"):
+        TopK(2, hard="evaluating")
+
+
+def test_several_axes(rng: Any) -> None:
+    """One budget over a batch; a learned k is clamped to the number of all scores."""
+    x = torch.tensor(rng.standard_normal((2, 4, 5)))
+    assert torch.equal(TopK(7.5, dim=(0, 2))(x), softk.topk(x, 7.5, axis=(0, 2)))
+    assert torch.equal(TopK(parameter(77.0), dim=(-1, 0, 1))(x), torch.ones_like(x))
+
+
 def test_hard_mask_learns_by_the_soft_one(rng: Any) -> None:
     x = rng.standard_normal((3, 7))
     layer = TopK(parameter(3.0), epsilon=parameter(0.7), hard=True)

@@ -40,9 +40,11 @@ def _blockwise(
     arrays = [value for group in groups for value in group if value is not None]
     # An array has the batch axes, which keep their chunks, and then axes of its own. A number has neither.
     chunks = x.chunks[: x.ndim - primitive.axes]
-    own = [max(value.ndim - len(chunks), 0) for value in arrays]
+    shared = {id(value) for value in groups[0][len(groups[0]) - primitive.shared :]}
+    own = [value.ndim if id(value) in shared else max(value.ndim - len(chunks), 0) for value in arrays]
     arrays = [
-        value.rechunk((*chunks, *(-1,) * axes)) if axes else value for value, axes in zip(arrays, own, strict=True)
+        value.rechunk((*chunks, *(-1,) * axes)[-value.ndim :]) if axes else value
+        for value, axes in zip(arrays, own, strict=True)
     ]
     cores = [Form(value.shape[value.ndim - axes :], value.dtype) for value, axes in zip(arrays, own, strict=True)]
 

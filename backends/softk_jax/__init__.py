@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,20 @@ class JaxBackend(Backend):
     def scatter(self, values: Array, indices: Array, size: int) -> Array:
         zeros = jnp.zeros((*values.shape[:-1], size), values.dtype)
         return jnp.put_along_axis(zeros, indices, values, axis=-1, inplace=False)
+
+    def shards(self, group: str) -> tuple[Any, int]:
+        return jax.lax.axis_index(group), jax.lax.axis_size(group)
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        return jax.lax.psum(values, group) if operation == "sum" else jax.lax.pmax(values, group)
+
+    def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
+        empty = 0 if operation == "sum" else -jnp.inf
+        found = jnp.full((*values.shape[:-1], count), empty, values.dtype)
+        index = segments.reshape(segments.shape[-1])  # JAX batches the operation, so there is one row
+        place = found.at[..., index]
+        combine = place.add if operation == "sum" else place.max
+        return combine(values, indices_are_sorted=True, mode="drop")
 
 
 def _largest(x: Array, k: int) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal
 
 import array_api_compat.numpy as compat
 import numpy as np
@@ -57,6 +57,20 @@ class NumpyBackend(Backend):
     def scatter(self, values: Array, indices: Array, size: int) -> Array:
         found = np.zeros((*values.shape[:-1], size), values.dtype)
         np.put_along_axis(found, indices, values, axis=-1)
+        return found
+
+    def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
+        # The segments are the same for the whole batch, unless a caller repeats them.
+        order = segments.reshape(-1, segments.shape[-1])[0]
+        starts = np.searchsorted(order, np.arange(count + 1))
+        full = starts[1:] > starts[:-1]
+        shape = (*values.shape[:-1], count)
+        found = np.zeros(shape, values.dtype) if operation == "sum" else np.full(shape, -np.inf, values.dtype)
+        if full.any():
+            # Of an empty segment reduceat returns the next value, so those are left out. Its sums are not pairwise.
+            reduce, wide = (np.add, np.float64) if operation == "sum" else (np.maximum, values.dtype)
+            wide = values.dtype if values.dtype.kind != "f" else wide
+            found[..., full] = reduce.reduceat(values, starts[:-1][full], axis=-1, dtype=wide)
         return found
 
 

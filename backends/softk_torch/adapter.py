@@ -9,13 +9,14 @@ is right to second order.
 
 from __future__ import annotations
 
+import math
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import array_api_compat.torch as compat
 import torch
@@ -109,6 +110,28 @@ class TorchBackend(Backend):
             -1, indices, values
         )
 
+    def shards(self, group: str) -> tuple[int, int]:
+        from . import dtensors
+
+        return dtensors.shards(group)
+
+    def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
+        from . import dtensors
+
+        return dtensors.reduce_shards(values, operation, group)
+
+    def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
+        shape, wide = (*values.shape[:-1], count), values.dtype
+        segments = segments.expand(values.shape)
+        if operation == "max":
+            found = torch.full(shape, -math.inf, dtype=wide, device=values.device)
+            return found.scatter_reduce(-1, segments, values, "amax")
+        # In float64: a scattered sum adds one value after the other, on a GPU in any order.
+        if values.is_floating_point():
+            wide = torch.float64 if values.device.type != "mps" else wide
+        found = torch.zeros(shape, dtype=wide, device=values.device)
+        return found.scatter_add(-1, segments, values.to(wide)).to(values.dtype)
+
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether memory holds their values, and no compiler, tracer or transform records the operations."""
@@ -165,10 +188,10 @@ def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tenso
         with torch.no_grad():
             return _forward(name, options, inputs)
     if "torch.distributed.tensor" in sys.modules:  # else there are none, and it is slow to import
-        from . import distributed
+        from . import dtensors
 
-        if distributed.is_distributed(inputs):
-            return distributed.by_process(partial(_apply, name, options), PRIMITIVES[name].axes, inputs)
+        if dtensors.is_distributed(inputs):
+            return dtensors.by_process(_apply, name, options, inputs)
     outputs: tuple[torch.Tensor, ...] = _apply(name, options, *inputs)
     return outputs
 

@@ -1,71 +1,101 @@
-"""Primitives on DTensors: every process computes its local slices.
+"""The soft top-k of scores that are spread over processes, as ordinary tensors.
 
-Slices are independent, so there is no communication if the scores are replicated or sharded along batch axes. The other
-inputs are redistributed to the placements of the scores. PyTorch's redistribution is differentiable.
+DTensors go through `softk.topk` itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement
+import torch.distributed as dist
 
-Outputs = tuple[torch.Tensor, ...]
+from softk._functions.arguments import Slices
+from softk._functions.call import Call, operator_from
+from softk._functions.checks import check_flag, check_mass, check_mode, check_temperature
+from softk._functions.masks import require_whole
+from softk._reference.threshold.split import in_pieces
+
+__all__ = ["topk"]
 
 
-def is_distributed(values: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether one of the values is a DTensor."""
-    return any(isinstance(value, DTensor) for value in values)
+@operator_from
+def topk(
+    x: torch.Tensor,
+    /,
+    k: float | torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    axis: int | tuple[int, ...] = -1,
+    mode: Literal["largest", "smallest"] = "largest",
+    epsilon: float | torch.Tensor = 0.1,
+    weights: torch.Tensor | None = None,
+    where: torch.Tensor | None = None,
+    hard: bool = False,
+) -> Call[torch.Tensor]:
+    """Soft top-k along an axis whose scores are spread over the processes of a group.
 
-
-def by_process(function: Callable[..., Outputs], axes: int, inputs: tuple[torch.Tensor | None, ...]) -> Outputs:
-    """``function(*inputs)``, computed from the local parts of the inputs. The results are DTensors.
+    Every process passes its own part and gets its own part of the mask, which sums to `k` over all processes. The
+    scores are not sent: the processes exchange a few numbers per slice, at most 24 times. Every process must call it.
 
     Parameters
     ----------
-    function : callable
-        A primitive bound to its options.
-    axes : int
-        The number of trailing axes of the first input that form one problem.
-    inputs : tuple of tensor or None
-        Ordinary tensors must have the same values on every process.
+    x : tensor
+        The scores of this process. The sizes along `axis` may differ between processes, and be 0; the other sizes are
+        the same.
+    k : number or tensor
+        How many scores to select in all, as for `softk.topk`: the same on every process. If it exceeds the number of
+        scores, the mask is NaN.
+    group : torch.distributed.ProcessGroup, optional
+        The processes. By default all of them.
+    axis, mode, epsilon, weights, where, hard
+        As for `softk.topk`. An epsilon is the same on every process; weights and where are those of the scores `x`.
+        Ties go to the process with the lowest rank.
+
+    Returns
+    -------
+    tensor
+        The mask of the scores `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `softk.topk`.
+    NotImplementedError
+        For a second derivative.
+
+    Notes
+    -----
+    The derivatives are those of the sum of the losses of all processes: every process passes the cotangent of its own
+    part. The gradients of `k` and `epsilon` are the whole ones, and the same on every process.
+
+    References
+    ----------
+    Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, sections 3.1 and 3.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import softk_torch.distributed
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> softk_torch.distributed.topk(torch.tensor([0.2, 1.7, -0.5, 0.9]), 2, epsilon=0.5)
+    tensor([0.1956, 0.9899, 0.0146, 0.7999])
+    >>> dist.destroy_process_group()
     """
-    first = next(value for value in inputs if isinstance(value, DTensor))
-    scores = inputs[0]
-    assert scores is not None
-    batch, mesh = scores.ndim - axes, first.device_mesh
-    # Partial sums must be added before a nonlinear function is applied.
-    placements = [Replicate() if place.is_partial() else place for place in first.placements]
-    for dim, place in enumerate(placements):
-        if place.is_shard() and _axis(place, first) >= batch:
-            raise NotImplementedError(
-                "x must not be sharded along the selected axis, but it is, over dimension "
-                f"{dim} of the mesh {mesh}; redistribute it, for example to Replicate()"
-            )
-    local = [None if value is None else _local(value, mesh, placements) for value in inputs]
-    leading = tuple(scores.shape[:batch])
-    return tuple(_whole(value, leading, mesh, placements) for value in function(*local))
-
-
-def _axis(place: Any, value: torch.Tensor) -> int:
-    axis: int = place.dim
-    return axis % value.ndim
-
-
-def _local(value: torch.Tensor, mesh: Any, placements: list[Placement]) -> torch.Tensor:
-    if value.ndim == 0 and not isinstance(value, DTensor):  # a number has no axis to shard
-        return value
-    if not isinstance(value, DTensor):
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    found: torch.Tensor = value.redistribute(mesh, placements).to_local()
-    return found
-
-
-def _whole(value: torch.Tensor, leading: tuple[int, ...], mesh: Any, placements: list[Placement]) -> DTensor:
-    """The DTensor of a local result. The global shape is given, because the last shard may be shorter."""
-    shape = torch.Size((*leading, *value.shape[len(leading) :]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
+    check_flag("hard", hard)
+    slices = Slices(x, axis, smallest=check_mode(mode), joint=True, k=k, epsilon=epsilon, weights=weights, where=where)
+    k = check_mass(slices.xp, k, slices.n, slices.working, True)  # only the solver knows how many scores there are
+    check_temperature(slices.xp, epsilon, slices.working)
+    if hard:
+        require_whole(k, weights, k)
+    arguments = {
+        "x": slices.scores(narrow=True),
+        "k": slices.per_slice("k", k),
+        "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5),
+        "weights": slices.per_item("weights", weights),
+        "where": slices.kept(where),
+    }
+    members: Any = dist.group.WORLD if group is None else group
+    primitive = in_pieces("hard_mask" if hard else "mask", (members.group_name,))
+    return Call(slices.backend, primitive, {"ranks": None}, arguments, (slices.like_scores(narrow=True),))

@@ -25,15 +25,17 @@ class TopK(torch.nn.Module):
         How many scores to select. A `torch.nn.Parameter` (one value, or one per slice) is trained with the model. Any
         other tensor is a buffer, which is moved and saved with the module. Without weights, a tensor is clamped to
         [0, n] in the forward pass, since the problem is infeasible outside.
-    dim : int, optional
-        The axis along which to select.
+    dim : int or tuple of int, optional
+        The axis along which to select, or several of them with one budget.
     mode : {"largest", "smallest"}, optional
         Whether to select the largest or the smallest scores.
     epsilon : float or tensor, optional
         Strength of the entropy, in the units of the scores. A tensor is a parameter or a buffer, as for `k`. It must
         stay positive: learn its logarithm if it could become negative.
-    hard : bool, optional
-        The exact indicator in the forward pass, with the derivative of the soft mask. `k` must be a whole number.
+    hard : bool or "eval", optional
+        The exact indicator in the forward pass, with the derivative of the soft mask. `k` must be a whole number, and
+        weights are not supported. "eval" does so when the module evaluates, and is soft while it trains; a tensor `k`
+        is then rounded to a whole number.
 
     Raises
     ------
@@ -58,6 +60,12 @@ class TopK(torch.nn.Module):
     >>> mask[1].backward()
     >>> layer.k.grad is not None
     True
+
+    Soft while it trains, exactly 2 ones when it evaluates:
+
+    >>> layer = TopK(2, epsilon=0.5, hard="eval").eval()
+    >>> layer(torch.tensor([0.2, 1.7, -0.5, 0.9]))
+    tensor([0., 1., 0., 1.])
     """
 
     k: float | torch.Tensor
@@ -67,13 +75,15 @@ class TopK(torch.nn.Module):
         self,
         k: float | torch.Tensor,
         *,
-        dim: int = -1,
+        dim: int | tuple[int, ...] = -1,
         mode: Literal["largest", "smallest"] = "largest",
         epsilon: float | torch.Tensor = 0.1,
-        hard: bool = False,
+        hard: bool | Literal["eval"] = False,
     ) -> None:
         super().__init__()
         require_numbers(k, epsilon, mode=mode)
+        if hard != "eval" and not isinstance(hard, bool):
+            raise TypeError(f"hard must be True, False or 'eval', got {hard!r}")
         if hard and not isinstance(k, torch.Tensor):  # raises if k is not a whole number
             softk.topk(scores_of_size(max(math.ceil(k), 1)), k, hard=True)
         hold(self, k=k, epsilon=epsilon)
@@ -85,9 +95,12 @@ class TopK(torch.nn.Module):
         self, x: torch.Tensor, *, weights: torch.Tensor | None = None, where: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The mask of the scores `x`; `weights` and `where` as for `softk.topk`."""
-        k = self.k
+        k, hard = self.k, not self.training if self.hard == "eval" else self.hard
         if isinstance(k, torch.Tensor) and weights is None:
-            k = k.clamp(0, x.shape[self.dim])
+            axes = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+            k = k.clamp(0, math.prod(x.shape[axis] for axis in axes))
+            if self.hard == "eval" and hard:
+                k = k + (k.round() - k).detach()  # whole, with the derivative of k
         mask: torch.Tensor = softk.topk(
             x,
             k,
@@ -96,13 +109,13 @@ class TopK(torch.nn.Module):
             epsilon=self.epsilon,
             weights=weights,
             where=where,
-            hard=self.hard,
+            hard=hard,
         )
         return mask
 
     def extra_repr(self) -> str:
         parts = f"k={show(self.k)}, dim={self.dim}, mode={self.mode!r}, epsilon={show(self.epsilon)}"
-        return parts + (", hard=True" if self.hard else "")
+        return parts + (f", hard={self.hard!r}" if self.hard else "")
 
 
 class TopKAttention(torch.nn.Module):
@@ -283,4 +296,4 @@ class SubsetSampler(torch.nn.Module):
 
     def extra_repr(self) -> str:
         parts = f"k={show(self.k)}, dim={self.dim}, epsilon={show(self.epsilon)}"
-        return parts + (", hard=True" if self.hard else "")
+        return parts + (f", hard={self.hard!r}" if self.hard else "")

@@ -7,6 +7,7 @@ In canonical form the selected axis is last, the dtype is float32 or float64, k 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from softk.backend import Array, Backend, backend_of, broadcast_like, index_dtyp
 
 from .call import Argument
 from .checks import (
+    check_axes,
     check_axis,
     is_number,
     kind_of,
@@ -29,12 +31,16 @@ from .shapes import cast, fits, move_axis, shrink
 class Slices:
     """The scores and the axis that slices them, against which the other arguments are checked and converted."""
 
-    def __init__(self, x: Any, axis: Any, *, called: str = "x", smallest: bool = False, **others: Any) -> None:
+    def __init__(
+        self, x: Any, axis: Any, *, called: str = "x", smallest: bool = False, joint: bool = False, **others: Any
+    ) -> None:
+        """`joint` allows several axes, whose scores form one slice in the order of the axes."""
         require_array(called, x)
         arrays = {}
         for name, value in others.items():
-            # where and weights have one value per item, so they cannot be numbers, but may be absent.
-            per_item = name in ("where", "weights")
+            # where and weights have one value per item, so they cannot be numbers, but may be absent. Those of a tree
+            # are named by their paths, such as weights['bias'].
+            per_item = re.split(r"[\[.]", name)[0] in ("where", "weights")
             if (value is None and per_item) or (is_number(value) and not per_item):
                 continue
             require_array(name, value, or_number=not per_item)
@@ -48,18 +54,29 @@ class Slices:
         if x.ndim == 0:
             raise ValueError(f"{called} must have at least one axis, got an array of shape ()")
         self.called, self.shape, self.ndim, self.device = called, tuple(x.shape), x.ndim, backend.device(x)
-        self.axis = check_axis(axis, x.ndim, called)
-        require_size(called, x, self.axis)
+        self.axes = check_axes(axis, x.ndim, called) if joint else (check_axis(axis, x.ndim, called),)
+        for one in self.axes if len(self.axes) == 1 else range(x.ndim):  # several axes are reshaped to one
+            require_size(called, x, one)
         beside = {name: value for name, value in arrays.items() if value.ndim}
         if beside:
             require_equal_sizes({called: x, **beside})
-        self.n = self.shape[self.axis]
-        self.batch = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        self.n = self.shape[self.axis] if len(self.axes) == 1 else math.prod(self.shape[one] for one in self.axes)
+        self.batch = tuple(size for one, size in enumerate(self.shape) if one not in self.axes)
         self.dtype = x.dtype
         self.working = working_dtype(xp, x.dtype)
         self.sign = -1.0 if smallest else 1.0
         # What is kept of a call must not keep the scores alive; their sizes may be known to nothing else, though.
         self.like = x if any(unknown(size) for size in self.shape) else None
+
+    @property
+    def axis(self) -> int:
+        """The selected axis, or the first of them."""
+        return self.axes[0]
+
+    @property
+    def per_slice_shape(self) -> tuple[Any, ...]:
+        """The shape of the scores with size 1 along the selected axes."""
+        return tuple(1 if one in self.axes else size for one, size in enumerate(self.shape))
 
     def require_sizes(self) -> None:
         """Require known sizes. Dask's unknown sizes, NaN, are allowed, because Dask computes block by block."""
@@ -76,10 +93,26 @@ class Slices:
         return broadcast_like(self.xp, values, shape, self._last(self.like)[..., :1])
 
     def _last(self, values: Array) -> Array:
-        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, self.axis, -1)
+        """The selected axis moved to the end, or several of them made one at the end."""
+        count = len(self.axes)
+        ends = tuple(range(-count, 0))
+        if self.axes != tuple(range(self.ndim - count, self.ndim)):
+            values = move_axis(self.xp, values, self.axes, ends)
+        if count == 1:
+            return values
+        shape = tuple(values.shape)
+        return self.xp.reshape(values, (*shape[:-count], math.prod(shape[-count:])))
 
     def _back(self, values: Array) -> Array:
-        return values if self.axis == self.ndim - 1 else move_axis(self.xp, values, -1, self.axis)
+        """The inverse of `_last`, for values of one per item or one per slice."""
+        count = len(self.axes)
+        ends = tuple(range(-count, 0))
+        if count > 1:
+            sizes = [self.shape[one] if values.shape[-1] == self.n else 1 for one in self.axes]
+            values = self.xp.reshape(values, (*values.shape[:-1], *sizes))
+        if self.axes == tuple(range(self.ndim - count, self.ndim)):
+            return values
+        return move_axis(self.xp, values, ends, self.axes)
 
     def _cast(self, values: Array, dtype: Any) -> Array:
         return cast(self.xp, values, dtype)
@@ -124,10 +157,10 @@ class Slices:
             return Argument(xp.full((), number, dtype=self.working, device=self.device), value)
         shape, target = tuple(value.shape), (*self.batch, 1)
         aligned = (1,) * (self.ndim - len(shape)) + shape
-        slices = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
-        if not fits(shape, slices):
+        if not fits(shape, self.per_slice_shape):
             raise ValueError(
-                f"{name} must be a number or an array that broadcasts to one value per slice, shape {slices}, "
+                f"{name} must be a number or an array that broadcasts to one value per slice, shape "
+                f"{self.per_slice_shape}, "
                 f"got shape {shape}{self._with_axis(name, shape)}"
             )
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
@@ -148,12 +181,12 @@ class Slices:
 
         return Argument(push(value), value, *self._linear(value, push, pull))
 
-    def mass(self, k: Any, weights: Any = None) -> Argument:
+    def mass(self, k: Any, weights: Any = None, n: int | None = None) -> Argument:
         """k. Without weights, a value that misses 0 or n by its rounding becomes that end and keeps its derivative."""
         argument = self.per_slice("k", k)
         if weights is not None or is_number(k):
             return argument
-        return self._counted(argument, self.n)
+        return self._counted(argument, self.n if n is None else n)
 
     def whole_mass(self, k: Any) -> dict[str, Argument]:
         """An integer k as an extra input, if n exceeds the integers that the working dtype represents exactly."""
@@ -202,7 +235,7 @@ class Slices:
     def _with_axis(self, name: str, shape: tuple[int, ...]) -> str:
         """The hint of an error message for an array that lacks only the selected axis; else an empty string."""
         after = self.ndim - 1 - self.axis
-        if len(shape) < after or not fits(shape, self.batch):
+        if len(self.axes) > 1 or len(shape) < after or not fits(shape, self.batch):
             return ""
         before = len(shape) - after
         index = [*[":"] * before, "None", *[":"] * after]
@@ -241,7 +274,7 @@ class Slices:
         if not xp.isdtype(q.dtype, ("real floating", "integral")):
             raise TypeError(f"q must be real, got dtype {q.dtype}")
         shape = tuple(q.shape)
-        padded, full = (*shape, *(1,) * self.ndim), (*shape, *self.batch, 1)
+        padded, full = (*shape, *(1,) * (len(self.batch) + 1)), (*shape, *self.batch, 1)
 
         def push(values: Array) -> Array:
             return self._repeat(xp.reshape(self._cast(values, self.working), padded), full)
@@ -294,17 +327,22 @@ class Slices:
 
         `in_units` says whether it is in the units of the scores. If so, it is negated where the scores are.
         """
-        xp = self.xp
+        xp, several = self.xp, len(self.axes) > 1
         axis = leading + self.axis
         negative = in_units and self.sign < 0.0
 
         def push(values: Array) -> Array:
             values = self._cast(-values if negative else values, self.dtype)
+            if keepdims and several:
+                return xp.reshape(values, (*values.shape[:leading], *self.per_slice_shape))
             return move_axis(xp, values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
 
         def pull(cotangent: Array) -> Array:
             cotangent = self._cast(cotangent, self.working)
-            cotangent = move_axis(xp, cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
+            if keepdims and several:
+                cotangent = xp.reshape(cotangent, (*cotangent.shape[:leading], *self.batch, 1))
+            else:
+                cotangent = move_axis(xp, cotangent, axis, -1) if keepdims else xp.expand_dims(cotangent, axis=-1)
             return -cotangent if negative else cotangent
 
         return Argument(None, None, push, pull)
@@ -402,5 +440,6 @@ def as_float32(k: float) -> float:
 def require_scores(slices: Slices) -> None:
     if slices.n == 0:
         raise ValueError(
-            f"{slices.called} must have at least one score along axis, got shape {slices.shape}, axis {slices.axis}"
+            f"{slices.called} must have at least one score along axis, got shape {slices.shape}, "
+            f"axis {slices.axis if len(slices.axes) == 1 else slices.axes}"
         )

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from softk.backend import Array, Backend, Primitive
 
+from .checks import kind_of
 from .recall import remembered
 from .signatures import explained
 
@@ -86,6 +87,8 @@ class Call(Generic[R]):
     arguments: dict[str, Argument]
     restores: tuple[Argument, ...]
     build: Callable[..., R] = lambda result: result
+    #: Whether the call has the scores among its arguments, so that it holds for no others.
+    holds_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         scores, *others = self.arguments.values()
@@ -103,10 +106,45 @@ class Call(Generic[R]):
         pairs = zip(self.restores, given, strict=True)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
+    def sample(self, x: Array) -> Array:
+        """An array that is on the device of the scores."""
+        return x
+
+    def spread(self, name: str, value: Any) -> dict[str, Any]:
+        """The tangents of the arguments of the primitive, by their names, from that of an argument of the function."""
+        return {name: value}
+
+    def collect(self, found: dict[str, Array]) -> dict[str, Any]:
+        """The cotangents of the arguments of the function, from those of the arguments of the primitive."""
+        return found
+
+    def cotangents(self, cotangent: Any, out: Any) -> dict[str, Any]:
+        """The cotangent of every result that has a derivative, by what an error message calls it."""
+        moving = [i for i, restore in enumerate(self.restores) if restore.pull is not None]
+        names = [self.primitive.results[i] for i in moving] if isinstance(out, tuple) else []
+        _require_structure(cotangent, names)
+        if len(moving) == 1:
+            return {"cotangent": cotangent}
+        return {f"cotangent[{i}], of {names[i]},": value for i, value in enumerate(cotangent)}
+
+    def tangent(self, rates: list[Array]) -> Any:
+        """The tangent of the result, from those of the results that have a derivative."""
+        return rates[0] if len(rates) == 1 else tuple(rates)
+
     def evaluate(self, x: Array) -> R:
         """Compute the result. The framework of the arrays can differentiate it."""
         with self.backend.quiet():
             return self.build(*self.restore(self.bound(*self.inputs(x))))
+
+
+def _require_structure(cotangent: Any, names: list[str]) -> None:
+    """Require one array, or, for several differentiable results, a tuple with one cotangent for each of them."""
+    if len(names) > 1 and (not isinstance(cotangent, (tuple, list)) or len(cotangent) != len(names)):
+        got = f"{len(cotangent)} parts" if isinstance(cotangent, (tuple, list)) else kind_of(cotangent)
+        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), where each may be None, got {got}")
+    if len(names) <= 1 and isinstance(cotangent, (tuple, list, dict)):
+        of = f", the cotangent of {names[0]}" if names else ""
+        raise TypeError(f"cotangent must be one array{of}, got {kind_of(cotangent)}")
 
 
 def operator_from(describe: Callable[P, Call[R]]) -> Callable[P, R]:

@@ -57,17 +57,29 @@ def kind_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def check_axis(axis: Any, ndim: int, called: str = "x") -> int:
+def check_axis(axis: Any, ndim: int, called: str = "x", *, allowed: str = "an integer") -> int:
     """Return the axis as a number from 0 to ``ndim - 1``."""
     try:
         if isinstance(axis, bool):
             raise TypeError
         number = operator.index(axis)
     except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+        raise TypeError(f"axis must be {allowed}, got {axis!r}") from None
     if not -ndim <= number < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1} for {called} of {ndim} axes, got {axis!r}")
     return number % ndim
+
+
+def check_axes(axis: Any, ndim: int, called: str = "x") -> tuple[int, ...]:
+    """Return an axis, or a tuple of them, as numbers from 0 to ``ndim - 1`` in ascending order."""
+    if not isinstance(axis, tuple):
+        return (check_axis(axis, ndim, called, allowed="an integer or a tuple of integers"),)
+    axes = tuple(sorted(check_axis(one, ndim, called, allowed="an integer or a tuple of integers") for one in axis))
+    if not axes:
+        raise ValueError(f"axis must name at least one axis of {called}, got {axis!r}")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis must name each axis once, got {axis!r}")
+    return axes
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -60,33 +60,33 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
     """
     call = _describe(f)(x, *args, **kwargs)
     backend, primitive = call.backend, call.primitive
-    with backend.quiet(x):
+    sample = call.sample(x)
+    with backend.quiet(sample):
         inputs = call.inputs(x)
         outputs = call.bound(*inputs)
         parts = call.restore(outputs)
         out = call.build(*parts)
     # The indices of the results that have derivatives.
     moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
-    names = primitive.results if isinstance(out, tuple) else ()
     needed = tuple(argument.pull is not None for argument in call.arguments.values())
 
-    def pullback(cotangent: Any) -> dict[str, Array]:
-        _require_structure(cotangent, [names[i] for i in moving] if names else [])
-        given = (cotangent,) if len(moving) == 1 else tuple(cotangent)
+    def pullback(cotangent: Any) -> dict[str, Any]:
+        given = call.cotangents(cotangent, out)
         canonical: list[Array | None] = [None] * (primitive.moving)
-        with backend.quiet(x):
-            for i, value in zip(moving, given, strict=True):
+        with backend.quiet(sample):
+            for i, (label, value) in zip(moving, given.items(), strict=True):
                 pull = call.restores[i].pull
                 if pull is not None and (value is not None or len(moving) == 1):
-                    label = "cotangent" if len(moving) == 1 else f"cotangent[{i}], of {names[i]},"
                     _require_like(label, value, parts[i], backend)
                     canonical[i] = pull(value)
             found = backend.run(primitive, "vjp", inputs, outputs, tuple(canonical), needed)
-            return {
-                name: argument.pull(values)
-                for (name, argument), values in zip(call.arguments.items(), found, strict=True)
-                if argument.pull is not None and values is not None
-            }
+            return call.collect(
+                {
+                    name: argument.pull(values)
+                    for (name, argument), values in zip(call.arguments.items(), found, strict=True)
+                    if argument.pull is not None and values is not None
+                }
+            )
 
     return out, pullback
 
@@ -142,22 +142,26 @@ def jvp(f: Callable[..., R], x: Array, /, *args: Any, tangents: Mapping[str, Arr
     if not isinstance(tangents, Mapping):
         raise TypeError(f"tangents must be a mapping {{argument name: tangent}}, got {kind_of(tangents)}")
     known = {name: argument for name, argument in call.arguments.items() if argument.push is not None}
-    given = {name: x if i == 0 else argument.given for i, (name, argument) in enumerate(call.arguments.items())}
-    for name, tangent in tangents.items():
-        if name not in known:
-            raise ValueError(f"tangents must name array arguments, one of {sorted(known)}, got {name!r}")
-        _require_like(f"tangents[{name!r}]", tangent, given[name], backend)
-    with backend.quiet(x):
+    moved: dict[str, Any] = {}
+    for name, value in tangents.items():
+        for part, tangent in call.spread(name, value).items():
+            if part not in known:
+                names = sorted(call.collect(dict.fromkeys(known)))
+                raise ValueError(f"tangents must name array arguments, one of {names}, got {part!r}")
+            given = known[part].given
+            _require_like(f"tangents[{part!r}]", tangent, x if given is None else given, backend)
+            moved[part] = tangent
+    sample = call.sample(x)
+    with backend.quiet(sample):
         inputs = call.inputs(x)
         outputs = call.bound(*inputs)
         canonical = tuple(
-            argument.push(tangents[name]) if argument.push is not None and name in tangents else None
+            argument.push(moved[name]) if argument.push is not None and name in moved else None
             for name, argument in call.arguments.items()
         )
         rates = call.restore(backend.run(primitive, "jvp", inputs, outputs, canonical))
         moving = [i for i, restore in enumerate(call.restores) if restore.pull is not None]
-        out = call.build(*call.restore(outputs))
-        return out, rates[moving[0]] if len(moving) == 1 else tuple(rates[i] for i in moving)
+        return call.build(*call.restore(outputs)), call.tangent([rates[i] for i in moving])
 
 
 def _describe(f: Any) -> Callable[..., Call[Any]]:
@@ -170,16 +174,6 @@ def _describe(f: Any) -> Callable[..., Call[Any]]:
             "is a composition of array operations: differentiate it with the autodiff of PyTorch, JAX or HIPS autograd"
         )
     raise TypeError(f"f must be a function of softk, such as softk.topk, got {f!r}")
-
-
-def _require_structure(cotangent: Any, names: list[str]) -> None:
-    """Require one array, or, for several differentiable results, a tuple with one cotangent for each of them."""
-    if len(names) > 1 and (not isinstance(cotangent, (tuple, list)) or len(cotangent) != len(names)):
-        got = f"{len(cotangent)} parts" if isinstance(cotangent, (tuple, list)) else kind_of(cotangent)
-        raise TypeError(f"cotangent must be a tuple ({', '.join(names)}), where each may be None, got {got}")
-    if len(names) <= 1 and isinstance(cotangent, (tuple, list, dict)):
-        of = f", the cotangent of {names[0]}" if names else ""
-        raise TypeError(f"cotangent must be one array{of}, got {kind_of(cotangent)}")
 
 
 def _require_like(name: str, given: Any, like: Array, backend: Backend) -> None:

@@ -19,11 +19,23 @@ R = TypeVar("R")
 
 
 def _masked(
-    primitive: Primitive, x: Any, k: Any, axis: int, mode: Mode, epsilon: Any, weights: Any, where: Any
+    primitive: Primitive,
+    x: Any,
+    k: Any,
+    axis: Any,
+    mode: Mode,
+    epsilon: Any,
+    weights: Any,
+    where: Any,
+    *,
+    joint: bool = True,
 ) -> tuple[Slices, dict[str, Any]]:
-    """The arguments that the mask and threshold operators share, checked and in canonical form."""
+    """The arguments that the mask and threshold operators share, checked and in canonical form.
+
+    `joint` says whether `axis` may be a tuple.
+    """
     smallest = check_mode(mode)
-    slices = Slices(x, axis, smallest=smallest, k=k, epsilon=epsilon, weights=weights, where=where)
+    slices = Slices(x, axis, smallest=smallest, joint=joint, k=k, epsilon=epsilon, weights=weights, where=where)
     k = check_mass(slices.xp, k, slices.n, slices.working, weights is not None)
     check_temperature(slices.xp, epsilon, slices.working)
     # The hard mask counts in integers, so its k is not rounded to the working dtype.
@@ -42,13 +54,21 @@ def _masked(
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 
+def require_whole(counted: Any, weights: Any, k: Any) -> None:
+    """Require what the hard mask can select: no weights, and a whole k. `counted` is k without its rounding."""
+    if weights is not None:
+        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
+    if is_number(counted) and counted != math.floor(counted):
+        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
+
+
 @operator_from
 def topk(
     x: ArrayT,
     /,
     k: float | AnyArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     mode: Mode = "largest",
     epsilon: float | AnyArray = 0.1,
     weights: AnyArray | None = None,
@@ -70,8 +90,10 @@ def topk(
     k : number or array
         How many scores to select, from 0 to n, the size of `x` along `axis`. It may be fractional. An array has one
         value per slice: it broadcasts against `x` with size 1 along `axis`.
-    axis : int, optional
-        The axis along which to select. Slices along it are independent of each other.
+    axis : int or tuple of int, optional
+        The axis along which to select. A tuple selects from all scores along its axes together: `k` is then at most
+        the product of their sizes, and an array of one value per slice has size 1 along all of them. Slices are
+        independent of each other.
     mode : {"largest", "smallest"}, optional
         Whether to select the largest or the smallest scores.
     epsilon : number or array, optional
@@ -122,17 +144,21 @@ def topk(
     [0.196, 0.99, 0.015, 0.8]
     >>> float(mask.sum().round(9))
     2.0
+
+    One budget for a whole batch:
+
+    >>> x = np.asarray([[0.2, 1.7], [-0.5, 0.9]])
+    >>> softk.topk(x, 2, axis=(0, 1), epsilon=0.5).round(3).tolist()
+    [[0.196, 0.99], [0.015, 0.8]]
     """
     check_flag("hard", hard)
     primitive = primitives.hard_mask if hard else primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:  # an empty slice has no threshold
         call |= {"primitive": primitives.empty_mask, "options": {}}
-    if hard and weights is not None:
-        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
     counted = call["arguments"]["k"].given
-    if hard and is_number(counted) and counted != math.floor(counted):
-        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
+    if hard:
+        require_whole(counted, weights, k)
     if hard and slices.n and weights is None:
         call["arguments"] |= slices.whole_mass(counted)
     return Call(**call, restores=(slices.like_scores(narrow=True),))
@@ -144,7 +170,7 @@ def log_topk(
     /,
     k: float | AnyArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     mode: Mode = "largest",
     epsilon: float | AnyArray = 0.1,
     weights: AnyArray | None = None,
@@ -198,7 +224,7 @@ def threshold(
     /,
     k: float | AnyArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     mode: Mode = "largest",
     epsilon: float | AnyArray = 0.1,
     weights: AnyArray | None = None,
@@ -212,7 +238,7 @@ def threshold(
     x, k, axis, mode, epsilon, weights, where
         As for `softk.topk`.
     keepdims : bool, optional
-        Keep `axis`, with size 1.
+        Keep the selected axes, with size 1.
 
     Returns
     -------
@@ -259,7 +285,7 @@ def quantile(
     /,
     q: float | AnyArray,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     epsilon: float | AnyArray,
     weights: AnyArray | None = None,
     where: AnyArray | None = None,
@@ -289,7 +315,7 @@ def quantile(
     where : array of bool, optional
         Items to include, broadcasting to the shape of `x`.
     keepdims : bool, optional
-        Keep `axis`, with size 1.
+        Keep the selected axes, with size 1.
 
     Returns
     -------
@@ -336,7 +362,7 @@ def quantile(
     2.01
     """
     check_flag("keepdims", keepdims)
-    slices = Slices(x, axis, q=q, epsilon=epsilon, weights=weights, where=where)
+    slices = Slices(x, axis, joint=True, q=q, epsilon=epsilon, weights=weights, where=where)
     require_scores(slices)
     if is_number(q):
         number = counted_number(q, 1, float(slices.xp.finfo(slices.working).eps))

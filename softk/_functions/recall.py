@@ -43,7 +43,9 @@ def remembered(describe: Callable[P, Call[R]]) -> Callable[P, Call[R]]:
         call = known.get(key)
         if call is None:
             call = describe(*args, **kwargs)
-            if all(value is None or call.backend.cache_key(value) is not None for value in call.others):
+            if not call.holds_scores and all(
+                value is None or call.backend.cache_key(value) is not None for value in call.others
+            ):
                 if len(known) >= MOST:
                     known.clear()
                 known[key] = call

@@ -103,7 +103,7 @@ def select(
     >>> values.tolist(), indices.tolist(), gates.round(3).tolist()
     ([1.7, 0.9], [1, 3], [0.99, 0.8])
     """
-    slices, call = _masked(selection, x, k, axis, mode, epsilon, None, None)
+    slices, call = _masked(selection, x, k, axis, mode, epsilon, None, None, joint=False)
     require_scores(slices)
     slices.require_sizes()
     rows = whole_number("k", k, 0, slices.n, "the size of x along axis")

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend, index_dtype
 
+from .counting import edges_by_counting
 from .formulas import formulas_of
 from .limits import ROUNDINGS, clip, limits, widest_gap
-from .problem import logits, selectable, total
+from .problem import logits, selectable, totals
 
 
 class Ends(NamedTuple):
@@ -34,7 +35,7 @@ def find_ends(
     k: Array,
     weights: Array | None,
     ranks: tuple[int, ...] | None,
-    n: int,
+    n: Any,
 ) -> Ends:
     """Where the thresholds of the masses k (..., b) lie among n scores. `x` may be a window: the largest of them."""
     xp = backend.xp
@@ -43,16 +44,25 @@ def find_ends(
         k = xp.reshape(k, (1,) * x.ndim)
     nothing = k <= 0.0
     if weights is None:
-        high, low = _edges(backend, selectable(xp, x, where), k, ranks)
+        if backend.is_split:
+            high, low, n = _counted_edges(backend, selectable(xp, x, where), k, ranks)
+        else:
+            high, low = _edges(backend, selectable(xp, x, where), k, ranks)
         return Ends(high, low, nothing, ~nothing & (low < -bound.largest), (k >= 0.0) & (k <= n))
     rounding = ROUNDINGS * bound.eps  # k may be a sum of weights that the user computed, with other roundings
-    high, low = _weighted_edges(xp, x, where, k * (1.0 - rounding), k * (1.0 + rounding), weights)
+    high, low = _weighted_edges(backend, x, where, k * (1.0 - rounding), k * (1.0 + rounding), weights)
     x = selectable(xp, x, where)
     usable = (weights >= 0.0) & (weights < math.inf)
     never = x == -math.inf
-    sum_of_all = total(xp, xp.where(usable, weights, 0.0))
-    sum_of_selectable = total(xp, xp.where(usable & ~never, weights, 0.0))
-    valid = xp.all(usable | never, axis=-1, keepdims=True)  # an item that is never selected may have any weight
+    unusable, sum_of_all, sum_of_selectable, *items = totals(
+        backend,
+        ~(usable | never),  # an item that is never selected may have any weight
+        xp.where(usable, weights, 0.0),
+        xp.where(usable & ~never, weights, 0.0),
+        *((xp.ones_like(x),) if backend.is_split else ()),
+    )
+    n = items[0] if backend.is_split else n
+    valid = unusable == 0.0
     everything = ~nothing & (k >= sum_of_selectable * (1.0 - rounding))
     # Below the last score there is no gap unless everything is selected: only roundings of the running sums differ.
     low = xp.where((low < -bound.largest) & ~everything, high, low)
@@ -85,17 +95,35 @@ def _edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) 
     return high, low
 
 
+def _counted_edges(backend: Backend, x: Array, k: Array, ranks: tuple[int, ...] | None) -> tuple[Array, Array, Array]:
+    """`_edges` of slices in pieces, and the number of their items."""
+    xp, index = backend.xp, index_dtype(backend.xp)
+    if ranks is None:
+        most = float(xp.iinfo(index).max // 2)
+        k = xp.where((k >= 0.0) & (k <= most), k, 0.0)
+        first, last = xp.astype(xp.ceil(k), index), xp.astype(xp.floor(k), index)
+    else:
+        none = xp.zeros(k.shape, dtype=index, device=backend.device(k))
+        first, last = none + ranks[0], none + (ranks[1] - 1)
+    high, low, n = edges_by_counting(backend, x, None, xp.maximum(first, 1), last)
+    return high, low, xp.astype(n, k.dtype)
+
+
 def _weighted_edges(
-    xp: Any, x: Array, where: Array | None, least: Array, most: Array, weights: Array
+    backend: Backend, x: Array, where: Array | None, least: Array, most: Array, weights: Array
 ) -> tuple[Array, Array]:
     """With weights: the first score at which the running sum of the weights, from the largest score on, reaches k; and
     the first one at which it exceeds k.
 
     Running sums are rounded, so k is a short interval, from `least` to `most`.
     """
-    n = x.shape[-1]
+    xp, n = backend.xp, x.shape[-1]
     counts = (weights > 0.0) | xp.isnan(x)
-    x, mass = _descending(xp, xp.where(counts if where is None else counts & where, x, -math.inf), weights)
+    x = xp.where(counts if where is None else counts & where, x, -math.inf)
+    if backend.is_split:
+        high, low, _ = edges_by_counting(backend, x, xp.where(x > -math.inf, weights, 0.0), least, most)
+        return high, low
+    x, mass = _descending(xp, x, weights)
     mass = xp.expand_dims(xp.cumulative_sum(mass, axis=-1), axis=-2)
     first = xp.count_nonzero(mass < xp.expand_dims(least, axis=-1), axis=-1)
     second = xp.count_nonzero(mass <= xp.expand_dims(most, axis=-1), axis=-1)

@@ -50,6 +50,21 @@ def total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
 
 
+def totals(backend: Backend, *values: Array) -> tuple[Array, ...]:
+    """The sums of several values over a slice, in one reduction where the slice is in pieces. Booleans are counted."""
+    xp = backend.xp
+    if backend.is_split:
+        found = backend.totals(*values)  # type: ignore[attr-defined]
+        return tuple(found[..., i : i + 1] for i in range(len(values)))
+    dtype = values[-1].dtype
+    return tuple(
+        xp.astype(xp.count_nonzero(value, axis=-1, keepdims=True), dtype)
+        if xp.isdtype(value.dtype, "bool")
+        else total(xp, value)
+        for value in values
+    )
+
+
 def dot(xp: Any, one: Array, other: Array) -> Array:
     """The sum of the products over a slice, shape (..., 1).
 

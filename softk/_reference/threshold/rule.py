@@ -230,7 +230,7 @@ class Linearisation:
     def dmask_dz(self) -> Array:
         """v, the derivative of the mask in z."""
         if self.weights is None:  # v' is not clipped then, and v must be exactly in proportion to p
-            return self.scale * self.scaled_slope
+            return self.scaled_slope * self.scale
         tail = self.xp.exp(-self.xp.abs(self.log_odds()))
         tail = tail / (1.0 + tail)
         return (1.0 - tail) * tail
@@ -351,7 +351,7 @@ class Linearisation:
             return dm
         xp, constant = self.xp, self.backend.constant
         turned, p = constant(self.sign()) * w, constant(self.p_times(xp.ones_like(missing)))
-        return dm + missing * constant(self.scaled_slope) * (turned - dot(xp, p, turned))
+        return dm + constant(self.scaled_slope) * missing * (turned - dot(xp, p, turned))
 
     def jvp_in_scores(self, w: Array) -> Array:
         """v w. Its sum by the weights is 0, which gives the value at the dominant item."""
@@ -360,10 +360,10 @@ class Linearisation:
         dm = xp.where(is_dominant, 0.0, self.dmask_dz() * w)
         at_dominant = xp.astype(is_dominant, dm.dtype)
         if self.weights is None:
-            return dm - total(xp, dm) * xp.where(exists, at_dominant, self.scaled_slope / self.scaled_sum)
+            return dm - xp.where(exists, at_dominant, self.scaled_slope / self.scaled_sum) * total(xp, dm)
         weights = self.relative_weights(is_dominant, exists)
         mean_slope = self.scaled_slope / safe_denominator(xp, dot(xp, self.scaled_slope, weights))
-        return dm - dot(xp, weights, dm) * xp.where(exists, at_dominant, mean_slope)
+        return dm - xp.where(exists, at_dominant, mean_slope) * dot(xp, weights, dm)
 
     def jvp_of_mask_in_mass(self, dh: Array, dh_over_sum: Array) -> Array:
         """(v / V) dh."""
@@ -446,7 +446,7 @@ class Linearisation:
         weights = weights / safe_denominator(xp, xp.max(weights, axis=-1, keepdims=True))
         u = u - weights * (dot(xp, slope, u) / safe_denominator(xp, dot(xp, slope, weights)))
         turned = slope * constant(self.sign()) * u
-        return wbar + missing * (turned - constant(self.p_times(xp.ones_like(missing))) * total(xp, turned))
+        return wbar + (turned - constant(self.p_times(xp.ones_like(missing))) * total(xp, turned)) * missing
 
     def vjp_in_scores(self, u: Array, g: Array) -> Array:
         """v u + p (g - <v, u>). It does not change if a multiple of the weights is subtracted from u.
@@ -481,7 +481,8 @@ class Linearisation:
     def missing_rate(self) -> Array | None:
         """Zero, with exp(-d) times the clipped part of 1 / V as its derivative in -dh. None if not needed."""
         watched = any(value is not None and self.backend.memory(value) is None for value in (self.k, self.weights))
-        if not watched or type(self.backend).constant is Backend.constant:
+        kind = type(self.backend.inner if self.backend.is_split else self.backend)  # type: ignore[attr-defined]
+        if not watched or kind.constant is Backend.constant:
             return None
         xp, constant = self.xp, self.backend.constant
         farthest = limits(xp, self.x.dtype).farthest

@@ -41,7 +41,7 @@ def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Ar
     """
     xp, n, rank = backend.xp, x.shape[-1], max(ranks)
     raw = backend.memory(x) if isinstance(n, int) else None
-    block = n // (8 * rank)
+    block = n // (8 * rank) if raw is not None else 0
     if raw is None or not is_in_host_memory(raw) or 0 in x.shape or block < 4:
         return None
     # Cut the slice into blocks. The maximum of rank r among their maxima is a lower bound of the score of rank r,
