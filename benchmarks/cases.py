@@ -10,6 +10,8 @@ import numpy as np
 SHAPES = ((128, 1000, 10), (8, 20_000, 100), (4096, 64, 8), (1, 1_000_000, 1000), (2, 16, 4), (32, 100, 10))
 """(slices, scores per slice, k)."""
 LARGEST = (1, 10_000_000, 1000)
+#: The batch-level top-k of a sparse autoencoder: one budget for all activations of (4096, 16384), 32 an example.
+BATCH = (1, 4096 * 16_384, 32 * 4096)
 HALVES = ((128, 1000, 500), (1, 1_000_000, 500_000))
 EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 Peers = Literal["all", "solvers", "sinkhorn", "none"]
@@ -55,12 +57,13 @@ def plan(threads: str) -> list[Case]:
     """All cases of a full run in the order of their importance, small ones first. `threads` is "one" or "all"."""
     shapes = [Case("shapes", *shape, compiled=True) for shape in SHAPES] + [Case("shapes", *shape) for shape in HALVES]
     shapes.append(Case("shapes", *LARGEST, peers="none"))
+    batch = [Case("shapes", *BATCH, peers="none")]
     # float64 adds little information about speed, so only softk and its framework are measured.
     doubles = [replace(case, dtype="float64", peers="none", compiled=False) for case in shapes]
     doubles.sort(key=lambda case: case.size)
     if threads == "one":
         alone = [replace(case, peers="all" if 2 * case.k < case.n else "none") for case in shapes]
-        return alone + doubles
+        return alone + batch + doubles
     rows, n, k = SHAPES[0]
     epsilons = [Case("epsilon", rows, n, k, epsilon, peers="solvers", forward=False) for epsilon in EPSILONS]
     precise = [
@@ -68,7 +71,7 @@ def plan(threads: str) -> list[Case]:
     ]
     lengths = [Case("lengths", 1, n, max(1, n // 100), peers="sinkhorn", forward=False) for n in LENGTHS]
     # The least important cases, in float64, come last, because they are dropped if time runs out.
-    return lengths + shapes + epsilons + precise + doubles
+    return lengths + shapes + batch + epsilons + precise + doubles
 
 
 def quick_plan(threads: str) -> list[Case]:
