@@ -16,7 +16,7 @@ import warnings
 from functools import cache, partial
 from typing import Any
 
-from softk._reference.plan.sorting import soft_rank, sorted_plan
+from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, is_in_host_memory
@@ -179,6 +179,8 @@ KERNELS = (
     Kernel("numba", threshold, "jvp", _refuses_rule, _push_threshold, _note),
     Kernel("numba", sorted_plan, "forward", _refuses_ladder, partial(_climb, sorted_plan), _note),
     Kernel("numba", sorted_plan, "vjp", _refuses_ladder_rule, partial(_pull_ladder, sorted_plan), _note),
+    Kernel("numba", soft_sort, "forward", _refuses_ladder, partial(_climb, soft_sort), _note),
+    Kernel("numba", soft_sort, "vjp", _refuses_ladder_rule, partial(_pull_ladder, soft_sort), _note),
     Kernel("numba", soft_rank, "forward", _refuses_ladder, partial(_climb, soft_rank), _note),
     Kernel("numba", soft_rank, "vjp", _refuses_ladder_rule, partial(_pull_ladder, soft_rank), _note),
 )

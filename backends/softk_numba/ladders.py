@@ -286,8 +286,10 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
                     ranks[row, index[0, i]] = step * found[i]
             continue
         bands.reset(values[row], b, math.nan)
-        for j in range(b):
-            bands.reset(assignment[row, j], n, 0.0 if state == SOLVED else math.nan)
+        has_assignment = assignment.shape[0] > 0
+        if has_assignment:
+            for j in range(b):
+                bands.reset(assignment[row, j], n, 0.0 if state == SOLVED else math.nan)
         if state != SOLVED:
             continue
         if active == 0:
@@ -297,7 +299,8 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
             of_row = mass_of_row(j, mass, count)
             near, total = sorted_[min(begin, taken - 1)], 0.0
             for i in range(begin, end):
-                assignment[row, j, index[0, i]] = found[i]
+                if has_assignment:
+                    assignment[row, j, index[0, i]] = found[i]
                 total += found[i] * (sorted_[i] - near)
             values[row, j] = near + total / of_row if of_row < math.inf else -math.inf
 

@@ -283,7 +283,10 @@ class Ladder:
 
 
 def climbed(primitive: Any, backend: Any, inputs: Inputs, rows: int, **options: Any) -> tuple[Any, ...]:
-    """The outputs of a primitive for sorting (values, assignment and state) or for ranking (ranks and state)."""
+    """The outputs of a primitive for sorting or ranking.
+
+    They are the values, the assignment if it is a result, or the ranks, and then the state.
+    """
     ladder = Ladder(inputs, rows)
     n, is_rank = ladder.n, "rank" in primitive.results
     none = np.empty((0, 0), ladder.x.dtype)
@@ -298,9 +301,11 @@ def climbed(primitive: Any, backend: Any, inputs: Inputs, rows: int, **options: 
         found = ranks, offset, reference
     else:
         values, value_rows = ladder.room(rows)
-        assignment, assignment_rows = ladder.room(rows, n)
+        assignment, assignment_rows = None, none[:, :, None]
+        if "assignment" in primitive.results:
+            assignment, assignment_rows = ladder.room(rows, n)
         ladder.run(ladders.ladder_rows, 1.0, value_rows, assignment_rows, none, *state)
-        found = values, assignment, offset, reference
+        found = (values, *(() if assignment is None else (assignment,)), offset, reference)
     if ladder.left.any():
         ladder.fill(found, primitive.forward(backend, ladder.those_left(inputs), rows=rows, ranks=None))
     return found
@@ -313,8 +318,9 @@ def pulled_from_ladder(
     offset, reference = outputs[-2:]
     ladder = Ladder(inputs, offset.shape[-2])
     n, b = ladder.n, ladder.b
-    vbar, ubar, rbar = (None, None, cotangents[0]) if "rank" in primitive.results else (*cotangents[:2], None)
-    c, dtype = cotangents[-1], ladder.x.dtype
+    given = dict(zip((*primitive.results, *primitive.state), cotangents, strict=True))
+    vbar, ubar, rbar, c = (given.get(name) for name in ("values", "assignment", "rank", "offset"))
+    dtype = ladder.x.dtype
     xbar, x_rows = ladder.room(n)
     taubar, tau_rows = ladder.room(1)
     state = (np.ascontiguousarray(rows_of(value, 1).reshape(-1, b)) for value in (offset, reference))

@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any, Generic, NamedTuple
 
-from softk._reference.plan.sorting import soft_rank, sorted_plan
+from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from softk.backend import AnyArray, Array, ArrayT
 
 from .arguments import Slices, require_scores
@@ -182,7 +182,7 @@ def sort(
     check_flag("descending", descending)
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
     call = _anchored(slices, epsilon, where, num_anchors)
-    return Call(primitive=sorted_plan, restores=(slices.one_a_row(),), **call)
+    return Call(primitive=soft_sort, restores=(slices.one_a_row(),), **call)
 
 
 @operator_from
