@@ -626,3 +626,33 @@ def test_sort_of_the_largest_numbers() -> None:
 def test_k_may_be_any_integer() -> None:
     x = np.asarray([0.2, 1.7, -0.5, 0.9])
     np.testing.assert_array_equal(softk.sorted_topk(x, np.int64(2)).values, softk.sorted_topk(x, 2).values)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_items_that_are_left_out_come_last(light: Library, descending: bool, rng: np.random.Generator) -> None:
+    x = rng.normal(size=(3, 9))
+    where = rng.random(x.shape) < 0.6
+    where[0], where[:, 2] = True, True
+    x[~where] = np.nan
+    options = {"descending": descending, "epsilon": 0.3, "where": light.array(where)}
+    values = light.numpy(softk.sort(light.array(x), **options))
+    ranks = light.numpy(softk.rank(light.array(x), **options))
+    for i, kept in enumerate(where):
+        count = int(kept.sum())
+        alone = x[i, kept]
+        wanted = softk.sort(alone, descending=descending, epsilon=0.3)
+        np.testing.assert_allclose(values[i, :count], wanted, atol=1e-12)
+        np.testing.assert_array_equal(values[i, count:], -np.inf if descending else np.inf)
+        np.testing.assert_allclose(ranks[i, kept], softk.rank(alone, descending=descending, epsilon=0.3), atol=1e-12)
+        np.testing.assert_allclose(ranks[i, ~kept], (count + 8) / 2.0)
+
+
+def test_items_that_are_left_out_of_a_ranking_have_no_derivative(rng: np.random.Generator) -> None:
+    x, where = rng.normal(size=9), np.arange(9) % 3 != 0
+    x[0] = np.nan
+    _, pull = softk.vjp(softk.rank, x, epsilon=0.5, where=where)
+    u = rng.normal(size=9)
+    xbar = pull(u)["x"]
+    np.testing.assert_array_equal(xbar[~where], 0.0)
+    _, alone = softk.vjp(softk.rank, x[where], epsilon=0.5)
+    np.testing.assert_allclose(xbar[where], alone(u[where])["x"], atol=1e-12)

@@ -1,10 +1,11 @@
-"""Fused kernels for arrays in the memory of the host, in Numba: the threshold, the mask and its rule.
+"""Fused kernels for arrays in the memory of the host, in Numba: the threshold, the mask, sorting and ranking.
 
 They serve every framework whose arrays lie in memory, of float16, bfloat16, float32 and float64. This file says when.
 `launch` calls them. `masks`, `log_masks` and `thresholds` are the kernels, and `loops` the loops over rows that they
 share. `solve`, `rule` and `log_rule` have what is done in a row, `lanes` the same for several short rows at once, with
-the type of `vectors`. `rows` reads and writes a row, `operations` has the arithmetic, `pool` the threads and `cache`
-the compilation. Numba is imported when the first array arrives that a kernel will serve.
+the type of `vectors`. `ladders` are the kernels for sorting and ranking, `bands` what they do in a row. `rows` reads
+and writes a row, `operations` has the arithmetic, `pool` the threads and `cache` the compilation. Numba is imported
+when the first array arrives that a kernel will serve.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, is_in_host_memory
@@ -140,6 +142,29 @@ def _push_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
     return launch.pushed(thresholds.push_threshold_rows, *groups, per_item=False)
 
 
+def _refuses_ladder(backend: Backend, inputs: Inputs, *, rows: int, **options: Any) -> str | None:
+    reason = _refuses(backend, inputs)
+    if reason is None and "float16" in str(inputs[0].dtype):
+        return f"the scores must be of float32 or float64, got {inputs[0].dtype}"
+    return reason
+
+
+def _refuses_ladder_rule(backend: Backend, inputs: Inputs, outputs: Inputs, given: Inputs, *needed: Any) -> str | None:
+    return _refuses(backend, inputs, outputs[-2:], given)
+
+
+def _climb(primitive: Any, backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:
+    from . import launch
+
+    return launch.climbed(primitive, backend, inputs, **options)
+
+
+def _pull_ladder(primitive: Any, backend: Backend, *groups: Any) -> tuple[Any, ...]:
+    from . import launch
+
+    return launch.pulled_from_ladder(primitive, backend, *groups)
+
+
 KERNELS = (
     Kernel("numba", solver, "forward", _refuses, _solve, _note),
     Kernel("numba", mask, "forward", _refuses, _mask, _note),
@@ -152,4 +177,10 @@ KERNELS = (
     Kernel("numba", log_mask, "jvp", _refuses_rule, _push_log_mask, _note),
     Kernel("numba", threshold, "vjp", _refuses_rule, _pull_threshold, _note),
     Kernel("numba", threshold, "jvp", _refuses_rule, _push_threshold, _note),
+    Kernel("numba", sorted_plan, "forward", _refuses_ladder, partial(_climb, sorted_plan), _note),
+    Kernel("numba", sorted_plan, "vjp", _refuses_ladder_rule, partial(_pull_ladder, sorted_plan), _note),
+    Kernel("numba", soft_sort, "forward", _refuses_ladder, partial(_climb, soft_sort), _note),
+    Kernel("numba", soft_sort, "vjp", _refuses_ladder_rule, partial(_pull_ladder, soft_sort), _note),
+    Kernel("numba", soft_rank, "forward", _refuses_ladder, partial(_climb, soft_rank), _note),
+    Kernel("numba", soft_rank, "vjp", _refuses_ladder_rule, partial(_pull_ladder, soft_rank), _note),
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from softk._reference.threshold.limits import ROUNDINGS, limits, negligible, widest_gap
 
-from . import masks
+from . import ladders, masks
 from .pool import in_parallel
 
 Inputs = tuple[Any, ...]
@@ -231,3 +231,119 @@ def pushed(kernel: Any, inputs: Inputs, outputs: Inputs, tangents: Inputs, *, pe
         doffsets,
     )
     return found, doffset
+
+
+# --- sorting and ranking
+
+
+class Ladder:
+    """The inputs of a primitive for sorting or ranking, as the kernels take them."""
+
+    def __init__(self, inputs: Inputs, rows: int) -> None:
+        x, tau, unit, where = inputs
+        self.given, self.n, self.b = x, x.shape[-1], rows
+        self.x, self.batch = rows_of(x, self.n), tuple(x.shape[:-1])
+        self.x = np.ascontiguousarray(self.x)
+        self.rows = math.prod(self.batch)
+        self.tau, self.unit = numbers_of(tau), numbers_of(unit)
+        self.where = _NOTHING if where is None else contiguous_rows_of(where, self.n)
+        self.bound = bound_of(self.x.dtype)
+        self.left = np.zeros(self.rows, np.bool_)
+
+    def room(self, *shape: int) -> tuple[Any, np.ndarray[Any, Any]]:
+        """Room for a result of that shape per slice, and the same with one leading axis."""
+        found = empty(self.given, (*self.batch, *shape))
+        return found, numpy_of(found).reshape(self.rows, *shape)
+
+    def those_left(self, given: Inputs) -> Inputs:
+        """The slices that are left to the reference, of inputs with or without the batch axes."""
+        return tuple(self._left_of(value) for value in given)
+
+    def _left_of(self, value: Any) -> Any:
+        if value is None or not value.ndim:
+            return value
+        rest = tuple(value.shape[len(self.batch) :])
+        return value.reshape(self.rows, *rest)[self.left.nonzero()[0]]
+
+    def fill(self, found: Inputs, those: Inputs) -> None:
+        """Write what the reference has found into the results."""
+        for value, part in zip(found, those, strict=True):
+            if value is not None:
+                rows = numpy_of(value)
+                rows.reshape(self.rows, *rows.shape[len(self.batch) :])[self.left] = numpy_of(part)
+
+    def run(self, kernel: Any, *arguments: Any) -> None:
+        in_parallel(
+            kernel,
+            (self.x, self.where, self.tau, self.unit, *arguments, self.left, self.bound),
+            self.rows,
+            self.n + 64 * self.b,
+            self.given,
+        )
+
+
+def climbed(primitive: Any, backend: Any, inputs: Inputs, rows: int, **options: Any) -> tuple[Any, ...]:
+    """The outputs of a primitive for sorting or ranking.
+
+    They are the values, the assignment if it is a result, or the ranks, and then the state.
+    """
+    ladder = Ladder(inputs, rows)
+    n, is_rank = ladder.n, "rank" in primitive.results
+    none = np.empty((0, 0), ladder.x.dtype)
+    found: tuple[Any, ...]
+    offset, offsets = ladder.room(rows, 1)
+    reference, references = ladder.room(rows, 1)
+    state = offsets[:, :, 0], references[:, :, 0]
+    if is_rank:
+        ranks, rank_rows = ladder.room(n)
+        step = (n - 1) / max(rows - 1, 1)
+        ladder.run(ladders.ladder_rows, step, none, none[:, :, None], rank_rows, *state)
+        found = ranks, offset, reference
+    else:
+        values, value_rows = ladder.room(rows)
+        assignment, assignment_rows = None, none[:, :, None]
+        if "assignment" in primitive.results:
+            assignment, assignment_rows = ladder.room(rows, n)
+        ladder.run(ladders.ladder_rows, 1.0, value_rows, assignment_rows, none, *state)
+        found = (values, *(() if assignment is None else (assignment,)), offset, reference)
+    if ladder.left.any():
+        ladder.fill(found, primitive.forward(backend, ladder.those_left(inputs), rows=rows, ranks=None))
+    return found
+
+
+def pulled_from_ladder(
+    primitive: Any, backend: Any, inputs: Inputs, outputs: Inputs, cotangents: Inputs, needed: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """The cotangents of the scores and of the temperature."""
+    offset, reference = outputs[-2:]
+    ladder = Ladder(inputs, offset.shape[-2])
+    n, b = ladder.n, ladder.b
+    given = dict(zip((*primitive.results, *primitive.state), cotangents, strict=True))
+    vbar, ubar, rbar, c = (given.get(name) for name in ("values", "assignment", "rank", "offset"))
+    dtype = ladder.x.dtype
+    xbar, x_rows = ladder.room(n)
+    taubar, tau_rows = ladder.room(1)
+    state = (np.ascontiguousarray(rows_of(value, 1).reshape(-1, b)) for value in (offset, reference))
+    ladder.run(
+        ladders.pull_ladder_rows,
+        (n - 1) / max(b - 1, 1),
+        *state,
+        np.empty((0, b), dtype) if vbar is None else _whole(vbar, ladder.rows, b),
+        np.empty((0, b, n), dtype) if ubar is None else _whole(ubar, ladder.rows, b, n),
+        np.empty((0, n), dtype) if rbar is None else _whole(rbar, ladder.rows, n),
+        np.empty((0, b), dtype) if c is None else _whole(c, ladder.rows, b),
+        x_rows,
+        tau_rows[:, 0],
+    )
+    tau = inputs[1]
+    if ladder.left.any():
+        inputs = (inputs[0], tau if tau.ndim else backend.xp.broadcast_to(tau, taubar.shape), *inputs[2:])
+        those = (ladder.those_left(group) for group in (inputs, (*(None for _ in outputs[:-2]), offset, reference)))
+        found = primitive.vjp(backend, *those, ladder.those_left(cotangents), needed)
+        ladder.fill((xbar, taubar), found[:2])
+    return xbar, taubar if tau.ndim else backend.xp.sum(taubar), None, None
+
+
+def _whole(values: Any, *shape: int) -> np.ndarray[Any, Any]:
+    """An array without gaps and of that shape."""
+    return _writeable(np.ascontiguousarray(numpy_of(values)).reshape(shape))

@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any, Generic, NamedTuple
 
-from softk._reference.plan.sorting import soft_rank, sorted_plan
+from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from softk.backend import AnyArray, Array, ArrayT
 
 from .arguments import Slices, require_scores
@@ -133,6 +133,7 @@ def sort(
     axis: int = -1,
     descending: bool = False,
     epsilon: float | AnyArray,
+    where: AnyArray | None = None,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
     """Soft sort along an axis.
@@ -151,6 +152,9 @@ def sort(
     epsilon : number or array
         Strength of the entropy, in the units of `x`, as for `softk.topk`. It has no default, because sorted values and
         ranks do not show whether it fits the scores. A tenth of their standard deviation is a good start.
+    where : array of bool, optional
+        Items to sort, broadcasting to the shape of `x`. The last values, one for each item that is left out, are
+        ``+inf``, or ``-inf`` if `descending`.
     num_anchors : int, optional
         The number of anchors, from 2 to n, spaced evenly over 0 ... n - 1; n by default. Fewer anchors reduce the cost
         to O(n num_anchors), and each value is then the mean of n / num_anchors scores.
@@ -177,9 +181,9 @@ def sort(
     [-0.499, 0.2, 0.9, 1.7]
     """
     check_flag("descending", descending)
-    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
-    call = _anchored(slices, epsilon, num_anchors)
-    return Call(primitive=sorted_plan, restores=(slices.one_a_row(),), **call)
+    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
+    call = _anchored(slices, epsilon, where, num_anchors)
+    return Call(primitive=soft_sort, restores=(slices.one_a_row(),), **call)
 
 
 @operator_from
@@ -190,6 +194,7 @@ def rank(
     axis: int = -1,
     descending: bool = False,
     epsilon: float | AnyArray,
+    where: AnyArray | None = None,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
     """Soft ranks along an axis: 0 for the smallest score, n - 1 for the largest. Tied scores get their mean rank.
@@ -201,6 +206,9 @@ def rank(
     ----------
     x, axis, epsilon, num_anchors
         As for `softk.sort`.
+    where : array of bool, optional
+        Items to rank, broadcasting to the shape of `x`. The items that are left out come after all others. They share
+        the mean of the last ranks and have no derivative.
     descending : bool, optional
         Give rank 0 to the largest score.
 
@@ -226,16 +234,16 @@ def rank(
     [1.0, 3.0, 0.001, 1.999]
     """
     check_flag("descending", descending)
-    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon)
-    call = _anchored(slices, epsilon, num_anchors)
+    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
+    call = _anchored(slices, epsilon, where, num_anchors)
     return Call(primitive=soft_rank, restores=(slices.like_scores(),), **call)
 
 
-def _anchored(slices: Slices, epsilon: Any, num_anchors: int | None) -> dict[str, Any]:
+def _anchored(slices: Slices, epsilon: Any, where: Any, num_anchors: int | None) -> dict[str, Any]:
     require_scores(slices)
     n = slices.n
     rows = n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
-    return _ladder(slices, epsilon, None, rows, n / rows, (n - 1) / (rows - 1) if rows > 1 else 1.0)
+    return _ladder(slices, epsilon, where, rows, n / rows, (n - 1) / (rows - 1) if rows > 1 else 1.0)
 
 
 def without_rows(slices: Slices, result: Argument, axes: int) -> Argument:

@@ -162,6 +162,43 @@ sorted_plan = Primitive(
 )
 
 
+# --- the values alone, for a sort: the assignment of n scores to n anchors is not returned
+
+
+def _values_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    values, _, *state = _sorted_forward(backend, inputs, rows=rows, ranks=ranks)
+    return values, *state
+
+
+def _values_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    dvalues, _, doffset = _sorted_jvp(backend, inputs, outputs, tangents)
+    return dvalues, doffset
+
+
+def _values_vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
+    vbar, c = cotangents
+    return _sorted_vjp(backend, inputs, outputs, (vbar, None, c), needed)
+
+
+def _values_forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    values, _, *state = _sorted_forms(xp, inputs, rows=rows, ranks=ranks)
+    return values, *state
+
+
+soft_sort = Primitive(
+    "soft_sort",
+    _values_forward,
+    _values_forms,
+    _values_jvp,
+    _values_vjp,
+    results=("values",),
+    state=("offset",),
+    constants=("reference",),
+)
+
+
 # --- the soft rank: the mean position of the rows to which a score is transported, 0 for the highest
 
 
