@@ -271,6 +271,27 @@ class Words(NamedTuple):
     measure: str = "create {} with a known size along that axis"
 
 
+class Ragged(NamedTuple):
+    """An array whose rows have different lengths along one axis.
+
+    Attributes
+    ----------
+    values : callable
+        ``values(x)``: the items of the rows, one row after the other, along one axis of an ordinary array.
+    whole : callable
+        ``whole(values)``: the array of ragged rows with other values.
+    lengths : array
+        The lengths of the rows, shape (s,).
+    axis : int
+        The axis along which the lengths differ, in the array of ragged rows. It is at least 1.
+    """
+
+    values: Callable[[Array], Array]
+    whole: Callable[[Array], Array]
+    lengths: Array
+    axis: int
+
+
 class Backend:
     """The adapter of a framework. Subclass it and override what the framework does differently.
 
@@ -357,6 +378,10 @@ class Backend:
     def densely(self, x: Array) -> str | None:
         """The code that converts a sparse or ragged array, called {}, to a dense one. None for other arrays."""
         return "{}.todense()" if hasattr(x, "todense") else None
+
+    def ragged(self, x: Array) -> Ragged | None:
+        """The rows of an array of ragged rows. None for other arrays."""
+        return None
 
     def memory(self, x: Any) -> Any:
         """The array, or number, if its value may be read now or passed to a kernel; else None.

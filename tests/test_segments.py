@@ -148,6 +148,44 @@ def test_native_derivatives_of_torch(rng: Any) -> None:
     torch.testing.assert_close(mapped, softk.segment_topk(x, 1.5, [3, 2], epsilon=0.7))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+def test_nested_tensors_of_torch(rng: Any) -> None:
+    """`softk.topk` of a jagged tensor: the rows alone, forward and backward; the rows may have further axes."""
+    torch = pytest.importorskip("torch")
+
+    def nested(*parts: Any) -> Any:
+        return torch.nested.nested_tensor(list(parts), layout=torch.jagged)
+
+    rows = [torch.tensor(rng.standard_normal(n)) for n in (5, 3, 8)]
+    u = torch.tensor(rng.standard_normal(16))
+    x = nested(*rows).requires_grad_()
+    k = torch.tensor([[2.0], [1.5], [3.0]], dtype=torch.float64, requires_grad=True)
+    mask = softk.topk(x, k, epsilon=0.4)
+    assert mask.is_nested
+    assert mask.shape == x.shape
+    (mask.values() * u).sum().backward()
+    for i, (start, stop) in enumerate(pairwise([0, 5, 8, 16])):
+        row, mass = rows[i].clone().requires_grad_(), k.detach()[i].clone().requires_grad_()
+        alone = softk.topk(row, mass, epsilon=0.4)
+        (alone * u[start:stop]).sum().backward()
+        assert_close(mask.values()[start:stop].detach(), alone.detach(), 1e-13)
+        assert_close(x.grad.values()[start:stop], row.grad)
+        assert_close(k.grad[i], mass.grad)
+    deep = nested(torch.randn(5, 4), torch.randn(3, 4))
+    found = softk.topk(deep, 2, axis=1, hard=True)
+    assert torch.equal(found.values()[5:], softk.topk(deep.values()[5:], 2, axis=0, hard=True))
+    weights = nested(*(torch.rand(n).double() + 0.5 for n in (5, 3, 8)))
+    spent = (softk.topk(x, 2, weights=weights).values() * weights.values())[:5].sum()
+    assert spent.item() == pytest.approx(2.0)
+    for text, error, call in (
+        ("axis must be 1, along which the rows of x", ValueError, lambda: softk.topk(deep, 2, axis=0)),
+        ("weights must have ragged rows", TypeError, lambda: softk.topk(x, 1, weights=torch.ones(16))),
+        (r"k must be a number, or have the shape \(3, 1\)", ValueError, lambda: softk.topk(x, torch.ones(3))),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
 def test_errors() -> None:
     x = np.ones(4)
     for k, lengths, options, kind, text in (

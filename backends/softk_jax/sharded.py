@@ -11,8 +11,7 @@ import jax
 
 from softk._functions.arguments import Slices
 from softk._functions.call import Call, operator_from
-from softk._functions.checks import check_flag, check_mass, check_mode, check_temperature
-from softk._functions.masks import require_whole
+from softk._functions.checks import check_flag, check_mass, check_mode, check_temperature, require_whole
 from softk._reference.threshold.split import in_pieces
 
 __all__ = ["topk"]

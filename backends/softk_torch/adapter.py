@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 import softk_numba
 import softk_triton
 from softk._reference.threshold.formulas import formulas_of
-from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Words, pick
+from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Ragged, Words, pick
 
 __all__ = ["TorchBackend", "backend"]
 
@@ -48,6 +48,18 @@ class TorchBackend(Backend):
         if x.is_nested:
             return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
         return None if x.layout is torch.strided else "{}.to_dense()"
+
+    def ragged(self, x: Array) -> Ragged | None:
+        """Of a nested tensor whose items lie in memory without holes."""
+        if not x.is_nested or x.layout is not torch.jagged or x.lengths() is not None:
+            return None
+        offsets, axis = x.offsets(), int(x._ragged_idx)
+        return Ragged(
+            lambda nested: nested.values(),
+            lambda values: torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=axis),
+            offsets.diff(),
+            axis,
+        )
 
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         """Autocast lowers every product of matrices, of which distances and derivatives are the small differences."""

@@ -10,8 +10,7 @@ from softk.backend import Array
 
 from .arguments import Slices, static_ranks
 from .call import Argument, Call, operator_from
-from .checks import check_flag, check_mass, check_mode, check_temperature, require_array
-from .masks import Mode, require_whole
+from .checks import Mode, check_flag, check_mass, check_mode, check_temperature, require_array, require_whole
 from .trees import Rebuild, flatten, matched
 
 __all__ = ["threshold", "topk"]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeGuard
 from softk._reference.threshold.limits import ROUNDINGS
 from softk.backend import Array, backend_of, is_array, unknown
 
+Mode = Literal["largest", "smallest"]
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -183,3 +184,11 @@ def check_temperature(xp: Any, epsilon: Any, dtype: Any) -> None:
             f"epsilon must be a positive finite number (from {least:.3g} to {most:.3g} in float{info.bits}), "
             f"got {epsilon!r}"
         )
+
+
+def require_whole(counted: Any, weights: Any, k: Any) -> None:
+    """Require what the hard mask can select: no weights, and a whole k. `counted` is k without its rounding."""
+    if weights is not None:
+        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
+    if is_number(counted) and counted != math.floor(counted):
+        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from softk._reference.threshold import masks as primitives
 from softk._reference.threshold.quantile import quantile as quantile_primitive
-from softk.backend import AnyArray, ArrayT, Primitive
+from softk.backend import AnyArray, ArrayT, Primitive, backend_of, is_array
 
 from .arguments import Slices, require_scores, static_ranks
 from .call import Call, operator_from
-from .checks import check_flag, check_mass, check_mode, check_temperature, counted_number, is_number
+from .checks import (
+    Mode,
+    check_flag,
+    check_mass,
+    check_mode,
+    check_temperature,
+    counted_number,
+    is_number,
+    require_whole,
+)
+from .segments import topk_of_ragged
 
-Mode = Literal["largest", "smallest"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -54,14 +62,6 @@ def _masked(
     return slices, {"backend": slices.backend, "primitive": primitive, "options": options, "arguments": arguments}
 
 
-def require_whole(counted: Any, weights: Any, k: Any) -> None:
-    """Require what the hard mask can select: no weights, and a whole k. `counted` is k without its rounding."""
-    if weights is not None:
-        raise ValueError("hard=True does not support weights, got weights; leave out one of the two")
-    if is_number(counted) and counted != math.floor(counted):
-        raise ValueError(f"k must be a whole number with hard=True, got {k!r}")
-
-
 @operator_from
 def topk(
     x: ArrayT,
@@ -86,7 +86,8 @@ def topk(
     x : array
         Scores, of any shape with at least one axis, real floating-point. ``-inf`` is never selected, ``+inf`` always
         (if there are more than `k`, they share `k` equally). A NaN makes the mask of its slice NaN. float16 and
-        bfloat16 are computed in float32.
+        bfloat16 are computed in float32. A nested tensor of PyTorch with the layout ``torch.jagged`` is selected from
+        along its ragged axis, as by `softk.segment_topk`.
     k : number or array
         How many scores to select, from 0 to n, the size of `x` along `axis`. It may be fractional. An array has one
         value per slice: it broadcasts against `x` with size 1 along `axis`.
@@ -152,6 +153,9 @@ def topk(
     [[0.196, 0.99], [0.015, 0.8]]
     """
     check_flag("hard", hard)
+    rows = backend_of(x).ragged(x) if is_array(x) else None
+    if rows is not None:
+        return topk_of_ragged(x, rows, k, axis, epsilon, weights, where, mode=mode, hard=hard)  # type: ignore[no-any-return]
     primitive = primitives.hard_mask if hard else primitives.mask
     slices, call = _masked(primitive, x, k, axis, mode, epsilon, weights, where)
     if slices.n == 0:  # an empty slice has no threshold

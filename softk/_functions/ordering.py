@@ -11,8 +11,7 @@ from softk.backend import AnyArray, Array, ArrayT
 
 from .arguments import Slices, require_scores
 from .call import Argument, Call, operator_from
-from .checks import check_flag, check_mode, check_temperature
-from .masks import Mode
+from .checks import Mode, check_flag, check_mode, check_temperature
 from .signatures import plain_tuple
 
 

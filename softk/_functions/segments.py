@@ -7,20 +7,22 @@ from typing import Any
 
 from softk._reference.threshold.masks import empty_mask
 from softk._reference.threshold.segments import hard_mask_of_segments, mask_of_segments
-from softk.backend import AnyArray, Array, ArrayT, index_dtype, is_array, unknown
+from softk.backend import AnyArray, Array, ArrayT, Ragged, backend_of, index_dtype, is_array, unknown
 
 from .arguments import Slices
 from .call import Argument, Call, operator_from
 from .checks import (
+    Mode,
+    check_axis,
     check_flag,
     check_integer,
     check_mode,
     check_temperature,
     is_number,
     kind_of,
+    require_whole,
 )
-from .masks import Mode, require_whole
-from .shapes import cast, fits, shrink
+from .shapes import cast, fits, move_axis, shrink
 
 
 class _Rows(Slices):
@@ -212,3 +214,49 @@ def segment_topk(
         }
     primitive = hard_mask_of_segments if hard else mask_of_segments
     return Call(backend, primitive, {"ranks": None}, arguments, (rows.mask(),))
+
+
+def topk_of_ragged(
+    x: Any, rows: Ragged, k: Any, axis: Any, epsilon: Any, weights: Any, where: Any, **options: Any
+) -> Any:
+    """The call of `softk.topk` for an array of ragged rows: that of `segment_topk` on its values."""
+    xp = backend_of(x).xp
+    if check_axis(axis, x.ndim) != rows.axis:
+        raise ValueError(f"axis must be {rows.axis}, along which the rows of x have different lengths, got {axis!r}")
+
+    def last(nested: Any) -> Array:
+        return move_axis(xp, rows.values(nested), rows.axis - 1, -1)
+
+    def back(values: Array) -> Array:
+        return rows.whole(move_axis(xp, values, -1, rows.axis - 1))
+
+    def per_row(name: str, value: Any) -> Any:
+        if not is_array(value) or value.ndim == 0:
+            return value
+        if x.ndim != 2 or value.ndim != 2 or value.shape[-1] != 1:
+            raise ValueError(f"{name} must be a number, or have the shape ({x.shape[0]}, 1) for rows of two axes")
+        return value[:, 0]
+
+    def per_item(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        own = backend_of(value).ragged(value) if is_array(value) else None
+        if own is None or own.axis != rows.axis:
+            raise TypeError(f"{name} must have ragged rows like those of x, got {kind_of(value)}")
+        return last(value)
+
+    found = segment_topk.call(  # type: ignore[attr-defined]
+        last(x),
+        per_row("k", k),
+        rows.lengths,
+        epsilon=per_row("epsilon", epsilon),
+        weights=per_item("weights", weights),
+        where=per_item("where", where),
+        **options,
+    )
+    scores, *others = found.arguments.items()
+    push, pull = scores[1].push, scores[1].pull
+    own_scores = Argument(None, None, lambda nested: push(last(nested)), lambda cotangent: back(pull(cotangent)))
+    (result,) = found.restores
+    mask = Argument(None, None, lambda values: back(result.push(values)), lambda nested: result.pull(last(nested)))
+    return Call(found.backend, found.primitive, found.options, {"x": own_scores, **dict(others)}, (mask,))

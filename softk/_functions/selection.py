@@ -9,7 +9,8 @@ from softk.backend import AnyArray, ArrayT
 
 from .arguments import require_scores
 from .call import Argument, Call, operator_from
-from .masks import Mode, _masked
+from .checks import Mode
+from .masks import _masked
 from .ordering import whole_number, without_rows
 from .signatures import plain_tuple
 
