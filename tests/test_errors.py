@@ -855,7 +855,7 @@ def test_the_defaults_of_epsilon_are_those_of_the_guide() -> None:
     table = (Path(__file__).parent.parent / "docs" / "guide.md").read_text().split("## The default of epsilon")[1]
     rows = [row.split("|") for row in table.split("\n## ")[0].splitlines() if row.startswith("| `")]
     told = {name: row[2].strip() for row in rows for name in re.findall(r"`([\w.]+)`", row[1])}
-    modules = (softk, softk.neighbors, softk.attention, softk.losses, softk.sampling, softk.beam)
+    modules = (softk, softk.budget, softk.neighbors, softk.attention, softk.losses, softk.sampling, softk.beam)
     for module in modules:
         prefix = "" if module is softk else module.__name__.removeprefix("softk.") + "."
         for name in module.__all__:

@@ -110,7 +110,7 @@ def test_equal_numbers_of_other_types() -> None:
         softk.topk(X, True, axis=1, epsilon=1, hard=True)
     with pytest.raises(TypeError, match="axis must be an integer or a tuple of integers, got True"):
         softk.topk(X, 1, axis=True, epsilon=1, hard=True)
-    with pytest.raises(TypeError, match=r"axis must be an integer, got 1\.0"):
+    with pytest.raises(TypeError, match=r"axis must be an integer or a tuple of integers, got 1\.0"):
         softk.topk(X, 1, axis=1.0, epsilon=1, hard=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="epsilon must be a number or an array"):
         softk.topk(X, 1, axis=1, epsilon=True, hard=True)

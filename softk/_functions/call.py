@@ -102,8 +102,8 @@ class Call(Generic[R]):
 
     def restore(self, outputs: tuple[Array, ...]) -> list[Array]:
         """Convert the first outputs to the user's form. The conversion is linear, so it also converts tangents."""
-        given = outputs[: len(self.restores)]  # further outputs of the primitive are internal
-        pairs = zip(self.restores, given, strict=True)
+        # Further outputs of the primitive are internal, and a rule may be asked for the first results only.
+        pairs = zip(self.restores[: len(outputs)], outputs[: len(self.restores)], strict=True)
         return [restore.push(values) for restore, values in pairs if restore.push is not None]
 
     def sample(self, x: Array) -> Array:
