@@ -62,7 +62,8 @@ class MlxBackend(Backend):
                 found = self.run(primitive, "jvp", spread(arrays), outputs, tuple(spread(tangents)))
                 return (*found, *(mx.zeros_like(value) for value in outputs[len(found) :]))
 
-            return tuple(operator(*(inputs[i] for i in given)))
+            outputs: Any = operator(*(inputs[i] for i in given))
+            return tuple(outputs)
 
         return bound
 
