@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
 from benchmarks.gpu.cases import COMPILED, EPSILONS, HALVES, SHAPES, plan
-from benchmarks.gpu.drivers import MOST_SETS, Driver, Inputs, rotating
+from benchmarks.gpu.drivers import MOST_SETS, NAMES, Driver, Inputs, rotating
 from benchmarks.gpu.worker import OVER, measure
 from benchmarks.report import BEGIN, END, folded
 
@@ -380,3 +380,21 @@ def test_the_calls_of_cupy_with_numpy_in_its_place(monkeypatch: pytest.MonkeyPat
     higher, lower = (driver.calls(CASES[0])["softmax"](given._replace(x=given.x + s))[0] for s in (step, -step))
     found = np.sum((higher - lower) * given.u, axis=-1)
     assert found == pytest.approx(2 * np.sum(slope * step, axis=-1), rel=1e-2, abs=1e-6)
+
+
+def test_a_run_of_some_frameworks_keeps_the_results_of_the_others() -> None:
+    def run(date: str, *frameworks: str) -> dict[str, Any]:
+        records = [{"framework": framework, "date": date} for framework in frameworks]
+        return {"environment": {"date": date}, "records": records}
+
+    first = run("May", "PyTorch", "CuPy", "JAX jit")
+    second = command.with_others(run("June", "PyTorch", "CuPy"), first, ["torch", "cupy"])
+    third = command.with_others(run("July", "CuPy"), second, ["cupy"])
+    assert {record["framework"]: record["date"] for record in third["records"]} == {
+        "CuPy": "July",
+        "PyTorch": "June",
+        "JAX jit": "May",
+    }
+    assert third["earlier"] == {"PyTorch": {"date": "June"}, "JAX jit": {"date": "May"}}
+    assert command.with_others(run("June", "PyTorch"), None, ["torch"]) == run("June", "PyTorch")
+    assert command.with_others(run("June"), first, list(NAMES)) == run("June")

@@ -105,7 +105,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=report.COMMAND, description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs; never on the page")
     parser.add_argument("--minutes", type=float, default=7.0, help="time limit of the measurement (default: 7)")
-    parser.add_argument("--frameworks", nargs="+", choices=tuple(NAMES), default=list(NAMES))
+    parser.add_argument(
+        "--frameworks",
+        nargs="+",
+        choices=tuple(NAMES),
+        default=list(NAMES),
+        help="those to measure (default: all); the page keeps the stored results of the others",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for --quick")
     parser.add_argument("--output", type=Path, help="folder for a copy of the page and its JSON file")
     parser.add_argument("--commit", help="commit of the measured code, if git is not available")
@@ -155,8 +161,22 @@ def main(argv: list[str] | None = None) -> int:
             result["environment"]["minutes"] = (time.monotonic() - start) / 60.0
             if options.output:  # an interrupted run keeps its results so far
                 copy(result, options.output)
+    if not options.quick and RESULTS.exists():
+        result = with_others(result, json.loads(RESULTS.read_text()), options.frameworks)
     publish(result, options.output)
     return 0 if any(record["status"] == "measured" for record in result["records"]) else 1
+
+
+def with_others(result: dict[str, Any], stored: dict[str, Any] | None, frameworks: list[str]) -> dict[str, Any]:
+    """The results of a run of some frameworks, and those that are stored for the others."""
+    measured = {NAMES[framework] for framework in frameworks}
+    others = [record for record in (stored or {"records": []})["records"] if record["framework"] not in measured]
+    if stored is None or not others:
+        return result
+    before = stored.get("earlier", {})
+    names = dict.fromkeys(record["framework"] for record in others)
+    earlier = {name: before.get(name, stored["environment"]) for name in names}
+    return {**result, "records": result["records"] + others, "earlier": earlier}
 
 
 def copy(result: dict[str, Any] | None, folder: Path) -> None:

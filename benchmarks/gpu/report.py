@@ -30,6 +30,8 @@ def page(result: dict[str, Any] | None) -> str:
         return f"No device has been measured yet: `{COMMAND}` measures one, and writes its numbers here.\n"
     records = result["records"]
     parts = ["## Machine", machine(result["environment"])]
+    for name, environment in result.get("earlier", {}).items():
+        parts.append(f"{name} was measured in an earlier run: {machine(environment)}")
     kinds = dict.fromkeys((record["framework"], record["dtype"]) for record in of(records, status="measured"))
     order = list(NAMES.values())
     for framework, dtype in sorted(kinds, key=lambda kind: order.index(kind[0])):
