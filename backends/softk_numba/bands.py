@@ -11,7 +11,7 @@ first, and all numbers are float64. Three things differ:
   a product of a number of the score and a number of the boundary, so that a share costs no exponential of its own.
 - **The system.** Few boundaries, or a narrow band, are solved by Cholesky's factorization, others by conjugate
   gradients. The matrix J acts like a smoothing along the boundaries. For a slow right-hand side it is its row sums, for
-  a fast one the mass of the anchors limits it. The preconditioner is the sum of both inverses; ten to twenty steps
+  a fast one the mass of the anchors limits it. The preconditioner is the sum of both inverses; six to twenty steps
   reach the rounding.
 """
 
