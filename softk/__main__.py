@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, topk, vjp
 from ._native import devices, native_gradient
+from ._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from .backend import ADAPTERS, Array, Backend, chosen_kernels
 
 N, K, EPSILON = 1000, 10, 0.05
@@ -122,7 +123,10 @@ def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
         k, tau = (xp.asarray(value, dtype=xp.float32, **placement) for value in (float(K), EPSILON / 2.0))
         for kernel in backend.kernels:
             if kernel.part == "forward":
-                reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)
+                if kernel.primitive in (sorted_plan, soft_sort, soft_rank):
+                    reason = kernel.refuses(backend, (x, tau, k, None), rows=K, ranks=None)
+                else:
+                    reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)
                 label = "cpu" if device is None else str(device)
                 answer = "yes" if reason is None else f"no: {reason}"
                 yield kernel.name, name, label, kernel.primitive.name, answer

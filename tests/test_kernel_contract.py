@@ -147,7 +147,11 @@ X, ONE, ITEMS = np.linspace(0.0, 1.0, 12).reshape(2, 6) ** 2, np.full((2, 1), 1.
 MASKS = ((X, ONE, 0.1 * ONE, ITEMS, ITEMS > 0.0), {"ranks": None})
 POINTS = np.linspace(-1.0, 1.0, 30).reshape(10, 3)
 KEYED = (np.full((4, 1), 2.0), np.full((4, 1), 0.2), None, None)
+ROWS = (X[:, None, :], np.full((2, 2, 1), 1.5), np.full((1, 2, 1), 0.1), None, None)
+SEGMENTS = (*ROWS, np.asarray([[[0, 0, 1, 1, 1, 1]]]), np.asarray([[[2], [4]]]))
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "topk_mask_of_segments": (SEGMENTS, {"ranks": None}),
+    "topk_hard_mask_of_segments": ((X[:, None, :], np.full((2, 2, 1), 1.0), *SEGMENTS[2:]), {"ranks": None}),
     **dict.fromkeys(("topk_mask", "topk_log_mask", "topk_threshold", "solve_threshold"), MASKS),
     "topk_hard_mask": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None}),
     "topk_selection": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None, "count": 2}),
