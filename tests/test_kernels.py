@@ -536,7 +536,7 @@ def test_where_kernels_do_not_run(device: str, launched: list[str], rng: Any, mo
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.full)])
 def test_they_compile_for_a_device(capability: int) -> None:
-    """To machine code, with no device there; and but for the longest rows nearly everything stays in registers."""
+    """To machine code, with no device there; and nearly everything stays in registers, if they are not limited."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(capability)]
@@ -546,7 +546,7 @@ def test_they_compile_for_a_device(capability: int) -> None:
     compiled = {line.split(":")[0] for line in lines}
     assert {"solve_tile", "pull_tile", "count", "sweep_rows", "mask_rows", "sum_rows", "pull_rows"} <= compiled
     for line in lines:
-        if "WIDTH=32768" not in line:
+        if "maxnreg" not in line:
             assert int(line.split("stack=")[1]) <= 32, line
 
 

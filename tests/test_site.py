@@ -235,6 +235,8 @@ def test_search_and_copy_buttons_work(site: Path, browser: Any) -> None:
     copied = tab.evaluate("window.copied")
     assert softk.topk.__doc__ is not None
     examples = doctest.DocTestParser().get_examples(softk.topk.__doc__)
-    assert copied.split() == "".join(example.source for example in examples).split()
+    words = copied.split()  # of the first of two blocks
+    assert "softk.topk(np.asarray(" in copied
+    assert words == "".join(example.source for example in examples).split()[: len(words)]
     tab.context.close()
     assert not faults, "\n".join(faults)
