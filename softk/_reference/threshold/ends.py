@@ -56,13 +56,13 @@ def find_ends(
     never = x == -math.inf
     unusable, sum_of_all, sum_of_selectable, *items = totals(
         backend,
-        ~(usable | never),  # an item that is never selected may have any weight
-        xp.where(usable, weights, 0.0),
-        xp.where(usable & ~never, weights, 0.0),
-        *((xp.ones_like(x),) if backend.is_split else ()),
+        lambda: ~(usable | never),  # an item that is never selected may have any weight
+        lambda: xp.where(usable, weights, 0.0),
+        lambda: xp.where(usable & ~never, weights, 0.0),
+        *((lambda: xp.ones_like(x),) if backend.is_split else ()),
     )
     n = items[0] if backend.is_split else n
-    valid = unusable == 0.0
+    valid = unusable == 0
     everything = ~nothing & (k >= sum_of_selectable * (1.0 - rounding))
     # Below the last score there is no gap unless everything is selected: only roundings of the running sums differ.
     low = xp.where((low < -bound.largest) & ~everything, high, low)

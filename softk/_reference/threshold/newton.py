@@ -22,13 +22,13 @@ go back. No step goes beyond the middle of the bracket.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
 from .limits import ROUNDINGS, STEPS, clip, limits, safe_denominator
-from .problem import totals
+from .problem import dot, total, totals
 
 
 class Tails(NamedTuple):
@@ -47,15 +47,47 @@ def sweep(backend: Backend, odds: Array, level: Array, weights: Array | None, sm
     """
     xp = backend.xp
     is_above = odds > level
-    tail = (xp.minimum(odds, level) if smaller is None else smaller) / (odds + level)
+    if backend.is_split:
+        return _sweep_in_pieces(backend, is_above, odds, level, weights, smaller)
+    if weights is None:
+        weight_above = xp.astype(xp.count_nonzero(is_above, axis=-1, keepdims=True), odds.dtype)
+    else:
+        weight_above = total(xp, xp.where(is_above, weights, 0.0))
+    tail, square = _tail_and_square(xp, odds, level, weights, smaller)
+    upper_tail = xp.where(is_above, tail, 0.0)
+    upper, lower = total(xp, upper_tail), total(xp, tail - upper_tail)  # the difference of an item is exact
+    return Tails(weight_above, lower, upper, lower + upper - square)
+
+
+def _tail(xp: Any, odds: Array, level: Array, smaller: Array | None) -> Array:
+    return (xp.minimum(odds, level) if smaller is None else smaller) / (odds + level)
+
+
+def _tail_and_square(
+    xp: Any, odds: Array, level: Array, weights: Array | None, smaller: Array | None
+) -> tuple[Array, Array]:
+    """The weighted tail of every item, and the weighted sum of the squares of the tails."""
+    tail = _tail(xp, odds, level, smaller)
+    if weights is None:
+        return tail, dot(xp, tail, tail)
+    weighted_tail = weights * tail
+    return weighted_tail, dot(xp, weighted_tail, tail)
+
+
+def _sweep_in_pieces(
+    backend: Backend, is_above: Array, odds: Array, level: Array, weights: Array | None, smaller: Array | None
+) -> Tails:
+    """The same sums by one reduction, which holds more arrays at a time."""
+    xp = backend.xp
+    tail = _tail(xp, odds, level, smaller)
     weighted_tail = tail if weights is None else weights * tail
     upper_tail = xp.where(is_above, weighted_tail, 0.0)
     weight_above, upper, lower, square = totals(
         backend,
-        is_above if weights is None else xp.where(is_above, weights, 0.0),
-        upper_tail,
-        weighted_tail - upper_tail,  # the difference of an item is exact
-        weighted_tail * tail,
+        lambda: is_above if weights is None else xp.where(is_above, weights, 0.0),
+        lambda: upper_tail,
+        lambda: weighted_tail - upper_tail,
+        lambda: weighted_tail * tail,
     )
     return Tails(weight_above, lower, upper, lower + upper - square)
 

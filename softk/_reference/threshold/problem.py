@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from softk.backend import Array, Backend
@@ -50,19 +51,22 @@ def total(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-1, keepdims=True)
 
 
-def totals(backend: Backend, *values: Array) -> tuple[Array, ...]:
-    """The sums of several values over a slice, in one reduction where the slice is in pieces. Booleans are counted."""
+def totals(backend: Backend, *values: Callable[[], Array]) -> tuple[Array, ...]:
+    """The sums of several values over a slice, in one reduction where the slice is in pieces. Booleans are counted.
+
+    The values are functions, so that those of a slice in one piece are not held at the same time.
+    """
     xp = backend.xp
     if backend.is_split:
-        found = backend.totals(*values)  # type: ignore[attr-defined]
+        found = backend.totals(*(value() for value in values))  # type: ignore[attr-defined]
         return tuple(found[..., i : i + 1] for i in range(len(values)))
-    dtype = values[-1].dtype
-    return tuple(
-        xp.astype(xp.count_nonzero(value, axis=-1, keepdims=True), dtype)
-        if xp.isdtype(value.dtype, "bool")
-        else total(xp, value)
-        for value in values
-    )
+    return tuple(_sum_or_count(xp, value()) for value in values)
+
+
+def _sum_or_count(xp: Any, value: Array) -> Array:
+    if xp.isdtype(value.dtype, "bool"):
+        return xp.count_nonzero(value, axis=-1, keepdims=True)
+    return total(xp, value)
 
 
 def dot(xp: Any, one: Array, other: Array) -> Array:
