@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,14 @@ def assert_close(name: str, found: np.ndarray, wanted: np.ndarray, tolerance: fl
 
 
 def by(choice: str, primitive: Any, part: str, *groups: Any, **options: Any) -> tuple[Any, ...]:
+    with softk.kernels("none"):
+        return computed(choice, primitive, part, *groups, **options)
+
+
+def computed(choice: str, primitive: Any, part: str, *groups: Any, **options: Any) -> tuple[Any, ...]:
+    """`by`, without the choice of kernels, which holds for all threads."""
     compute = kernel_of(primitive, part).compute if choice == "numba" else getattr(primitive, part)
-    with softk.kernels("none"), BACKEND.quiet():
+    with BACKEND.quiet():
         return tuple(compute(BACKEND, *groups, **options))
 
 
@@ -179,12 +185,13 @@ def test_a_sort_of_many_scores_forms_no_plan() -> None:
 
 def test_the_same_bits_from_any_memory_and_thread() -> None:
     inputs = inputs_of(90, 90, True, 0.3, "float32")
-    forward: Callable[[], Any] = lambda: by("numba", soft_rank, "forward", inputs, rows=90, ranks=None)  # noqa: E731
-    first = forward()
-    with poisoned(math.nan):
-        again = forward()
-    with ThreadPoolExecutor(4) as pool:
-        others = list(pool.map(lambda _: forward(), range(4)))
+    forward = partial(computed, "numba", soft_rank, "forward", inputs, rows=90, ranks=None)
+    with softk.kernels("none"):
+        first = forward()
+        with poisoned(math.nan):
+            again = forward()
+        with ThreadPoolExecutor(4) as pool:
+            others = list(pool.map(lambda _: forward(), range(4)))
     for other in (again, *others):
         for one, two in zip(first, other, strict=True):
             np.testing.assert_array_equal(one, two)
