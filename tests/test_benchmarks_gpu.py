@@ -171,6 +171,7 @@ def test_the_plan() -> None:
             assert {case.epsilon for case in here if case.k == least} == (set(EPSILONS) if every else {0.1})
         dtypes = {case.dtype for case in cases}
         assert dtypes == ({"float32", *HALVES} if framework == "torch" else {"float32"})
+        assert plan(framework, dtypes=HALVES) == [case for case in cases if case.dtype in HALVES]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -382,19 +383,20 @@ def test_the_calls_of_cupy_with_numpy_in_its_place(monkeypatch: pytest.MonkeyPat
     assert found == pytest.approx(2 * np.sum(slope * step, axis=-1), rel=1e-2, abs=1e-6)
 
 
-def test_a_run_of_some_frameworks_keeps_the_results_of_the_others() -> None:
-    def run(date: str, *frameworks: str) -> dict[str, Any]:
-        records = [{"framework": framework, "date": date} for framework in frameworks]
+def test_a_run_of_some_frameworks_or_dtypes_keeps_the_results_of_the_others() -> None:
+    def run(date: str, *tables: str) -> dict[str, Any]:
+        records = [dict(zip(("framework", "dtype"), table.split(", "), strict=True), date=date) for table in tables]
         return {"environment": {"date": date}, "records": records}
 
-    first = run("May", "PyTorch", "CuPy", "JAX jit")
-    second = command.with_others(run("June", "PyTorch", "CuPy"), first, ["torch", "cupy"])
-    third = command.with_others(run("July", "CuPy"), second, ["cupy"])
-    assert {record["framework"]: record["date"] for record in third["records"]} == {
-        "CuPy": "July",
-        "PyTorch": "June",
-        "JAX jit": "May",
-    }
-    assert third["earlier"] == {"PyTorch": {"date": "June"}, "JAX jit": {"date": "May"}}
-    assert command.with_others(run("June", "PyTorch"), None, ["torch"]) == run("June", "PyTorch")
-    assert command.with_others(run("June"), first, list(NAMES)) == run("June")
+    def dates(result: dict[str, Any]) -> dict[str, str]:
+        return {report.table_of(record["framework"], record["dtype"]): record["date"] for record in result["records"]}
+
+    every, single = ["float32", "bfloat16"], ["float32"]
+    torch, half, cupy, jax = "PyTorch, float32", "PyTorch, bfloat16", "CuPy, float32", "JAX jit, float32"
+    first = run("May", torch, half, cupy, jax)
+    second = command.with_others(run("June", torch, half, cupy), first, ["torch", "cupy"], every)
+    third = command.with_others(run("July", torch), second, ["torch"], single)
+    assert dates(third) == {torch: "July", half: "June", cupy: "June", jax: "May"}
+    assert third["earlier"] == {half: {"date": "June"}, cupy: {"date": "June"}, jax: {"date": "May"}}
+    assert command.with_others(run("June", torch), None, ["torch"], every) == run("June", torch)
+    assert command.with_others(run("June"), first, list(NAMES), every) == run("June")

@@ -657,7 +657,13 @@ def _assert_close_in_range(label: Any, found: Any, wanted: Any, dtype: str, size
         assert np.max(np.abs(found - wanted)) <= TOLERANCE[dtype] * scale, (label, dtype, found, wanted)
 
 
-def _terms(reference: Oracle, by_x: Any, function: str) -> float:
+def _terms_by_k(reference: Oracle, u: Any, function: str) -> float:
+    """The size of the terms of the cotangent of k, whose sum may be far smaller. That of a weight is -m times it."""
+    along_k = reference.log_jvp(dk=1.0) if function == "log_topk" else reference.jvp(dk=1.0)[function == "threshold"]
+    return float(np.max(np.abs(np.asarray(u * along_k, float))))
+
+
+def _terms_by_epsilon(reference: Oracle, by_x: Any, function: str) -> float:
     """The size of the terms of the cotangent of epsilon, whose sum may be far smaller."""
     origin = reference.x[np.argmax(reference.a * reference.v)]
     terms = np.abs(np.asarray(by_x * (reference.x - origin) / reference.tau, float)).max()
@@ -685,7 +691,11 @@ def test_extreme_numbers(eager: Library, name: str, function: str, dtype: str, r
     found = evaluate(eager, pull, x, k, u, *options.values(), names=list(options))
     wanted = reference.vjp(b=u) if function == "threshold" else reference.vjp(u, log=function == "log_topk")
     for key, values in found.items():
-        size = _terms(reference, wanted["x"], function) if key == "epsilon" else 0.0
+        size = 0.0  # of the largest term, if values are a sum
+        if key == "epsilon":
+            size = _terms_by_epsilon(reference, wanted["x"], function)
+        elif key in ("k", "weights"):
+            size = _terms_by_k(reference, u, function)
         _assert_close_in_range(key, values, wanted[key], dtype, size)
     for key, values in arguments.items():
         tangent = rng.normal(size=values.shape).astype(dtype)
@@ -696,7 +706,7 @@ def test_extreme_numbers(eager: Library, name: str, function: str, dtype: str, r
         found = evaluate(eager, push, x, k, tangent, *options.values(), names=list(options))[""]
         row = {f"d{key}": tangent if tangent.ndim else tangent[()]}
         rate = reference.log_jvp(**row) if function == "log_topk" else reference.jvp(**row)[function == "threshold"]
-        size = _terms(reference, reference.p * 0.5 * tangent, function) if key == "epsilon" else 0.0
+        size = _terms_by_epsilon(reference, reference.p * 0.5 * tangent, function) if key == "epsilon" else 0.0
         _assert_close_in_range(f"along {key}", found, rate, dtype, size if function == "threshold" else 0.0)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.machine import ROOT, processor, versions
 from benchmarks.report import between, write_json
 
 from . import report
-from .cases import plan
+from .cases import DTYPES, plan
 from .drivers import NAMES
 from .worker import OVER, describe
 
@@ -51,7 +52,7 @@ def devices(frameworks: list[str], device: str) -> dict[str, dict[str, Any]]:
 
 def run_framework(framework: str, seconds: float, options: argparse.Namespace, bar: Any) -> list[dict[str, Any]]:
     """The records of a framework on all of its cases. If a process dies, its case has failed; a new one continues."""
-    cases = plan(framework, quick=options.quick)
+    cases = plan(framework, quick=options.quick, dtypes=options.dtypes)
     end = time.monotonic() + seconds
     records: list[dict[str, Any]] = []
 
@@ -61,6 +62,7 @@ def run_framework(framework: str, seconds: float, options: argparse.Namespace, b
 
     while len(records) < len(cases) and (left := end - time.monotonic()) > 0.0:
         arguments = [framework, "--device", options.device, "--first", str(len(records))]
+        arguments += ["--dtypes", *options.dtypes]
         arguments += ["--quick"] if options.quick else []
         done = processes.run("benchmarks.gpu.worker", arguments, left, watch, VARIABLES)
         records += done.records
@@ -112,6 +114,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=list(NAMES),
         help="those to measure (default: all); the page keeps the stored results of the others",
     )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="those to measure (default: all); the page keeps the stored results of the others",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for --quick")
     parser.add_argument("--output", type=Path, help="folder for a copy of the page and its JSON file")
     parser.add_argument("--commit", help="commit of the measured code, if git is not available")
@@ -154,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     end = start + 60.0 * options.minutes
     runs = list(present)
-    with tqdm(total=sum(len(plan(run, quick=options.quick)) for run in runs), unit="case", dynamic_ncols=True) as bar:
+    count = sum(len(plan(run, quick=options.quick, dtypes=options.dtypes)) for run in runs)
+    with tqdm(total=count, unit="case", dynamic_ncols=True) as bar:
         for i, framework in enumerate(runs):
             seconds = end - time.monotonic() - sum(RESERVES[later] for later in runs[i + 1 :])
             result["records"] += run_framework(framework, seconds, options, bar)
@@ -162,21 +172,26 @@ def main(argv: list[str] | None = None) -> int:
             if options.output:  # an interrupted run keeps its results so far
                 copy(result, options.output)
     if not options.quick and RESULTS.exists():
-        result = with_others(result, json.loads(RESULTS.read_text()), options.frameworks)
+        result = with_others(result, json.loads(RESULTS.read_text()), options.frameworks, options.dtypes)
     publish(result, options.output)
     return 0 if any(record["status"] == "measured" for record in result["records"]) else 1
 
 
-def with_others(result: dict[str, Any], stored: dict[str, Any] | None, frameworks: list[str]) -> dict[str, Any]:
-    """The results of a run of some frameworks, and those that are stored for the others."""
-    measured = {NAMES[framework] for framework in frameworks}
-    others = [record for record in (stored or {"records": []})["records"] if record["framework"] not in measured]
-    if stored is None or not others:
+def with_others(
+    result: dict[str, Any], stored: dict[str, Any] | None, frameworks: list[str], dtypes: list[str]
+) -> dict[str, Any]:
+    """The results of a run of some frameworks and dtypes, and those that are stored for the others."""
+    measured = {report.table_of(NAMES[framework], dtype) for framework in frameworks for dtype in dtypes}
+    stored = stored or {"records": []}
+    others: dict[str, list[dict[str, Any]]] = {}  # by the table in which they stand
+    for record in stored["records"]:
+        name = report.table_of(record["framework"], record["dtype"])
+        if name not in measured:
+            others.setdefault(name, []).append(record)
+    if not others:
         return result
-    before = stored.get("earlier", {})
-    names = dict.fromkeys(record["framework"] for record in others)
-    earlier = {name: before.get(name, stored["environment"]) for name in names}
-    return {**result, "records": result["records"] + others, "earlier": earlier}
+    earlier = {name: stored.get("earlier", {}).get(name, stored["environment"]) for name in others}
+    return {**result, "records": [*result["records"], *chain(*others.values())], "earlier": earlier}
 
 
 def copy(result: dict[str, Any] | None, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from benchmarks.cases import Case
@@ -11,6 +12,7 @@ QUICK_SHAPES = ((64, 100), (2, 1000))
 EPSILONS = (0.001, 0.01, 0.1, 1.0)
 EPSILON = 0.1
 HALVES = ("bfloat16",)
+DTYPES = ("float32", *HALVES)
 LARGEST_K = 10_000
 """The limit of the small k, which is n / 100."""
 COMPILED = ((16_384, 1024), (16, 10**6), QUICK_SHAPES[0])
@@ -27,7 +29,7 @@ def is_anchored(case: Case) -> bool:
     return case.k == small(case.n) and case.epsilon == EPSILON and case.dtype == "float32"
 
 
-def plan(framework: str, *, quick: bool = False) -> list[Case]:
+def plan(framework: str, *, quick: bool = False, dtypes: Collection[str] = DTYPES) -> list[Case]:
     """The cases of a framework in the order of their importance. If time runs out, the last ones are dropped."""
     shapes = QUICK_SHAPES if quick else SHAPES
     first = [Case("gpu", rows, n, k, EPSILON) for rows, n in shapes for k in (small(n), n // 2)]
@@ -41,4 +43,4 @@ def plan(framework: str, *, quick: bool = False) -> list[Case]:
         for epsilon in (EPSILONS[:1] if quick else EPSILONS)
         if epsilon != EPSILON
     ]
-    return first + others + halves if framework == "torch" else first + others
+    return [case for case in first + halves + others if case.dtype in dtypes]

@@ -31,15 +31,20 @@ def page(result: dict[str, Any] | None) -> str:
     records = result["records"]
     parts = ["## Machine", machine(result["environment"])]
     for name, environment in result.get("earlier", {}).items():
-        parts.append(f"{name} was measured in an earlier run: {machine(environment)}")
+        parts.append(f"The table of {name} was measured in an earlier run: {machine(environment)}")
     kinds = dict.fromkeys((record["framework"], record["dtype"]) for record in of(records, status="measured"))
     order = list(NAMES.values())
     for framework, dtype in sorted(kinds, key=lambda kind: order.index(kind[0])):
-        parts += [f"## {framework}, {dtype}", times(records, framework, dtype)]
+        parts += [f"## {table_of(framework, dtype)}", times(records, framework, dtype)]
     if any("compiled" in record.get("times", {}) for record in records):
         parts += ["## Softmaxes, float32, forward + backward", anchors(records)]
     parts += ["## What was not measured", missing(result)]
     return "\n\n".join(parts) + "\n"
+
+
+def table_of(framework: str, dtype: str) -> str:
+    """The title of the table in which a record stands."""
+    return f"{framework}, {dtype}"
 
 
 def machine(environment: dict[str, Any]) -> str:

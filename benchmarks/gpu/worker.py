@@ -19,7 +19,7 @@ from benchmarks import timing
 from benchmarks.cases import Case
 from benchmarks.processes import short
 
-from .cases import plan
+from .cases import DTYPES, plan
 from .drivers import NAMES, Driver, Inputs, itemsize, load, rotating
 
 OVER = "the time for the whole run was over"
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--first", type=int, default=0, help="index of the first case")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--describe", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             file.write(json.dumps(found) + "\n")
             return 0
         driver = load(options.framework, options.device)
-        cases = plan(options.framework, quick=options.quick)[options.first :]
+        cases = plan(options.framework, quick=options.quick, dtypes=options.dtypes)[options.first :]
         times = timing.QUICK if options.quick else TIMES
         for record in measure(driver, options.framework, cases, times, deadline, watch):
             file.write(json.dumps(record) + "\n")
