@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.report import NOTHING, Record, factor, of, reasons, shape, spread, table
 
+from .cases import DTYPES
 from .drivers import NAMES
 
 COMMAND = "python -m benchmarks.gpu"
@@ -34,7 +35,7 @@ def page(result: dict[str, Any] | None) -> str:
         parts.append(f"The table of {name} was measured in an earlier run: {machine(environment)}")
     kinds = dict.fromkeys((record["framework"], record["dtype"]) for record in of(records, status="measured"))
     order = list(NAMES.values())
-    for framework, dtype in sorted(kinds, key=lambda kind: order.index(kind[0])):
+    for framework, dtype in sorted(kinds, key=lambda kind: (order.index(kind[0]), DTYPES.index(kind[1]))):
         parts += [f"## {table_of(framework, dtype)}", times(records, framework, dtype)]
     if any("compiled" in record.get("times", {}) for record in records):
         parts += ["## Softmaxes, float32, forward + backward", anchors(records)]
