@@ -92,7 +92,7 @@ def machine(device: str) -> dict[str, Any]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes without torch.compile, to test that it runs")
-    parser.add_argument("--minutes", type=float, default=11.5, help="time limit of the measurement (default: 11.5)")
+    parser.add_argument("--minutes", type=float, default=35.0, help="time limit of the measurement (default: 35)")
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for PyTorch and JAX (default: cpu)")

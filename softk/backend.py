@@ -12,7 +12,7 @@ from __future__ import annotations
 import numbers
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
@@ -390,6 +390,10 @@ class Backend:
         the array. Also None for a symbolic number, whose value a trace does not know.
         """
         return x if isinstance(x, numbers.Real) else None
+
+    def holds(self, values: Iterable[Any]) -> bool:
+        """Whether `memory` returns each of the values that is not None. Override it where one look is faster for all."""
+        return all(value is None or self.memory(value) is not None for value in values)
 
     def cache_key(self, x: Array) -> Hashable | None:
         """A key of what a call depends on beside the values of its scores: their shape, dtype, device, ...

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import warnings
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
@@ -68,19 +69,17 @@ def _note() -> str | None:
 def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
     """Why the kernels do not serve a problem, None where they do."""
     x = inputs[0]
+    if backend.memory(x) is None:  # before its memory is looked at: it may have none
+        return "a compiler, a transform or automatic differentiation records the operations"
+    if not is_in_host_memory(x):  # the other arrays are on the device of the scores
+        return f"the arrays must be in the memory of the host, got {getattr(x, 'device', None)}"
     if 0 in x.shape:
         return f"there must be scores, got the shape {tuple(x.shape)}"
     dtype = str(x.dtype).rpartition(".")[2]
     if dtype not in DTYPES:
         return f"the scores must be of one of {', '.join(DTYPES)}, got {x.dtype}"
-    for group in (inputs, *groups):
-        for value in group:
-            if value is None or isinstance(value, bool):
-                continue
-            if backend.memory(value) is None:
-                return "a compiler, a transform or automatic differentiation records the operations"
-            if not is_in_host_memory(value):
-                return f"the arrays must be in the memory of the host, got {getattr(value, 'device', None)}"
+    if not backend.holds(chain(inputs, *groups)):
+        return "a compiler, a transform or automatic differentiation records the operations"
     return _unavailable()
 
 

@@ -68,7 +68,8 @@ def numpy_of(raw: Any) -> np.ndarray[Any, Any]:
     """The memory of an array on the host as NumPy's, without a copy; the bits of float16 and bfloat16 as integers."""
     if isinstance(raw, np.ndarray):
         return raw.view(np.uint16) if raw.dtype == np.float16 else raw
-    raw = raw.detach()
+    if raw.requires_grad:
+        raw = raw.detach()
     if raw.element_size() == 2:
         import torch
 
@@ -89,6 +90,8 @@ def empty(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
 def rows_of(values: Any, n: int) -> np.ndarray[Any, Any]:
     """An array (..., n) as a matrix: of one row where all are the same memory, and a view where strides allow one."""
     raw = numpy_of(values)
+    if raw.ndim == 2 and raw.flags.carray:  # most are
+        return raw
     if raw.ndim > 1 and not any(raw.strides[i] for i in range(raw.ndim - 1) if raw.shape[i] > 1):
         raw = raw[(0,) * (raw.ndim - 1)]
     return _writeable(raw.reshape(-1, n))

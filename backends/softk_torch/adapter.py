@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from ast import literal_eval
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
@@ -35,7 +35,7 @@ class TorchBackend(Backend):
     """Tensors, eager or under a trace."""
 
     autodiff = "torch.autograd, torch.func"
-    kernels = softk_triton.KERNELS + softk_numba.KERNELS
+    kernels = softk_numba.KERNELS + softk_triton.KERNELS
     words = Words("{0}.float() or {0}.to(torch.float32)", "torch.asarray({})", "{}.to({}.device)")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
@@ -66,13 +66,21 @@ class TorchBackend(Backend):
         if x is None:
             return nullcontext()
         kind = x.device.type
-        lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+        lowered = known and torch.is_autocast_enabled(kind)
         return torch.autocast(kind, enabled=False) if lowered else nullcontext()
 
     def memory(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             return x if _is_plain(x) and not _is_watched(x) else None
         return None if torch.compiler.is_compiling() and not has_static_value(x) else x
+
+    def holds(self, values: Iterable[Any]) -> bool:
+        given = [value for value in values if value is not None]
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        if not _is_plain(*tensors) or any(map(_is_watched, tensors)):
+            return False
+        return len(tensors) == len(given) or all(self.memory(value) is not None for value in given)
 
     def cache_key(self, x: Array) -> Hashable | None:
         """None on a CUDA device, where a tensor belongs to a stream, or to the graph that is captured."""
