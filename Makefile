@@ -12,6 +12,7 @@ RUN := $(VENV)/bin/python -m
 # pip says what it downloads and installs, line by line, with or without a terminal.
 INSTALL := -m pip install --progress-bar off --disable-pip-version-check
 FILE ?=
+PROBLEMS ?= 1e7
 
 # What `make quick` runs: values and derivatives on NumPy, PyTorch and JAX without jit, identities, and the rules of the code.
 # It runs the reference, because kernels would be compiled first.
@@ -23,7 +24,7 @@ VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_aut
 	tests/test_torch_func.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo knn beam quick test test-full lint docs lowest latest package bench bench-history clean
+.PHONY: help demo knn beam quick test test-full reference fuzz lint docs lowest latest package bench bench-history clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -57,6 +58,12 @@ endif
 
 test-full: $(VENV)/ready ## all tests, with the larger grids
 	$(RUN) pytest -n 2 $(FILE)
+
+reference: $(VENV)/ready ## all tests of `make test` without kernels
+	SOFTK_KERNELS=none $(RUN) pytest -n 2 --dist worksteal -m "not full" $(FILE)
+
+fuzz: $(VENV)/ready ## ten million random problems against a root in a higher precision; PROBLEMS=1e5 for fewer
+	SOFTK_QUIET=1 $(RUN) tests.fuzz --problems $(PROBLEMS)
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(RUN) ruff check .

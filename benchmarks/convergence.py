@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 MARKS = ("<!-- convergence -->\n", "<!-- /convergence -->")
 EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 METHODS = (("newton", None), ("sinkhorn", 200), ("sinkhorn", 1000))
-COLOURS = ("#d94801", "#6baed6", "#08306b")
+COLORS = ("#d94801", "#6baed6", "#08306b")
 SEEDS = 5
 
 
@@ -77,8 +77,8 @@ def draw(table: list[list[tuple[float, float, float]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained")
-    for method, rows, colour in zip(METHODS, table, COLOURS, strict=True):
-        line = {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.8, "label": name(*method)}
+    for method, rows, color in zip(METHODS, table, COLORS, strict=True):
+        line = {"color": color, "marker": "o", "ms": 3.5, "lw": 1.8, "label": name(*method)}
         left.loglog(EPSILONS, [max(row[2], 1e-16) for row in rows], **line)
         right.loglog(EPSILONS, [row[1] for row in rows], **line)
     left.set(ylabel="items", title="largest error of a column sum")

@@ -15,7 +15,7 @@ import numpy as np
 from .candidates import SINKHORN
 
 Record = dict[str, Any]
-COLOURS = {"NumPy": "#2171b5", "PyTorch": "#d94801", "JAX jit": "#238b45"}
+COLORS = {"NumPy": "#2171b5", "PyTorch": "#d94801", "JAX jit": "#238b45"}
 NAMES = {"NumPy": "NumPy", "PyTorch": "PyTorch", "JAX jit": "JAX"}
 GREY = "#636363"
 STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), SINKHORN: (":", 1.6, "")}
@@ -54,9 +54,9 @@ def label_ends(axes: plt.Axes, ends: list[tuple[float, float, str, str]]) -> Non
             push = (gap - (moved[i + 1] - moved[i])) / 2
             moved[i], moved[i + 1] = moved[i] - push, moved[i + 1] + push
     for place, index in zip(moved, order, strict=True):
-        _, _, text, colour = ends[index]
+        _, _, text, color = ends[index]
         axes.annotate(
-            text, (1.015, place), xycoords="axes fraction", color=colour, fontsize=8.5, va="center", clip_on=False
+            text, (1.015, place), xycoords="axes fraction", color=color, fontsize=8.5, va="center", clip_on=False
         )
 
 
@@ -64,20 +64,20 @@ def times(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]
     """Draw medians with quartile bands. Returns (x, y, text, color) of each line, for its label."""
     ends = []
     for (framework, name), points in found.items():
-        if framework not in COLOURS or name not in STYLES or len(points) < 2:
+        if framework not in COLORS or name not in STYLES or len(points) < 2:
             continue
         if name == SINKHORN and framework != SHOWN:
             continue
         style, width, marker = STYLES[name]
         where = [place for place, _ in points]
         middle = [1e3 * record["both"]["median"] for _, record in points]
-        colour = GREY if name == SINKHORN else COLOURS[framework]
-        axes.plot(where, middle, ls=style, lw=width, marker=marker, ms=4, color=colour)
+        color = GREY if name == SINKHORN else COLORS[framework]
+        axes.plot(where, middle, ls=style, lw=width, marker=marker, ms=4, color=color)
         if name == "softk.topk":
             low, high = ([1e3 * record["both"][q] for _, record in points] for q in ("q1", "q3"))
-            axes.fill_between(where, low, high, color=colour, alpha=0.18, lw=0)
+            axes.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
         text = {"softk.topk": "softk", "softmax": "softmax", SINKHORN: SINKHORN}[name]
-        ends.append((where, middle, f"{text}, {NAMES[framework]}", colour))
+        ends.append((where, middle, f"{text}, {NAMES[framework]}", color))
     return ends
 
 
@@ -103,11 +103,11 @@ def draw_lengths(records: list[Record], path: Path) -> None:
     dress(axes)
     # A line that ends early is labeled at its end.
     last = max((where[-1] for where, _, _, _ in ends), default=1)
-    for where, middle, text, colour in ends:
+    for where, middle, text, color in ends:
         if where[-1] < last:
             place = {"xytext": (0, 7), "textcoords": "offset points", "va": "bottom", "ha": "right"}
-            axes.annotate(text, (where[-1], middle[-1]), **place, color=colour, fontsize=8.5)
-    label_ends(axes, [(w[-1], m[-1], text, colour) for w, m, text, colour in ends if w[-1] == last])
+            axes.annotate(text, (where[-1], middle[-1]), **place, color=color, fontsize=8.5)
+    label_ends(axes, [(w[-1], m[-1], text, color) for w, m, text, color in ends if w[-1] == last])
     finish(figure, path)
 
 
@@ -132,21 +132,21 @@ def draw_epsilons(records: list[Record], path: Path) -> None:
         ours = name == "softk.topk"
         if len(where) < 2 or not (ours or name in peers or (name == SINKHORN and framework == SHOWN)):
             continue
-        colour = GREY if name == SINKHORN else COLOURS.get(framework, GREY)
+        color = GREY if name == SINKHORN else COLORS.get(framework, GREY)
         style = "-" if ours else ":" if name in STYLES else "-."
-        right.plot(where, missed, ls=style, lw=2.2 if ours else 1.4, marker="o" if ours else "", ms=4, color=colour)
+        right.plot(where, missed, ls=style, lw=2.2 if ours else 1.4, marker="o" if ours else "", ms=4, color=color)
         text = f"softk, {NAMES[framework]}" if ours else peers.get(name, SINKHORN)
-        wrong.append((where[-1], missed[-1], text, colour))
+        wrong.append((where[-1], missed[-1], text, color))
     for (framework, name), points in found.items():
         if name in peers and len(points) > 1:
             where = [place for place, _ in points]
             middle = [1e3 * record["both"]["median"] for _, record in points]
-            left.plot(where, middle, ls="-.", lw=1.4, color=COLOURS[framework])
-            ends.append((where, middle, peers[name], COLOURS[framework]))
+            left.plot(where, middle, ls="-.", lw=1.4, color=COLORS[framework])
+            ends.append((where, middle, peers[name], COLORS[framework]))
     right.set(ylabel="largest error of the mask", ylim=(1e-8, 3.0))
     right.set_title("Error: against the float64 truth", loc="left", fontsize=11)
     dress(left)
     dress(right)
-    label_ends(left, [(w[-1], m[-1], text, colour) for w, m, text, colour in ends])
+    label_ends(left, [(w[-1], m[-1], text, color) for w, m, text, color in ends])
     label_ends(right, wrong)
     finish(figure, path)

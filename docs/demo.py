@@ -42,7 +42,7 @@ PICTURES = Path(__file__).parent / "_build"
 STEPS = 150
 """Chosen on validation digits, among 30, 60, 100, 150 and 300: the fewest within the standard error of the best."""
 NAMESPACES = {"numpy": "array_api_compat.numpy", "torch": "array_api_compat.torch", "jax": "jax.numpy"}
-COLOURS = (
+COLORS = (
     "#4269d0", "#efb118", "#ff725c", "#2a9d8f", "#3a3a3a", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#7fb800"
 )  # fmt: skip
 
@@ -263,7 +263,7 @@ def judge(learn: Learner, units: Sequence[float], digits: Digits, k: int, seed: 
     return Result(embedding, accuracy(digits, embedding, k), seconds, unit)
 
 
-def neighbourhood_components(
+def neighborhood_components(
     data: np.ndarray, labels: np.ndarray, unit: float, watch: Callable[..., None]
 ) -> np.ndarray:
     """scikit-learn's NCA, run to convergence.
@@ -325,7 +325,7 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
             average = loss if math.isnan(average) else 0.95 * average + 0.05 * loss
             progress.advance(1, f"loss {average:.3f}")
 
-        def soft_neighbours(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
+        def soft_neighbors(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
             nonlocal average
             average = math.nan
             progress.begin(f"split {number} of {len(splits)}, softk.topk with epsilon {unit:g}")
@@ -342,7 +342,7 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
 
         def nca(data: np.ndarray, labels: np.ndarray, unit: float) -> np.ndarray:
             progress.begin(f"split {number} of {len(splits)}, NCA with unit {unit:g}")
-            components = neighbourhood_components(
+            components = neighborhood_components(
                 data, labels, unit, lambda _, count: progress.advance(0, f"iteration {count}")
             )
             progress.advance(options.steps)
@@ -352,7 +352,7 @@ def compare(options: argparse.Namespace) -> tuple[list[Digits], dict[str, list[R
             seed = options.seed + number - 1
             results["PCA"].append(judge(lambda data, *_: principal_axes(data), (1.0,), digits, options.k, seed))
             results["NCA (scikit-learn)"].append(judge(nca, scales, digits, options.k, seed))
-            results["softk.topk"].append(judge(soft_neighbours, units, digits, options.k, seed))
+            results["softk.topk"].append(judge(soft_neighbors, units, digits, options.k, seed))
     return splits, results
 
 
@@ -396,12 +396,12 @@ def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
         points = digits.test_data @ found[0].embedding
         left, _, right = np.linalg.svd((points - points.mean(axis=0)).T @ reference)
         points = points @ left @ right
-        colours = [COLOURS[label] for label in digits.test_labels[order]]
-        panel.scatter(*points[order].T, c=colours, s=17, alpha=0.8, linewidths=0)
+        colors = [COLORS[label] for label in digits.test_labels[order]]
+        panel.scatter(*points[order].T, c=colors, s=17, alpha=0.8, linewidths=0)
         for digit in np.unique(digits.test_labels):
             middle = np.median(points[digits.test_labels == digit], axis=0)
             halo = [withStroke(linewidth=3.5, foreground="white")]
-            style = {"color": COLOURS[digit], "fontsize": 17, "fontweight": "bold", "path_effects": halo}
+            style = {"color": COLORS[digit], "fontsize": 17, "fontweight": "bold", "path_effects": halo}
             panel.text(*middle, str(digit), ha="center", va="center", **style)
         low, high = points.min(axis=0), points.max(axis=0)
         reach = 0.53 * np.max(high - low)
@@ -411,7 +411,7 @@ def draw(path: Path, digits: Digits, results: dict[str, list[Result]]) -> None:
         panel.spines[:].set_color("#cccccc")
         panel.set_title(f"{name}: {100 * found[0].accuracy:.1f} % correct", fontsize=13, pad=8)
     handles = [
-        Line2D([], [], color=colour, marker="o", ls="", ms=7, label=str(digit)) for digit, colour in enumerate(COLOURS)
+        Line2D([], [], color=color, marker="o", ls="", ms=7, label=str(digit)) for digit, color in enumerate(COLORS)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=10, frameon=False, handletextpad=0, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import softk
 
 STATIC = Path(__file__).parent / "_static"
 EPSILONS = (1.0, 0.3, 0.1, 0.01)
-COLOURS = ("#74a9cf", "#41ab5d", "#6a51a3", "#252525")
+COLORS = ("#74a9cf", "#41ab5d", "#6a51a3", "#252525")
 MARKERS = "osD^"
 MARKED = "#d94801"
 
@@ -37,15 +37,15 @@ def draw_mask(path: Path) -> None:
     left.set(title=f"{x.size} scores, k = {k}", xlabel="item", ylabel="score")
     left.legend(frameon=False)
 
-    for i, (epsilon, colour, marker) in enumerate(zip(EPSILONS, COLOURS, MARKERS, strict=True)):
+    for i, (epsilon, color, marker) in enumerate(zip(EPSILONS, COLORS, MARKERS, strict=True)):
         mask, pullback = softk.vjp(softk.topk, x, k, epsilon=epsilon)
-        point = {"color": colour, "marker": marker, "ms": 4.5, "ls": ""}
+        point = {"color": color, "marker": marker, "ms": 4.5, "ls": ""}
         middle.plot(places, mask, **point, label=f"ε = {epsilon:g}")
         cotangent = np.zeros_like(x)
         cotangent[k - 1] = 1.0
         found = pullback(cotangent)["x"]
         beside = places + 0.2 * (i - 1.5)  # the stems of an item stand side by side
-        right.vlines(beside, 0.0, found, color=colour, lw=1.2)
+        right.vlines(beside, 0.0, found, color=color, lw=1.2)
         right.plot(beside, found, **point)
     middle.set(title="mask: softk.topk(x, k), which sums to k", xlabel="item", ylabel="mask")
     middle.axvline(k + 0.5, color=MARKED, lw=1.2, ls=":", label=f"ordinary top-{k}: 1 left of it, 0 right")
@@ -72,10 +72,10 @@ def draw_epsilon(path: Path) -> None:
     effective = [1.0 / np.sum(p * p) for p in shares]
     sharpness = [np.sum(np.sort(softk.topk(x, k, epsilon=e))[-k:]) / k for e in epsilons]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
-    left.loglog(epsilons, effective, color=COLOURS[2], lw=2)
+    left.loglog(epsilons, effective, color=COLORS[2], lw=2)
     left.set(xlabel="ε / standard deviation of the scores", ylabel="items")
     left.set_title("items that share the gradient:\n1 / Σ p², p the derivative of the threshold", fontsize=10.5)
-    right.semilogx(epsilons, sharpness, color=COLOURS[2], lw=2)
+    right.semilogx(epsilons, sharpness, color=COLORS[2], lw=2)
     right.set(xlabel="ε / standard deviation of the scores", ylabel="share of k")
     right.set_title("share of the mask that lies on the\nk largest scores", fontsize=10.5)
     right.set_ylim(0, 1.05)

@@ -215,12 +215,12 @@ def draw(path: Path, curves: dict[str, tuple[list[int], np.ndarray]]) -> None:
     figure = Figure(figsize=(7.2, 3.4))
     figure.set_layout_engine("constrained")
     panel = figure.subplots()
-    for (name, (times, losses)), colour in zip(curves.items(), ("#7f7f7f", "#e08214", "#2166ac"), strict=True):
-        panel.semilogy(times, losses.T, color=colour, lw=0.7, alpha=0.35)
+    for (name, (times, losses)), color in zip(curves.items(), ("#7f7f7f", "#e08214", "#2166ac"), strict=True):
+        panel.semilogy(times, losses.T, color=color, lw=0.7, alpha=0.35)
         mean = losses.mean(axis=0)
-        panel.semilogy(times, mean, color=colour, lw=2.2)
+        panel.semilogy(times, mean, color=color, lw=2.2)
         panel.annotate(
-            name, (times[-1], mean[-1]), (6, 0), textcoords="offset points", color=colour, va="center", fontsize=10
+            name, (times[-1], mean[-1]), (6, 0), textcoords="offset points", color=color, va="center", fontsize=10
         )
     panel.set(xlabel="step of training", ylabel="test loss with two experts per token")
     panel.set_xlim(0, times[-1])

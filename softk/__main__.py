@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__, topk, vjp
 from ._native import devices, native_gradient
 from ._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
-from .backend import ADAPTERS, Array, Backend, chosen_kernels
+from .backend import ADAPTERS, Array, Backend, Kernel, chosen_kernels
 
 N, K, EPSILON = 1000, 10, 0.05
 # Deterministic multiples of a power of two, exact in float32, so that every library computes from the same input.
@@ -121,15 +121,22 @@ def _kernel_rows(name: str) -> Iterator[tuple[str, ...]]:
         xp, placement = backend.xp, {} if device is None else {"device": device}
         x = xp.asarray(SCORES, dtype=xp.float32, **placement)
         k, tau = (xp.asarray(value, dtype=xp.float32, **placement) for value in (float(K), EPSILON / 2.0))
+        label = "cpu" if device is None else str(device)
         for kernel in backend.kernels:
             if kernel.part == "forward":
-                if kernel.primitive in (sorted_plan, soft_sort, soft_rank):
-                    reason = kernel.refuses(backend, (x, tau, k, None), rows=K, ranks=None)
-                else:
-                    reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)
-                label = "cpu" if device is None else str(device)
-                answer = "yes" if reason is None else f"no: {reason}"
-                yield kernel.name, name, label, kernel.primitive.name, answer
+                yield kernel.name, name, label, kernel.primitive.name, _answer(kernel, backend, x, k, tau)
+
+
+def _answer(kernel: Kernel, backend: Backend, x: Any, k: Any, tau: Any) -> str:
+    """Whether a kernel supports the arguments, or why not."""
+    try:
+        if kernel.primitive in (sorted_plan, soft_sort, soft_rank):
+            reason = kernel.refuses(backend, (x, tau, k, None), rows=K, ranks=None)
+        else:
+            reason = kernel.refuses(backend, (x, k, tau, None, None), ranks=None)
+    except Exception as error:  # a kernel of another library may be for a primitive with other arguments
+        return _fault(error)
+    return "yes" if reason is None else f"no: {reason}"
 
 
 def _notes() -> list[str]:

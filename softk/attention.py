@@ -243,10 +243,10 @@ def _weights(
         return scores
     k = at_most(xp, k, n)
     with backend.quiet(query):
-        return _renormalised(backend, scores, k, epsilon, where)
+        return _renormalized(backend, scores, k, epsilon, where)
 
 
-def _renormalised(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:
+def _renormalized(backend: Backend, scores: Array, k: Any, epsilon: Any, where: Array | None) -> Array:
     """softmax(scores) * mask, divided by its sum, which is softmax(scores + log mask).
 
     For a small k the product underflows, and the quotient would be 0 / 0. Its derivative has the square of the sum,

@@ -392,7 +392,7 @@ class Backend:
         return x if isinstance(x, numbers.Real) else None
 
     def holds(self, values: Iterable[Any]) -> bool:
-        """Whether `memory` returns each of the values that is not None. Override it where one look is faster for all."""
+        """Whether `memory` returns each of the values that is not None. Override it if one look at all is faster."""
         return all(value is None or self.memory(value) is not None for value in values)
 
     def cache_key(self, x: Array) -> Hashable | None:
@@ -422,15 +422,6 @@ class Backend:
     def constant(self, x: Array) -> Array:
         """The same values, detached from automatic differentiation."""
         return x
-
-    def sigmoid(self, z: Array) -> Array:
-        """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there.
-
-        The standard has no such function, but many frameworks do.
-        """
-        # The argument of exp is never positive, so it cannot overflow.
-        decay = self.xp.exp(-self.xp.abs(z))
-        return self.xp.where(z > 0.0, 1.0, decay) / (1.0 + decay)
 
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.

@@ -1,7 +1,7 @@
-"""An oracle for derivatives that shares nothing with the library: bisection, and implicit differentiation by hand.
+"""Batches of slices, quantiles and second derivatives, on top of `softk.testing.Oracle`, in extended precision.
 
-Of one slice, mask_i = sigmoid((x_i - t) / tau) with tau = epsilon / 2 and t such that sum_i a_i mask_i = k. `threshold`
-and `topk` find t by bisection, in extended precision where the machine has it; `Slice` differentiates the two equations
+Of one slice, mask_i = sigmoid((x_i - t) / tau) with tau = epsilon / 2 and t such that sum_i a_i mask_i = k. The oracle
+finds t by bisection and differentiates once; `Slice` differentiates the two equations
 
     tau z_i = x_i - t,    sum_i a_i sigmoid(z_i) = k
 
@@ -10,11 +10,12 @@ once and twice with respect to theta = (x, k, epsilon, a); `differences` is a se
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+from softk.testing import LONG, Oracle
 
 WIDE = np.longdouble
 
@@ -56,35 +57,33 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
 # --- values
 
 
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    decay = np.exp(-np.abs(z))
-    return np.where(z > 0, 1.0, decay) / (1.0 + decay)
+def _oracles(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> Iterator[tuple[Any, Oracle]]:
+    """The place in the batch and the oracle of every slice along the last axis, to which all arguments broadcast."""
+    x = np.asarray(x, WIDE)
+    one, whole = (*x.shape[:-1], 1), x.shape
+    k, epsilon = (np.broadcast_to(np.asarray(value, WIDE), one) for value in (k, epsilon))
+    weights, where = (None if value is None else np.broadcast_to(value, whole) for value in (weights, where))
+    for i in np.ndindex(x.shape[:-1]):
+        rest = [None if value is None else value[i] for value in (weights, where)]
+        yield i, Oracle(x[i], k[i][0], epsilon[i][0], *rest, arithmetic=LONG)
 
 
 def threshold(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
     """The threshold along the last axis, which is kept. Finite scores or -inf, and a mass below the total."""
-    x, k, tau = np.asarray(x, WIDE), np.asarray(k, WIDE), np.asarray(epsilon, WIDE) / 2
-    a = np.ones_like(x) if weights is None else np.broadcast_to(np.asarray(weights, WIDE), x.shape)
-    if where is not None:
-        x = np.where(where, x, -math.inf)
-    least = np.min(np.where(np.isfinite(x), x, math.inf), axis=-1, keepdims=True) - 200 * tau
-    most = np.max(x, axis=-1, keepdims=True) + 200 * tau
-    for _ in range(120):
-        middle = (least + most) / 2
-        z = (x - middle) / tau
-        tail = a * _sigmoid(-np.abs(z))  # counting and adding tails keeps a root in a wide gap exact
-        excess = np.sum(np.where(z > 0, a, 0), -1, keepdims=True) - k
-        excess = excess + np.sum(np.where(z > 0, -tail, tail), -1, keepdims=True)
-        least, most = np.where(excess > 0, middle, least), np.where(excess > 0, most, middle)
-    return (least + most) / 2
+    found = np.zeros((*np.shape(x)[:-1], 1), WIDE)
+    for i, oracle in _oracles(x, k, epsilon, weights, where):
+        found[i] = oracle.t
+    return found
 
 
 def topk(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
     """The mask along the last axis."""
-    x = np.asarray(x, WIDE)
-    if where is not None:
-        x = np.where(where, x, -math.inf)
-    return _sigmoid((x - threshold(x, k, epsilon, weights)) / (np.asarray(epsilon, WIDE) / 2))
+    found = np.zeros(np.shape(x), WIDE)
+    for i, oracle in _oracles(x, k, epsilon, weights, where):
+        found[i] = oracle.mask
+        if oracle.regular:  # `oracle.mask` is rounded to float64
+            found[i][oracle.kept] = oracle.m
+    return found
 
 
 def quantile(x: Any, q: Any, epsilon: Any, weights: Any = None) -> np.ndarray:
@@ -111,24 +110,18 @@ class Slice:
     def __init__(self, x: Any, k: Any, epsilon: Any, weights: Any = None) -> None:
         x = np.asarray(x, WIDE)
         n = x.size
+        oracle = Oracle(x, np.asarray(k, WIDE).item(), np.asarray(epsilon, WIDE).item(), weights, arithmetic=LONG)
         self.place = {
             "x": slice(0, n),
             "k": slice(n, n + 1),
             "epsilon": slice(n + 1, n + 2),
             "weights": slice(n + 2, None),
         }
-        tau = WIDE(np.asarray(epsilon, WIDE).item()) / 2
-        a = np.ones(n, WIDE) if weights is None else np.asarray(weights, WIDE)
+        tau, a, z, mask, slope, total = oracle.tau, oracle.a, oracle.z, oracle.m, oracle.v, oracle.V
+        bend = slope * (oracle.rest - mask)
         unit = np.eye(2 * n + 2, dtype=WIDE)
         dx, dk, dtau, da = (unit[self.place[name]] for name in ARGUMENTS)
         dk, dtau = dk[0], dtau[0] / 2
-
-        t = threshold(x, np.asarray(k).item(), 2 * tau, a)[0]
-        z = (x - t) / tau
-        mask = _sigmoid(z)
-        slope = _sigmoid(z) * _sigmoid(-z)
-        bend = slope * _sigmoid(-z) - slope * _sigmoid(z)
-        total = np.sum(a * slope)
 
         fixed = (dx - np.outer(z, dtau)) / tau  # of z, were t constant
         dt = tau * ((a * slope) @ fixed + mask @ da - dk) / total
@@ -143,7 +136,7 @@ class Slice:
         ddmask = slope[:, None, None] * (fixed - ddt / tau) + curved
 
         self.mask, self.mask1, self.mask2 = mask, dmask, ddmask
-        self.threshold, self.threshold1, self.threshold2 = t, dt, ddt
+        self.threshold, self.threshold1, self.threshold2 = oracle.t, dt, ddt
 
     def get(self, function: str, order: int, *names: str) -> np.ndarray:
         """The derivative of that order of "topk" or "threshold", in the arguments named."""
@@ -176,38 +169,31 @@ def quantile_derivatives(x: Any, q: Any, epsilon: Any, weights: Any = None) -> t
     return low + fraction * (high - low), first, second
 
 
+def _sizes(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape to which every argument broadcasts."""
+    shape = np.shape(arguments["x"])
+    return {name: shape if name in _PER_ITEM else (*shape[:-1], 1) for name in arguments}
+
+
 def pullback(function: str, cotangent: Any, arguments: dict[str, Any], where: Any = None) -> dict[str, np.ndarray]:
     """The cotangent of every argument given, for x of any batch and the others broadcasting to it."""
-    x = np.asarray(arguments["x"])
-    n, batch = x.shape[-1], x.shape[:-1]
-    size = {"x": n, "k": 1, "epsilon": 1, "weights": n}
-    full = {name: np.broadcast_to(value, (*batch, size[name])) for name, value in arguments.items()}
-    kept = np.broadcast_to(True if where is None else where, x.shape)
-    found = {name: np.zeros((*batch, size[name])) for name in arguments}
-    for i in np.ndindex(batch):
-        keep = kept[i]
-        part = {name: value[i][keep] if name in _PER_ITEM else value[i] for name, value in full.items()}
-        at = Slice(**part)
+    found = {name: np.zeros(size) for name, size in _sizes(arguments).items()}
+    for i, oracle in _oracles(**arguments, where=where):
         u = np.asarray(cotangent)[i]
-        for name in arguments:
-            value = np.tensordot(u[keep] if u.ndim else u, at.get(function, 1, name), u.ndim)
-            found[name][i][keep if name in _PER_ITEM else ...] = value
+        cotangents = oracle.vjp(u) if function == "topk" else oracle.vjp(b=u.item())
+        for name, values in found.items():
+            values[i] = cotangents[name]
     return {name: _shrink(value, np.shape(arguments[name])) for name, value in found.items()}
 
 
 def push(function: str, tangents: dict[str, Any], arguments: dict[str, Any]) -> np.ndarray:
     """The derivative along tangents, each of the shape of its argument."""
-    x = np.asarray(arguments["x"])
-    n, batch = x.shape[-1], x.shape[:-1]
-    size = {"x": n, "k": 1, "epsilon": 1, "weights": n}
-
-    def at(values: dict[str, Any], i: tuple[int, ...]) -> dict[str, np.ndarray]:
-        return {name: np.broadcast_to(value, (*batch, size[name]))[i] for name, value in values.items()}
-
-    out = np.zeros(x.shape if function == "topk" else batch)
-    for i in np.ndindex(batch):
-        here = Slice(**at(arguments, i))
-        out[i] = sum(here.get(function, 1, name) @ value for name, value in at(tangents, i).items())
+    shape, sizes = np.shape(arguments["x"]), _sizes(arguments)
+    full = {name: np.broadcast_to(value, sizes[name]) for name, value in tangents.items()}
+    out = np.zeros(shape if function == "topk" else shape[:-1])
+    for i, oracle in _oracles(**arguments):
+        given = {f"d{name}": value[i] if name in _PER_ITEM else value[i][0] for name, value in full.items()}
+        out[i] = oracle.jvp(**given)[function == "threshold"]
     return out
 
 

@@ -13,6 +13,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+import softk
+
 from .libraries import BY_NAME, LIBRARIES, Library
 
 hypothesis.settings.register_profile("softk", deadline=None, derandomize=True, max_examples=50)
@@ -51,6 +53,21 @@ if importlib.util.find_spec("array_api_strict") is not None:
 #: Nine tenths of JAX's time here are XLA compiling each small program once. So it takes a third of the time or less.
 QUICK_XLA = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
 OLD_XLA = ["--xla_cpu_use_fusion_emitters=false"]  # XLA ends the process where it does not know a flag
+
+
+@pytest.fixture(scope="module", autouse=True)
+def choice_of_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests about kernels choose them, also in a run of the reference with SOFTK_KERNELS=none."""
+    chosen = os.environ.get("SOFTK_KERNELS")
+    if chosen is None or request.node.get_closest_marker("kernels") is None:
+        yield
+        return
+    del os.environ["SOFTK_KERNELS"]  # of the programs that these tests start
+    try:
+        with softk.kernels("auto"):
+            yield
+    finally:
+        os.environ["SOFTK_KERNELS"] = chosen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,7 @@
 `Transported` solves one slice of sum_i a_i softmax_j((2 x_i y_j - y_j^2 + g_j) / epsilon) = c_j for the potentials g by
 Newton's method with a line search along falling temperatures, and differentiates it by the implicit function theorem:
 all in the arithmetic of one's choice, mpmath with 120 digits or NumPy's long double. softk solves for the boundaries
-between neighbouring anchors, and never forms g. `Ladder` makes sorting and ranking of it. `sinkhorn` is the algorithm
+between neighboring anchors, and never forms g. `Ladder` makes sorting and ranking of it. `sinkhorn` is the algorithm
 of the paper in the log domain, and `pot` that of the POT library.
 
 Inputs are taken as they are: round them to the dtype under test first.
@@ -70,8 +70,8 @@ class Transported:
         return ((np.diag(away.sum(axis=1)) - away) / epsilon)[:-1, :-1]
 
     def _solve(self) -> np.ndarray:
-        centre = (max(self.x) + min(self.x)) / 2
-        g = self.y**2 - 2 * centre * self.y
+        center = (max(self.x) + min(self.x)) / 2
+        g = self.y**2 - 2 * center * self.y
         size = (max(self.x) - min(self.x) + self.epsilon) * (max(self.y) - min(self.y) + self.epsilon)
         epsilon = self.epsilon
         while epsilon < size:

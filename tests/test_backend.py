@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import softk
-from softk._reference.threshold.problem import dot, total
+from softk._reference.threshold.problem import dot, sigmoid, total
 from softk.backend import backend_of
 
 from .libraries import Library
@@ -70,7 +70,7 @@ def test_sigmoid(eager: Library, dtype: str, rng: Any) -> None:
     given = eager.array(z, dtype)
     backend = backend_of(given)
     with backend.quiet(given), np.errstate(over="ignore"):
-        found = eager.numpy(backend.sigmoid(given))
+        found = eager.numpy(sigmoid(backend.xp, given))
         exact = 1.0 / (1.0 + np.exp(-z.astype(float)))
     np.testing.assert_allclose(found, exact, rtol=0.0, atol=4.0 * np.finfo(dtype).eps)
     np.testing.assert_array_equal(found[-4:], [0.0, 1.0, 0.0, 1.0])

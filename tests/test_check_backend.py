@@ -46,7 +46,9 @@ def test_jax() -> None:
 @pytest.mark.full
 def test_dask() -> None:
     """The adapter selects within its blocks, by NumPy's."""
-    check_backend(pytest.importorskip("dask.array").ones(1), skip=("select",), only=few)
+    check_backend(
+        pytest.importorskip("dask.array").ones(1), skip=("select", "top_k", "scatter", "reduce_segments"), only=few
+    )
 
 
 def _changed(**methods: Callable[..., Any]) -> Backend:
@@ -68,6 +70,20 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
     "constant": ({"constant": lambda self, x: x + 1e-9}, "constant: it changes the values"),
     "memory": ({"memory": lambda self, x: None}, "memory: a number must be returned as it is"),
     "shape": ({"memory": lambda self, x: getattr(x, "T", x)}, "memory: it returns memory of another shape"),
+    "holds": (
+        {"holds": lambda self, values: True, "memory": lambda self, x: None if np.ndim(x) else x},
+        "holds: it dis",
+    ),
+    "key of values": ({"cache_key": lambda self, x: float(x.sum())}, "cache_key: it depends on the values"),
+    "key of no shape": ({"cache_key": lambda self, x: x.dtype}, "cache_key: it does not depend on the shape"),
+    "key of no dtype": ({"cache_key": lambda self, x: x.shape}, "cache_key: it does not depend on the dtype"),
+    "top_k": ({"top_k": lambda self, x, k: (np.sort(x)[..., :k], np.argsort(x)[..., :k])}, "top_k: the 1 largest"),
+    "indices": (
+        {"top_k": lambda self, x, k: (-np.sort(-x)[..., :k], np.argsort(x)[..., :k])},
+        "top_k: the scores at 1",
+    ),
+    "scatter": ({"scatter": lambda self, values, indices, size: np.ones((3, 4))}, "scatter: the result"),
+    "segments": ({"reduce_segments": lambda self, x, *_: np.zeros((3, 3))}, "reduce_segments: the sum"),
     "repeat": ({"repeat": _one_step}, "repeat: 2 steps is off by 1"),
     "map_rows": ({"map_rows": _first_rows}, "map_rows: 1 rows at a time, the first result"),
     "select": ({"select": lambda self, x, ranks: np.sort(x)[..., : np.shape(ranks)[-1]]}, "select: the scores of rank"),

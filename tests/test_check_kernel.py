@@ -13,6 +13,8 @@ import softk
 from softk.backend import PRIMITIVES, Kernel
 from softk.testing import LAYOUTS, Problem, check_kernel, problems
 
+pytestmark = pytest.mark.kernels
+
 MASK, HARD, SOLVER = (PRIMITIVES[name] for name in ("topk_mask", "topk_hard_mask", "solve_threshold"))
 LOG, THRESHOLD = PRIMITIVES["topk_log_mask"], PRIMITIVES["topk_threshold"]
 

@@ -1024,7 +1024,7 @@ def hard_quantile(s: Slice) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", EPS)
 def test_quantile_of_every_slice(lib: Library, dtype: str) -> None:
-    """Neighbours are 500 temperatures apart: exact where no score is repeated."""
+    """Neighbors are 500 temperatures apart: exact where no score is repeated."""
     found = lib.evaluate(
         softk.quantile,
         np.asarray([s.x for s in QUANTILES], dtype),

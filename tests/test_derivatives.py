@@ -430,7 +430,7 @@ def _broken_pushes(push: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 @pytest.mark.parametrize("direction", ["pull", "push"])
 def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, numpy = problem("weighted", "float64"), BY_NAME["numpy"]
-    rule = softk._reference.threshold.rule.Linearisation
+    rule = softk._reference.threshold.rule.Linearization
 
     def check() -> None:
         with softk.kernels("none"):  # a kernel has a rule of its own
@@ -448,7 +448,7 @@ def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("kind", ["Linearisation", "LogLinearisation"])
+@pytest.mark.parametrize("kind", ["Linearization", "LogLinearization"])
 def test_a_rule_may_be_used_twice(kind: str, balanced: bool, weighted: bool, rng: np.random.Generator) -> None:
     """Neither direction changes what the other one, or the same one with another cotangent, computes."""
     backend = softk.backend.backend_of(np.ones(1))
@@ -457,16 +457,16 @@ def test_a_rule_may_be_used_twice(kind: str, balanced: bool, weighted: bool, rng
     solve = importlib.import_module("softk._reference.threshold.solve").solve
     reference, offset, _ = solve(backend, *given, None)
 
-    def linearise() -> Any:
+    def linearize() -> Any:
         return getattr(softk._reference.threshold.rule, kind)(backend, given, reference, offset, balanced=balanced)
 
-    rule, needed = linearise(), (True, True, True, weighted)
+    rule, needed = linearize(), (True, True, True, weighted)
     for _ in range(2):
         cotangents = rng.normal(size=(3, 40)), rng.normal(size=(3, 1)), rng.normal(size=(3, 1))
         before = [value.copy() for value in cotangents]
-        for found, wanted in zip(rule.pull(*cotangents, needed), linearise().pull(*cotangents, needed), strict=True):
+        for found, wanted in zip(rule.pull(*cotangents, needed), linearize().pull(*cotangents, needed), strict=True):
             np.testing.assert_array_equal(found, wanted)
-        for found, wanted in zip(rule.push(*cotangents, None), linearise().push(*cotangents, None), strict=True):
+        for found, wanted in zip(rule.push(*cotangents, None), linearize().push(*cotangents, None), strict=True):
             np.testing.assert_array_equal(found, wanted)
         for value, kept in zip(cotangents, before, strict=True):
             np.testing.assert_array_equal(value, kept)
@@ -621,8 +621,40 @@ def test_derivatives_in_a_gap_of_any_width(dtype: str, epsilon: float, kind: str
     assert_close("the log mask along x", pushed * size, reference.log_jvp(dx=dx) * float(size), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_gap_between_neighboring_numbers(
+    eager: Library, weighted: bool, dtype: str, rng: np.random.Generator
+) -> None:
+    """Whose midpoint is rounded to one of them: either tail is measured from its own score all the same."""
+    eps, rows, n = float(np.finfo(dtype).eps), 8, 20
+    base = (1.0 + eps * np.arange(rows)[:, None]).astype(dtype)
+    x = np.tile(base - np.asarray(10.0, dtype), (1, n))
+    x[:, 0], x[:, 1:3] = base[:, 0], np.nextafter(base, np.asarray(2.0, dtype))
+    epsilon = np.full(
+        (rows, 1), 2.0 * eps / (2.5 * float(np.log(1.0 / eps))), dtype
+    )  # the gap is so wide that it is narrowed
+    weights = np.round(8.0 * rng.uniform(0.5, 2.0, size=n)).astype(dtype) / 8 if weighted else None
+    k = np.full((rows, 1), 2.0 if weights is None else float(weights[1:3].sum()), dtype)
+    u = rng.normal(size=x.shape).astype(dtype)
+    given = [*(() if weights is None else (np.broadcast_to(weights, x.shape).copy(),))]
+    names = ["weights"] if weighted else []
+
+    def pull(x: Any, k: Any, u: Any, epsilon: Any, **given: Any) -> Any:
+        mask, pullback = softk.vjp(softk.topk, x, k, epsilon=epsilon, **given)
+        return {"mask": mask, **{name: value for name, value in pullback(u).items() if name in ("x", "k")}}
+
+    found = evaluate(eager, pull, x, k, u, epsilon, *given, names=names)
+    for i in range(rows):
+        reference = Oracle(x[i], k[i][0], epsilon[i][0], weights)
+        wanted = reference.vjp(u[i].astype(float))
+        assert np.max(np.abs(found["mask"][i] - reference.mask)) <= 32.0 * eps
+        assert_close("x", found["x"][i], wanted["x"], dtype)
+        assert_close("k", found["k"][i], np.asarray([wanted["k"]]), dtype)
+
+
 def test_derivative_in_k_where_the_gap_is_wider_than_a_number_resolves() -> None:
-    """|z| of 2e8 in float32, where neighbours are 16 apart; the mean of the means of either side, however wide."""
+    """|z| of 2e8 in float32, where neighbors are 16 apart; the mean of the means of either side, however wide."""
     x = np.asarray([0.0] * 11 + [1e6] * 2, np.float32)
     u = np.cos(np.arange(13.0)).astype(np.float32)
     found = softk.vjp(softk.topk, x, np.asarray(np.float32(2.0)), epsilon=np.asarray(np.float32(0.00848)))[1](u)

@@ -1,4 +1,4 @@
-"""The experiment with nearest neighbours, shortened: it runs, goes on, and writes what the page shows."""
+"""The experiment with nearest neighbors, shortened: it runs, goes on, and writes what the page shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def knn(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("knn")
 
 
-def test_nearest_neighbours(tmp_path: Path) -> None:
+def test_nearest_neighbors(tmp_path: Path) -> None:
     (tmp_path / "knn.md").write_text((DOCS / "knn.md").read_text())
     command = [sys.executable, str(DOCS / "experiments" / "knn.py"), "--quick", "--docs", str(tmp_path)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}", "OMP_NUM_THREADS": "1"}
@@ -34,8 +34,8 @@ def test_nearest_neighbours(tmp_path: Path) -> None:
     assert {record["method"] for record in records["linear"]} == {"raw", "PCA", "NCA", "softk"}
     assert [(record["loss"], record["reading"]) for record in records["network"]] == [
         ("cross-entropy", "argmax"),
-        ("cross-entropy", "neighbours"),
-        ("softk", "neighbours"),
+        ("cross-entropy", "neighbors"),
+        ("softk", "neighbors"),
     ]
     assert all(0.3 < record["accuracy"] <= 1.0 for record in records["linear"])
     page = (tmp_path / "knn.md").read_text()

@@ -24,6 +24,8 @@ pytest.importorskip("numba")
 
 from softk_jax import backend, kernels  # noqa: E402
 
+pytestmark = pytest.mark.kernels
+
 if jax.default_backend() != "cpu":
     pytest.skip("the kernels are for the CPU", allow_module_level=True)
 

@@ -15,6 +15,8 @@ import softk
 import softk.backend
 from softk.backend import PRIMITIVES, Backend, Form, Kernel, Primitive
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture
 def doubled() -> Iterator[Primitive]:

@@ -34,6 +34,8 @@ from softk_triton.tiles import deficit  # noqa: E402
 from . import closed_form  # noqa: E402
 from .test_accuracy import MASK, MASS  # noqa: E402
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).parent.parent
 EPS = float(np.finfo(np.float32).eps)
 SIZES = {
@@ -414,7 +416,7 @@ def test_nothing_given_is_overwritten(device: str, rng: Any) -> None:
 # --- when they serve
 
 
-def test_hard_masks_of_close_neighbours(device: str, rows: str, rng: Any) -> None:
+def test_hard_masks_of_close_neighbors(device: str, rows: str, rng: Any) -> None:
     """Scores that are a rounding apart, among others far away: the reference must be the gap itself, none near it."""
     x = (1.0 + EPS * torch.tensor(rng.permutation(60).reshape(1, 60))).float().to(device)
     x[0, 7], x[0, 40] = 1e30, -1e30

@@ -21,6 +21,8 @@ TINY = """
 from .cache import kernel
 from .operations import EXACT, FORMULAS
 
+pytestmark = pytest.mark.kernels
+
 midpoint = FORMULAS.midpoint
 
 

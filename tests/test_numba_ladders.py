@@ -18,6 +18,8 @@ from softk.testing.memory import poisoned
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
+pytestmark = pytest.mark.kernels
+
 BACKEND = backend_of(np.ones(1))
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 DERIVATIVES = {"float32": 2e-5, "float64": 1e-11}

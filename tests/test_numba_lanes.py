@@ -14,6 +14,8 @@ from softk._reference.threshold.masks import mask
 from softk.backend import backend_of
 from softk_numba import lanes, launch, masks
 
+pytestmark = pytest.mark.kernels
+
 ROWS = 16  # of each kind
 INF, NAN = np.inf, np.nan
 

@@ -19,6 +19,8 @@ import pytest
 import softk
 from softk_numba import pool
 
+pytestmark = pytest.mark.kernels
+
 ROWS, N, K = 64, 300, 7
 
 

@@ -21,6 +21,8 @@ with warnings.catch_warnings(record=True) as caught:
 for warning in caught:
     print(warning.category.__name__, warning.message)
 import softk_numba
+
+pytestmark = pytest.mark.kernels
 print(softk_numba._absent())
 print(softk_numba._note())
 """

@@ -434,7 +434,7 @@ def _uncorrected(rule: Any) -> Any:
 def _with_a_sign_changed(rule: Any) -> Any:
     """In M w the boundaries above instead of those below."""
     rule = copy.copy(rule)
-    rule.across = lambda w: 2.0 * rule.above * rule.below * w - plan_rule.PlanLinearisation.across(rule, w)
+    rule.across = lambda w: 2.0 * rule.above * rule.below * w - plan_rule.PlanLinearization.across(rule, w)
     return rule
 
 
@@ -450,7 +450,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, along = CASES["transport, weights"], wanted("transport, weights", "float64")
     check(BY_NAME["numpy"], case, along)
-    whole = getattr(plan_rule.PlanLinearisation, direction)
+    whole = getattr(plan_rule.PlanLinearization, direction)
 
     def pull(rule: Any, u: Any, c: Any) -> Any:
         xbar, taubar, abar, massbar = whole(FAULTS[fault](rule) if fault in FAULTS else rule, u, c)
@@ -460,7 +460,7 @@ def test_a_broken_rule_is_caught(fault: str, direction: str, monkeypatch: pytest
         rule = FAULTS[fault](rule) if fault in FAULTS else rule
         return whole(rule, dx, None if "epsilon" in fault else dtau, da, None if "mass" in fault else dmass)
 
-    monkeypatch.setattr(plan_rule.PlanLinearisation, direction, pull if direction == "pull" else push)
+    monkeypatch.setattr(plan_rule.PlanLinearization, direction, pull if direction == "pull" else push)
     with pytest.raises(AssertionError, match="of the largest"):
         check(BY_NAME["numpy"], case, along)
 

@@ -65,7 +65,7 @@ def test_it_learns(digits: list[np.ndarray]) -> None:
     np.testing.assert_allclose(found.transform(other_x), other_x @ found.components_.T)
 
 
-def test_predictions_are_those_of_the_neighbours(digits: list[np.ndarray]) -> None:
+def test_predictions_are_those_of_the_neighbors(digits: list[np.ndarray]) -> None:
     x, other_x, y, _ = digits
     names = np.asarray([f"digit {label}" for label in y])
     found = SoftNeighborsEmbedding(3, n_neighbors=5, max_iter=3, batch_size=32, random_state=0).fit(x, names)
@@ -138,7 +138,7 @@ def test_neighbors_are_fewer_than_the_other_samples(samples: int, used: int, rng
 
 
 def test_two_samples_are_refused() -> None:
-    """Each is the only neighbour of the other."""
+    """Each is the only neighbor of the other."""
     with pytest.raises(ValueError, match=r"2 sample\(s\).*minimum of 3 is required"):
         SoftNeighborsEmbedding(1).fit(np.eye(2), [0, 1])
 

@@ -272,12 +272,12 @@ def test_learned_k_goes_to_the_number_of_good_items(rng: Any) -> None:
     x = torch.tensor(rng.permutation(np.linspace(-2.0, 2.0, 12)))
     value = torch.where(x.argsort().argsort() >= 7, 1.0, -1.0).double()
     layer = TopK(parameter(2.0), epsilon=0.2)
-    optimiser = torch.optim.Adam(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     for _ in range(120):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = -(layer(x) * value).sum()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert abs(layer.k.item() - 5.0) < 0.1
     assert loss.item() < -4.5
 
@@ -290,11 +290,11 @@ def test_scores_learn_to_select_the_given_items(rng: Any) -> None:
     )
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor(0.1 * rng.standard_normal((1, 6))))
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = torch.nn.functional.binary_cross_entropy(model(features), wanted.double())
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     chosen = model(features) > 0.5
     assert (chosen == wanted).double().mean() > 0.95

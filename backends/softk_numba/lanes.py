@@ -300,7 +300,7 @@ def fill_odds(scores, upper, lower, inverse, half, odds):
     reference = midpoint(upper, lower)
     for i in range(scores.shape[0]):
         value = load(scores, i)
-        side = value > reference
+        side = (value > reference) | (value >= upper)  # the midpoint of neighboring floats is one of them
         z = (value - where(side, upper, lower)) * inverse + where(side, half, -half)
         store(exp(z), odds, i)
 

@@ -188,13 +188,13 @@ def pulled(
     n, dtype = problem.n, problem.dtype
     _, offset, reference = outputs
     u, c = cotangents
-    none, nobody = np.empty(0, dtype), np.empty((0, n), dtype)
+    none, unused = np.empty(0, dtype), np.empty((0, n), dtype)
     of_x, of_k, of_tau, of_weights = needed[:4]
     x, x_rows = problem.per_item(problem.given) if of_x else (None, np.empty((0, n), problem.x.dtype))
     k, k_rows = problem.per_row() if of_k else (None, none)
     tau, tau_rows = problem.per_row() if of_tau else (None, none)
     has_weights = of_weights and problem.weights is not None
-    weights, weights_rows = problem.per_item(problem.like) if has_weights else (None, nobody)
+    weights, weights_rows = problem.per_item(problem.like) if has_weights else (None, unused)
     if per_item:
         u_rows = np.zeros((1, n), problem.x.dtype) if u is None else contiguous_rows_of(u, n)
     else:

@@ -16,7 +16,7 @@ from .rule import (
     MOST_SHARE,
     clipped_odds,
     gains_of,
-    linearise,
+    linearize,
     origin_of,
     over_slope,
     rate_of,
@@ -101,7 +101,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
             write_log_product(direct, number((c - product) / total), inverse, xbar)
             return (product - c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)
-    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    nearest, normal, held = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound.farthest)
     # Above the threshold (1 - m) / V has no bound, and is formed from v' / V'; below it 1 - m is formed first.
     near, by_slope, total, at_most, share_at_most = 0.0, -np.float64(c), 0.0, 0.0, 1.0
@@ -161,7 +161,7 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
             write_log_tangent(x, dx, number(mean), number(reference), inverse, number(offset), lowest, moved)
             return mean / tau, mean
     z, scaled = np.empty(n), np.empty(n)
-    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    nearest, normal, held = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound.farthest)
     origin = origin_of(x, weights, scaled, bound)
     mean, dh, by_slope, doffset = tangents_of(

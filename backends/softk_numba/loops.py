@@ -55,14 +55,14 @@ def pull_loop(name, pull_row, cotangent_of, pull_lanes):
         room = room_for(n, weights is not None, offsets)
         clean = room_for(n, where.shape[0] > 0 or not is_read_in_place(u, offsets), offsets)
         target = room_for(n, xbar.shape[0] == 0 or not is_read_in_place(xbar, offsets), offsets)
-        nobody = np.empty(0, offsets.dtype)
+        unused = np.empty(0, offsets.dtype)
         done = pull_lanes(x, weights, where, tau, offsets, references, u, c, xbar, kbar, taubar, bound, start, stop)
         for row in range(start, stop):
             if done[row - start]:
                 continue
             temperature, offset, reference = number_of(tau, row), np.float64(offsets[row]), np.float64(references[row])
             out = target_of(xbar, row, target) if xbar.shape[0] > 0 else target
-            asked = abar[row] if abar.shape[0] > 0 else nobody
+            asked = abar[row] if abar.shape[0] > 0 else unused
             if offset != offset:
                 fill_invalid(out, where, row)
                 fill(asked, math.nan)
@@ -106,7 +106,7 @@ def push_loop(name, push_row):
         clean = room_for(n, True, offsets)
         target = room_for(n, not is_read_in_place(moved, offsets), offsets)
         by_weight = room_for(n, da.shape[0] > 0, offsets)
-        nobody = np.empty(0, offsets.dtype)
+        unused = np.empty(0, offsets.dtype)
         for row in range(start, stop):
             temperature, offset, reference = number_of(tau, row), np.float64(offsets[row]), np.float64(references[row])
             out = target_of(moved, row, target)
@@ -125,7 +125,7 @@ def push_loop(name, push_row):
                     tangents,
                     number_of(dk, row) if dk.shape[0] > 0 else 0.0,
                     number_of(dtau, row) if dtau.shape[0] > 0 else 0.0,
-                    masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else nobody,
+                    masked_row(da, where, row, 0.0, by_weight) if da.shape[0] > 0 else unused,
                     number_of(k, row),
                     temperature,
                     reference,

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from .cache import compiled
-from .operations import EXACT, FAST, FORMULAS, clipped_of, exponential, larger
+from .operations import EXACT, FAST, FORMULAS, WITHOUT_SUMS, clipped_of, exponential, larger
 from .solve import BLOCK, log_odds
 
 is_rounding, balance, is_beside, rate_of = FORMULAS.is_rounding, FORMULAS.balance, FORMULAS.is_beside, FORMULAS.rate_of
@@ -94,19 +94,52 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
 
 
 @compiled(FAST)
-def write_product(values, mean, inverse, gains):
-    """v (u - mean) / tau, in the place of v."""
+def rest_block(values, mean, gains):
+    """The sum of v (u - mean)."""
+    total = gains.dtype.type(0.0)
     for i in range(gains.shape[0]):
-        gains[i] = gains[i] * (values[i] - mean) * inverse
+        total += gains[i] * (values[i] - mean)
+    return total
 
 
 @compiled(FAST)
-def write_weighted_product(values, weights, mean, inverse, gains):
-    """v (u - a mean) / tau, in the place of v. An item without v may have any weight."""
+def weighted_rest_block(values, weights, by_weight, mean, gains):
+    """The sum of v (u - a mean), or of a v (u - mean). An item without v may have any weight."""
+    none = gains.dtype.type(0.0)
+    total = none
+    for i in range(gains.shape[0]):
+        weight = weights[i] if gains[i] > none else none
+        total += (weight * (values[i] - mean)) * gains[i] if by_weight else gains[i] * (values[i] - weight * mean)
+    return total
+
+
+@compiled(EXACT)
+def rest_of(values, weights, by_weight, mean, gains):
+    """What the rounding of a mean has left: u - mean cancels where the values of all items near the threshold agree."""
+    total = 0.0
+    for start in range(0, gains.shape[0], BLOCK):
+        stop = start + BLOCK
+        if weights is None:
+            total += rest_block(values[start:stop], mean, gains[start:stop])
+        else:
+            total += weighted_rest_block(values[start:stop], weights[start:stop], by_weight, mean, gains[start:stop])
+    return total
+
+
+@compiled(WITHOUT_SUMS)  # the two differences must stay two
+def write_product(values, mean, more, inverse, gains):
+    """v (u - mean) / tau, in the place of v, from the mean in two parts."""
+    for i in range(gains.shape[0]):
+        gains[i] = gains[i] * ((values[i] - mean) - more) * inverse
+
+
+@compiled(WITHOUT_SUMS)
+def write_weighted_product(values, weights, mean, more, inverse, gains):
+    """v (u - a mean) / tau, in the place of v, likewise. An item without v may have any weight."""
     none = gains.dtype.type(0.0)
     for i in range(gains.shape[0]):
         weight = weights[i] if gains[i] > none else none
-        gains[i] = gains[i] * (values[i] - weight * mean) * inverse
+        gains[i] = gains[i] * ((values[i] - weight * mean) - weight * more) * inverse
 
 
 # --- rows with care
@@ -124,7 +157,7 @@ def clipped_odds(value, reference, tau, farthest):
 
 
 @compiled(EXACT)
-def linearise(x, weights, k, tau, reference, offset, bound, z, scaled):
+def linearize(x, weights, k, tau, reference, offset, bound, z, scaled):
     """z and v' of every item; |z| of the nearest, V', and the item that dominates p, -1 where there is none.
 
     Sums of the derivative are formed from v' = v exp(nearest), which is a number in every gap. p, in proportion to it,
@@ -269,7 +302,9 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
         inverse = number(1.0 / tau)
         total, product, ordinary = gains_of(x, weights, u, False, number(reference), inverse, number(offset), xbar)
         if ordinary:
-            hbar = (product - c) / total
+            mean = number((product - c) / total)
+            more = (rest_of(u, weights, False, mean, xbar) - c) / total
+            hbar = mean + more
             heaviest, origin = -1.0, reference
             if of_tau:
                 for i in range(n):
@@ -282,9 +317,9 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
                         -hbar * sigmoid((np.float64(x[i]) - reference) / tau - offset) if x[i] > -math.inf else 0.0
                     )
             if weights is None:
-                write_product(u, number(hbar), inverse, xbar)
+                write_product(u, mean, number(more), inverse, xbar)
             else:
-                write_weighted_product(u, weights, number(hbar), inverse, xbar)
+                write_weighted_product(u, weights, mean, number(more), inverse, xbar)
             taubar = 0.0
             if of_tau:
                 for i in range(n):
@@ -293,7 +328,7 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
                 taubar -= c * ((origin - reference) / tau) / tau
             return hbar, taubar
     z, scaled = np.empty(n), np.empty(n)
-    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    nearest, normal, held = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound.farthest)
     slope = over_slope(1.0, nearest, rate, bound)
     pulled = 0.0
@@ -406,11 +441,12 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
         total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
         if ordinary:
             # v (w - <p, w>) + v / V dk, w = dx / tau
-            mean = product / total - dk * tau / total
-            write_product(dx, number(mean), inverse, moved)
-            return mean / tau, mean
+            mean = number(product / total)
+            more = rest_of(dx, weights, True, mean, moved) / total - dk * tau / total
+            write_product(dx, mean, number(more), inverse, moved)
+            return (mean + more) / tau, mean + more
     z, scaled = np.empty(n), np.empty(n)
-    nearest, normal, held = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    nearest, normal, held = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound.farthest)
     origin = origin_of(x, weights, scaled, bound)
     mean, dh, _, doffset = tangents_of(
@@ -464,7 +500,7 @@ def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain
             scale(xbar, number((b + c / tau) / total))
             return -(tau * b + c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)
-    nearest, normal, _ = linearise(x, weights, k, tau, reference, offset, bound, z, scaled)
+    nearest, normal, _ = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
     rate = rate_of(normal, bound.farthest)
     hbar = -over_slope(1.0, nearest, rate, bound) * c - over_slope(tau, nearest, rate, bound) * b
     origin = origin_of(x, weights, scaled, bound)

@@ -404,7 +404,7 @@ def fill_far_odds(x, ends, middle, half, tau, odds):
         value = np.float64(x[i])
         if not narrowed:
             z = log_odds(value, reference, tau) - middle
-        elif value > reference:
+        elif value > low:  # not the reference, which is rounded, and may be the upper score itself
             z = log_odds(value, high, tau) + half
         else:
             z = log_odds(value, low, tau) - half

@@ -36,7 +36,7 @@ class NumpyBackend(Backend):
                 return np.empty((*x.shape[:-1], len(ranks)), x.dtype)
             places = [n - rank for rank in ranks]
             if len(places) == 2 and places[0] == places[1] + 1:
-                # One partition is vectorised, of two ranks at once it is not; the next is the largest of the rest.
+                # One partition is vectorized, of two ranks at once it is not; the next is the largest of the rest.
                 ordered = np.partition(x, places[0], axis=-1)
                 after = ordered[..., : places[0]].max(axis=-1, keepdims=True)
                 return np.concatenate([ordered[..., places[0] : places[0] + 1], after], axis=-1)

@@ -104,9 +104,6 @@ class TorchBackend(Backend):
         """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
         return bool(torch.compiler.is_compiling())
 
-    def sigmoid(self, z: Array) -> Array:
-        return torch.sigmoid(z)
-
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple):
             ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])

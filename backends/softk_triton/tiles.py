@@ -407,7 +407,7 @@ def narrow_gap(x, high, low, reference, z_high, z_low, tau):
     wide, middle = excess > 0.0, 0.5 * (z_high + z_low)
     above, upper = across(tl.where(wide, high, reference)), across(tl.where(wide, half, -middle))
     below, lower = across(tl.where(wide, low, reference)), across(tl.where(wide, -half, -middle))
-    side = x > across(reference)
+    side = (x > across(reference)) | (x >= across(high))  # the midpoint of neighboring floats is one of them
     z = logits(x, tl.where(side, above, below), across(tau)) + tl.where(side, upper, lower)
     return tl.where(x > -INFINITY, exponential(tl.minimum(tl.maximum(z, -REACH), REACH)), 0.0)
 

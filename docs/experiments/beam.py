@@ -275,7 +275,7 @@ def error_rates(model: Speller, words: Words, settings: Settings) -> tuple[float
 
 @dataclass(frozen=True)
 class Phase:
-    """One training: what is minimised, from where, how long and how fast."""
+    """One training: what is minimized, from where, how long and how fast."""
 
     name: str
     seed: int
@@ -527,15 +527,13 @@ def draw(found: Record, path: Path) -> None:
     figure, (before, by_update, by_time) = pyplot.subplots(
         1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=(2, 3, 3)
     )
-    colours = dict(
-        zip(ARMS, ("#3a3a3a", "#4269d0", "#2a9d8f", "#97bbf5", "#efb118", "#ff725c", "#a463f2"), strict=True)
-    )
+    colors = dict(zip(ARMS, ("#3a3a3a", "#4269d0", "#2a9d8f", "#97bbf5", "#efb118", "#ff725c", "#a463f2"), strict=True))
 
     def looks(arm: str) -> np.ndarray:  # seeds x looks x (updates, seconds, phoneme errors, word errors)
         return np.asarray([one[arm]["record"]["looks"] for one in found["seeds"]])
 
     for one in looks("base")[:, 1:]:
-        before.plot(one[:, 0], 100.0 * one[:, 2], "o-", color=colours["base"], alpha=0.5, markersize=3, linewidth=1)
+        before.plot(one[:, 0], 100.0 * one[:, 2], "o-", color=colors["base"], alpha=0.5, markersize=3, linewidth=1)
     panels = (
         (by_update, 0, ("forced", "at_soft", "at_along", "soft", "along")),
         (by_time, 1, ("longer", "soft", "along")),
@@ -546,10 +544,10 @@ def draw(found: Record, path: Path) -> None:
             seen = looks(arm)
             change = 100.0 * (seen[:, :, 2] - seen[:, :1, 2])
             mean, where = change.mean(axis=0), seen[:, :, abscissa].mean(axis=0)
-            axes.plot(where, mean, "o-", color=colours[arm], markersize=4, label=label)
+            axes.plot(where, mean, "o-", color=colors[arm], markersize=4, label=label)
             if len(seen) > 1:
                 error = change.std(axis=0, ddof=1) / len(seen) ** 0.5
-                axes.fill_between(where, mean - error, mean + error, color=colours[arm], alpha=0.12, linewidth=0)
+                axes.fill_between(where, mean - error, mean + error, color=colors[arm], alpha=0.12, linewidth=0)
         axes.axhline(0.0, color="#888888", linewidth=0.8)
         axes.set_ylabel("change in phoneme errors, points")
     for axes in (before, by_update, by_time):

@@ -1,4 +1,4 @@
-"""Nearest neighbours learned through softk, beside the alternatives: `make knn`, or `python docs/experiments/knn.py`.
+"""Nearest neighbors learned through softk, beside the alternatives: `make knn`, or `python docs/experiments/knn.py`.
 
 Measures everything, and writes the numbers to docs/experiments/knn.json, the tables to docs/knn.md and the pictures to
 docs/_static/. Until the end the numbers stand in docs/experiments/knn.part.json, from which an interrupted run goes on.
@@ -29,11 +29,11 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 SEEDS = range(5)
 PACKAGES = ("numpy", "scikit-learn", "torch")
-COLOURS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
+COLORS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
 READINGS = (
     ("cross-entropy", "argmax", "cross-entropy, its own argmax"),
-    ("cross-entropy", "neighbours", "cross-entropy, neighbors of its features"),
-    ("softk", "neighbours", "soft neighbors, neighbors of its features"),
+    ("cross-entropy", "neighbors", "cross-entropy, neighbors of its features"),
+    ("softk", "neighbors", "soft neighbors, neighbors of its features"),
 )
 
 
@@ -156,7 +156,7 @@ def draw_linear(path: Path, records: list[Record]) -> None:
             errors = [v.std(ddof=1) / math.sqrt(v.size) if v.size > 1 else 0.0 for v in values]
             places = np.arange(len(dimensions)) + 0.1 * (i - 1.5)
             line = "--" if method == "raw" else "-"
-            style = {"color": COLOURS[method], "marker": "o", "ms": 4.5, "lw": 1.5, "ls": line, "capsize": 2}
+            style = {"color": COLORS[method], "marker": "o", "ms": 4.5, "lw": 1.5, "ls": line, "capsize": 2}
             panel.errorbar(places, [v.mean() for v in values], errors, label=method, **style)
         panel.set_xticks(range(len(dimensions)), [str(d) for d in dimensions])
         panel.set(title=name, xlabel="dimensions")
@@ -177,8 +177,8 @@ def draw_network(path: Path, records: list[Record]) -> None:
     columns = [[100.0 * r["accuracy"] for r in of_reading(records, loss, reading)] for loss, reading, _ in READINGS]
     for values in zip(*columns, strict=True):
         panel.plot(values, range(3), color="#bbbbbb", lw=1, marker="o", ms=5, zorder=1)
-    for place, (values, colour) in enumerate(zip(columns, ("#4269d0", "#4269d0", "#ff5a3c"), strict=True)):
-        panel.plot(np.mean(values), place, color=colour, marker="D", ms=9, zorder=2)
+    for place, (values, color) in enumerate(zip(columns, ("#4269d0", "#4269d0", "#ff5a3c"), strict=True)):
+        panel.plot(np.mean(values), place, color=color, marker="D", ms=9, zorder=2)
     panel.set_yticks(range(3), [name.replace(", ", ",\n") for *_, name in READINGS])
     panel.invert_yaxis()
     panel.margins(y=0.2)

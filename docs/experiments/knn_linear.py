@@ -1,4 +1,4 @@
-"""Linear maps for nearest neighbours: nothing, principal components, NCA and SoftNeighborsEmbedding, tuned alike."""
+"""Linear maps for nearest neighbors: nothing, principal components, NCA and SoftNeighborsEmbedding, tuned alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from softk_sklearn import SoftNeighborsEmbedding
 
 METHODS = ("raw", "PCA", "NCA", "softk")
 DIMENSIONS = (2, 3, 5, 10)
-#: How many neighbours vote in the test, by whichever method: the best on the validation samples.
+#: How many neighbors vote in the test, by whichever method: the best on the validation samples.
 NEIGHBORS = (1, 3, 5, 10, 15)
 #: The temperature of both learned methods, in units of the mean squared distance where learning starts.
 TEMPERATURES = (0.0625, 0.25, 1.0, 4.0)
@@ -69,7 +69,7 @@ def split(x: np.ndarray, y: np.ndarray, aside: float, seed: int, scale: float | 
 
 
 def accuracy(given: Split, axes: np.ndarray | None, k: int) -> float:
-    """Share of the other samples that the hard k nearest neighbours get right."""
+    """Share of the other samples that the hard k nearest neighbors get right."""
     x, other = (given.x, given.other_x) if axes is None else (given.x @ axes.T, given.other_x @ axes.T)
     return float(KNeighborsClassifier(k).fit(x, given.y).score(other, given.other_y))
 

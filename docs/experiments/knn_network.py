@@ -1,4 +1,4 @@
-"""A small convolutional network on the digits, trained through the soft nearest neighbours and by cross-entropy."""
+"""A small convolutional network on the digits, trained through the soft nearest neighbors and by cross-entropy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EPOCHS = 40
 #: Of both: twelve trials each.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 DECAYS = (0.0, 1e-2, 1e-1)  # of the weights, for cross-entropy
-EPSILONS = (0.0625, 0.5, 4.0)  # of the squared distances, for the soft neighbours
+EPSILONS = (0.0625, 0.5, 4.0)  # of the squared distances, for the soft neighbors
 SOFT_NEIGHBORS = 8
 
 
@@ -56,9 +56,9 @@ def train(loss: str, setting: Setting, given: Split, seed: int, epochs: int) -> 
     images = torch.asarray(given.x, dtype=torch.float32).reshape(-1, 1, 8, 8)
     labels = torch.asarray(given.y)
     decay = setting.other if loss == "cross-entropy" else 0.0
-    optimiser = torch.optim.AdamW(network.parameters(), lr=setting.rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=setting.rate, weight_decay=decay)
     batches = max(1, len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * batches)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in torch.randperm(len(images))[: batches * BATCH].chunk(batches):
@@ -71,16 +71,16 @@ def train(loss: str, setting: Setting, given: Split, seed: int, epochs: int) -> 
                 value = softk.neighbors.loss(
                     features, features, own, own, SOFT_NEIGHBORS, epsilon=setting.other, exclude=every, floor=1e-3
                 )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             value.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     return network, time.perf_counter() - start
 
 
 @torch.no_grad()
 def accuracies(network: Network, given: Split) -> dict[str, float]:
-    """By the largest logit, and by the hard k nearest neighbours among the features of the training digits."""
+    """By the largest logit, and by the hard k nearest neighbors among the features of the training digits."""
     images, others = (torch.asarray(x, dtype=torch.float32).reshape(-1, 1, 8, 8) for x in (given.x, given.other_x))
     keys, queries = network.features(images), network.features(others)
     found = {"argmax": float(np.mean(network.head(queries).argmax(dim=1).numpy() == given.other_y))}
@@ -96,7 +96,7 @@ def judge(loss: str, outer: Split, inner: Split, seed: int, epochs: int) -> list
     for numbers in itertools.product(RATES, DECAYS if loss == "cross-entropy" else EPSILONS):
         setting = Setting(*numbers)
         trials[setting] = accuracies(train(loss, setting, inner, seed, epochs)[0], inner)
-    readings = {"neighbours": [f"k={k}" for k in NEIGHBORS]}
+    readings = {"neighbors": [f"k={k}" for k in NEIGHBORS]}
     if loss == "cross-entropy":
         readings = {"argmax": ["argmax"], **readings}
     trained: dict[Setting, tuple[dict[str, float], float]] = {}

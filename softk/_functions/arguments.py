@@ -322,7 +322,7 @@ class Slices:
 
         return Argument(None, None, push, pull)
 
-    def one_a_slice(self, keepdims: bool, leading: int = 0, *, in_units: bool = True) -> Argument:
+    def one_per_slice(self, keepdims: bool, leading: int = 0, *, in_units: bool = True) -> Argument:
         """A result of one value per slice, with `leading` extra axes in front.
 
         `in_units` says whether it is in the units of the scores. If so, it is negated where the scores are.
@@ -351,8 +351,8 @@ class Slices:
         """A result of one value per slice without a derivative. Its sign does not depend on that of the scores."""
         return Argument(None, None, lambda values: self._cast(self.xp.squeeze(values, axis=-1), dtype))
 
-    def one_a_row(self, *, in_units: bool = True) -> Argument:
-        """A result of one value per row (..., m), which replace the selected axis. `in_units` as for `one_a_slice`."""
+    def one_per_row(self, *, in_units: bool = True) -> Argument:
+        """A result of one value per row (..., m), in place of the selected axis. `in_units` as for `one_per_slice`."""
         negative = in_units and self.sign < 0.0
 
         def push(values: Array) -> Array:
@@ -364,7 +364,7 @@ class Slices:
 
         return Argument(None, None, push, pull)
 
-    def index_a_row(self) -> Argument:
+    def index_per_row(self) -> Argument:
         """A result of one index a row (..., m), in the place of the selected axis, without a derivative."""
         return Argument(None, None, self._back)
 

@@ -170,7 +170,7 @@ def topk(
     """Soft indicator of the k largest scores of all arrays of a tree together.
 
     It is `softk.topk` of the scores of all leaves as one slice: there is one threshold, and the masks sum to `k` over
-    the whole tree. The arrays are neither joined nor copied; they may differ in shape and dtype.
+    the whole tree. The arrays may differ in shape and dtype.
 
     Parameters
     ----------
@@ -214,7 +214,8 @@ def topk(
     Derivatives flow to every leaf, to `k`, `epsilon` and the weights, in the autodiff of the framework. `softk.vjp` and
     `softk.jvp` take and return trees.
 
-    The reference implementation computes it on every library. It needs sums over each leaf only, at most 24 passes.
+    Leaves of at most 65,536 scores are joined, and a tree without larger ones is computed by the kernels. Larger leaves
+    are not copied: the reference implementation computes them from sums over each leaf, in at most 24 passes.
 
     References
     ----------
@@ -252,7 +253,7 @@ def threshold(
     weights: Any = None,
     where: Any = None,
 ) -> Call[Any]:
-    """Soft k-th largest score of all arrays of a tree together: the level at which the masks of `topk` are one half.
+    """The level that separates the k largest scores of all arrays of a tree: there the masks of `topk` are one half.
 
     Parameters
     ----------
@@ -290,4 +291,4 @@ def threshold(
     first = slices[0]
     if any(one.dtype != first.dtype for one in slices):
         first.dtype = first.working
-    return TreeCall(**call, restores=(first.one_a_slice(False),))
+    return TreeCall(**call, restores=(first.one_per_slice(False),))

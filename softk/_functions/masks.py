@@ -235,7 +235,7 @@ def threshold(
     where: AnyArray | None = None,
     keepdims: bool = False,
 ) -> Call[ArrayT]:
-    """Soft k-th largest score along an axis: the level t at which the mask of `topk` is one half.
+    """The level that separates the k largest scores along an axis: there the mask of `topk` is one half.
 
     Parameters
     ----------
@@ -280,7 +280,7 @@ def threshold(
     check_flag("keepdims", keepdims)
     slices, call = _masked(primitives.threshold, x, k, axis, mode, epsilon, weights, where)
     require_scores(slices)
-    return Call(**call, restores=(slices.one_a_slice(keepdims),))
+    return Call(**call, restores=(slices.one_per_slice(keepdims),))
 
 
 @operator_from
@@ -383,5 +383,5 @@ def quantile(
             "weights": slices.summed_to_one(slices.per_item("weights", weights)).lead(slices.xp, probability.leading),
             "where": slices.kept(where).lead(slices.xp, probability.leading),
         }
-    restore = slices.one_a_slice(keepdims, leading=len(probability.leading))
+    restore = slices.one_per_slice(keepdims, leading=len(probability.leading))
     return Call(slices.backend, quantile_primitive, {}, arguments, (restore,))

@@ -118,7 +118,7 @@ def sorted_topk(
     require_scores(slices)
     rows = whole_number("k", k, 0, slices.n, "the size of x along axis")
     call = _ladder(slices, epsilon, where, max(rows, 1), 1.0, 1.0)
-    values, assignment = slices.one_a_row(), slices.row_by_item()
+    values, assignment = slices.one_per_row(), slices.row_by_item()
     if rows == 0:  # the primitive needs one row at least, so for k = 0 a row is computed and dropped
         values, assignment = without_rows(slices, values, 1), without_rows(slices, assignment, 2)
     return Call(primitive=sorted_plan, restores=(values, assignment), build=SortedTopK, **call)
@@ -182,7 +182,7 @@ def sort(
     check_flag("descending", descending)
     slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
     call = _anchored(slices, epsilon, where, num_anchors)
-    return Call(primitive=soft_sort, restores=(slices.one_a_row(),), **call)
+    return Call(primitive=soft_sort, restores=(slices.one_per_row(),), **call)
 
 
 @operator_from

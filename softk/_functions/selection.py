@@ -109,7 +109,7 @@ def select(
     slices.require_sizes()
     rows = whole_number("k", k, 0, slices.n, "the size of x along axis")
     call["options"]["count"] = max(rows, 1)
-    values, gates, indices = slices.one_a_row(), slices.one_a_row(in_units=False), slices.index_a_row()
+    values, gates, indices = slices.one_per_row(), slices.one_per_row(in_units=False), slices.index_per_row()
     if rows == 0:
         values, gates, indices = (without_rows(slices, result, 1) for result in (values, gates, indices))
     return Call(

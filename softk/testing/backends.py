@@ -31,7 +31,10 @@ USUAL = (
 DIFFERENTIATED = ("weighted", "where weighted", "smallest", "deep batch", "shared, weighted")
 
 #: The methods of a backend that are checked by themselves.
-HOOKS = ("constant", "memory", "repeat", "map_rows", "select", "device", "quiet")
+HOOKS = (
+    *("constant", "memory", "holds", "cache_key", "repeat", "map_rows"),
+    *("select", "top_k", "scatter", "reduce_segments", "device", "quiet"),
+)
 
 Gradient = Callable[[Callable[[Array], Array], Array, Array], Array | None]
 
@@ -50,8 +53,8 @@ def check_backend(
 
     Masks, their logarithms and thresholds are compared with an oracle of high precision, as are their derivatives: by
     `softk.vjp` and `softk.jvp` in every argument, and by the library's own differentiation where there is one. The
-    hooks `constant`, `memory`, `repeat`, `map_rows`, `select`, `device` and `quiet` must do what their documentation
-    says.
+    hooks `constant`, `memory`, `holds`, `cache_key`, `repeat`, `map_rows`, `select`, `top_k`, `scatter`,
+    `reduce_segments`, `device` and `quiet` must do what their documentation says.
 
     Parameters
     ----------
@@ -168,6 +171,29 @@ class _Check:
         if self.gradient(watched, x, self.xp.ones_like(x)) is not None:
             self.require(seen[0] is None, "an array that is differentiated must have none")
 
+    def check_holds(self, x: Array) -> None:
+        held = self.backend.memory(x) is not None
+        self.require(self.backend.holds([None, 2.5, True]), "numbers and None must be held")
+        self.require(self.backend.holds([x, None, 2.5]) == held, "it disagrees with `memory` about an array")
+        seen: list[bool] = []
+
+        def watched(x: Array) -> Array:
+            seen.append(self.backend.holds([2.5, x]))
+            return 2.0 * x
+
+        if self.gradient(watched, x, self.xp.ones_like(x)) is not None:
+            self.require(not seen[0], "an array that is differentiated must not be held")
+
+    def check_cache_key(self, x: Array) -> None:
+        key = self.backend.cache_key(x)
+        if key is None:
+            return
+        hash(key)
+        self.require(self.backend.cache_key(x + 1.0) == key, "it depends on the values of the array")
+        for what, other in (("shape", x[:, :2]), ("dtype", self.xp.astype(x, self.xp.float32))):
+            if other.shape != x.shape or other.dtype != x.dtype:
+                self.require(self.backend.cache_key(other) != key, f"it does not depend on the {what} of the array")
+
     def check_repeat(self, x: Array) -> None:
         def step(state: Any) -> Any:
             (x,) = state
@@ -204,6 +230,29 @@ class _Check:
             places = np.asarray([[1, 2], [3, 4], [4, 1]])
             found = self.values(self.backend.select(given, self.make(places)))
             self.near("the scores of an array of ranks", found, np.take_along_axis(ordered, places - 1, axis=-1), 0.0)
+
+    def check_top_k(self, x: Array) -> None:
+        given = self.values(x)
+        for k in (1, 2, 4):
+            values, indices = (self.values(found) for found in self.backend.top_k(x, k))
+            self.near(f"the {k} largest scores", values, -np.sort(-given, axis=-1)[:, :k], 0.0)
+            places = indices.astype(int)
+            self.require(all(len(set(row)) == k for row in places.tolist()), f"of {k} indices some are equal")
+            self.near(f"the scores at {k} indices", np.take_along_axis(given, places, axis=-1), values, 0.0)
+
+    def check_scatter(self, x: Array) -> None:
+        places = np.asarray([[1, 3], [0, 1], [3, 2]])
+        wanted = np.zeros((3, 4))
+        np.put_along_axis(wanted, places, self.values(x[:, :2]), axis=-1)
+        self.near("the result", self.values(self.backend.scatter(x[:, :2], self.make(places), 4)), wanted, 0.0)
+
+    def check_reduce_segments(self, x: Array) -> None:
+        segments, given = self.make(np.asarray([0, 0, 2, 2])), self.values(x)
+        for operation, reduce, of_none in (("sum", np.sum, 0.0), ("max", np.max, -np.inf)):
+            wanted = np.full((3, 3), of_none)
+            wanted[:, 0], wanted[:, 2] = reduce(given[:, :2], axis=-1), reduce(given[:, 2:], axis=-1)
+            found = self.values(self.backend.reduce_segments(x, operation, segments, 3))  # type: ignore[arg-type]
+            self.near(f"the {operation}", found, wanted, 1e-12)
 
     def check_device(self, x: Array) -> None:
         made = self.xp.full((), 1.0, dtype=x.dtype, device=self.backend.device(x))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from softk._reference.threshold.problem import logits
-from softk._reference.threshold.rule import Linearisation, LogLinearisation
+from softk._reference.threshold.problem import logits, sigmoid
+from softk._reference.threshold.rule import Linearization, LogLinearization
 from softk._reference.threshold.solve import solve
 from softk.backend import Array, Backend, rows_of
 
@@ -36,7 +36,7 @@ class Keys:
             penalty = penalty - xp.sum(self.points * self.points, axis=-1)
         self.own = xp.expand_dims(penalty, axis=-2)  # the term of the score that depends only on the key
 
-    def centre(self, queries: Array) -> Array:
+    def center(self, queries: Array) -> Array:
         """The queries, relative to the mean of the keys. A coordinate that is not finite becomes NaN."""
         return self.xp.where(self.xp.isfinite(queries), queries - self.origin, math.nan)
 
@@ -91,7 +91,7 @@ class Block:
         exclude: Array | None,
     ) -> None:
         self.backend, self.xp, self.keys, self.k, self.tau = backend, backend.xp, keys, k, tau
-        self.queries = keys.centre(queries)
+        self.queries = keys.center(queries)
         scores = keys.scores(self.queries)
         allowed = self._allowed(where, exclude, scores.shape)
         # Keys that may not be selected get the score -inf here, so that the rules need no `where`.
@@ -115,18 +115,18 @@ class Block:
         return logits(self.backend, self.scores, reference, self.tau, offset)
 
     def mask(self, offset: Array, reference: Array) -> Array:
-        return self.backend.sigmoid(self.z(offset, reference))
+        return sigmoid(self.backend.xp, self.z(offset, reference))
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         return self.scores, self.k, self.tau, None, None
 
-    def rule(self, offset: Array, reference: Array, *, balanced: bool) -> Linearisation:
+    def rule(self, offset: Array, reference: Array, *, balanced: bool) -> Linearization:
         """The rule of the mask. It needs no balance if only the derivative in the points is needed."""
-        return Linearisation(self.backend, self.inputs, reference, offset, balanced=balanced)
+        return Linearization(self.backend, self.inputs, reference, offset, balanced=balanced)
 
-    def log_rule(self, offset: Array, reference: Array) -> LogLinearisation:
-        return LogLinearisation(self.backend, self.inputs, reference, offset)
+    def log_rule(self, offset: Array, reference: Array) -> LogLinearization:
+        return LogLinearization(self.backend, self.inputs, reference, offset)
 
 
 def transpose(xp: Any, values: Array) -> Array:

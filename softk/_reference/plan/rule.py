@@ -27,7 +27,7 @@ from softk.backend import Array, Backend
 from .system import System, Task, log_odds, plan, running, sides
 
 
-class PlanLinearisation:
+class PlanLinearization:
     """The derivative at one point. Rows are boundaries (m - 1) or anchors (m), columns are scores.
 
     Parameters

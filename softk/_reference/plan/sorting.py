@@ -17,7 +17,7 @@ from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
-from .rule import PlanLinearisation
+from .rule import PlanLinearization
 from .system import Task, log_odds, plan, prepare
 
 Arrays = tuple[Array, ...]
@@ -37,12 +37,12 @@ def _climb(
     return task, reference, offset
 
 
-def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearisation:
+def _linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearization:
     *_, offset, reference = outputs
-    return PlanLinearisation(backend, _ladder(backend.xp, inputs, offset.shape[-2]), reference, offset)
+    return PlanLinearization(backend, _ladder(backend.xp, inputs, offset.shape[-2]), reference, offset)
 
 
-def _push(rule: PlanLinearisation, tangents: Inputs) -> tuple[Array, Array]:
+def _push(rule: PlanLinearization, tangents: Inputs) -> tuple[Array, Array]:
     """Tangents of the whole plan and of the offsets."""
     dx, dtau, *_ = tangents
     column = None if dtau is None else _column(rule.xp, dtau)
@@ -115,7 +115,7 @@ def _sorted_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ran
 
 
 def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearise(backend, inputs, outputs)
+    rule = _linearize(backend, inputs, outputs)
     weights = rule.task.weights
     dshare, doffset = _push(rule, tangents)
     share, dshare = (weights * rule.share)[..., :-1, :], (weights * dshare)[..., :-1, :]
@@ -128,7 +128,7 @@ def _sorted_vjp(
 ) -> Inputs:
     xp = backend.xp
     vbar, ubar, c = cotangents
-    rule = _linearise(backend, inputs, outputs)
+    rule = _linearize(backend, inputs, outputs)
     weights, direct = rule.task.weights, None
     if vbar is not None:
         share = (weights * rule.share)[..., :-1, :]
@@ -224,7 +224,7 @@ def _rank_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks
 
 
 def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearise(backend, inputs, outputs)
+    rule = _linearize(backend, inputs, outputs)
     place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
     dshare, doffset = _push(rule, tangents)
     return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
@@ -235,7 +235,7 @@ def _rank_vjp(
 ) -> Inputs:
     xp = backend.xp
     ubar, c = cotangents
-    rule = _linearise(backend, inputs, outputs)
+    rule = _linearize(backend, inputs, outputs)
     if ubar is not None:
         place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
         place = xp.concat([place, place[..., -1:, :]], axis=-2)

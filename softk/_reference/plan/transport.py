@@ -15,7 +15,7 @@ from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
-from .rule import PlanLinearisation
+from .rule import PlanLinearization
 from .sinkhorn import sinkhorn
 from .system import Task, log_odds, plan, prepare, running
 
@@ -106,9 +106,9 @@ def _transport_forward(
     return problem.order.restored_rows(share), offset, reference, error, count[..., 0], potentials
 
 
-def _transport_rule(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> tuple[_Transport, PlanLinearisation]:
+def _transport_rule(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> tuple[_Transport, PlanLinearization]:
     problem = _transport(backend.xp, inputs)
-    return problem, PlanLinearisation(backend, problem.task, outputs[2], outputs[1])
+    return problem, PlanLinearization(backend, problem.task, outputs[2], outputs[1])
 
 
 def _transport_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:

@@ -14,18 +14,18 @@ from typing import Any
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
 from .limits import clip, limits
-from .problem import logits, selectable
-from .rule import Linearisation, LogLinearisation
+from .problem import logits, selectable, sigmoid
+from .rule import Linearization, LogLinearization
 from .solve import solve
 
 Arrays = tuple[Array, ...]
 Needed = tuple[bool, ...]
 
 
-def _linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, balanced: bool = True) -> Linearisation:
+def _linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, balanced: bool = True) -> Linearization:
     """The rule. The mask's derivative in the scores alone does not need an accurate p in a gap."""
     *_, offset, reference = outputs
-    return Linearisation(backend, inputs, reference, offset, balanced=balanced)
+    return Linearization(backend, inputs, reference, offset, balanced=balanced)
 
 
 # --- scores in float16 or bfloat16, which are computed in float32
@@ -94,19 +94,19 @@ def _mask_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     xp = backend.xp
     reference, offset, _ = solve(backend, x, k, tau, weights, where, ranks)
     z = logits(backend, selectable(xp, x, where), reference, tau, offset)
-    return backend.sigmoid(z), offset, reference
+    return sigmoid(xp, z), offset, reference
 
 
 def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     balanced = any(tangent is not None for tangent in tangents[1:4])
-    rule = _linearise(backend, inputs[:5], outputs, balanced=balanced)
+    rule = _linearize(backend, inputs[:5], outputs, balanced=balanced)
     mask, offset, _ = rule.push(*tangents[:4])
     return mask, offset
 
 
 def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    found = _linearise(backend, inputs[:5], outputs, balanced=any(needed[1:4])).pull(u, c, None, needed)
+    found = _linearize(backend, inputs[:5], outputs, balanced=any(needed[1:4])).pull(u, c, None, needed)
     return (*found, *(None,) * (len(inputs) - len(found)))
 
 
@@ -130,20 +130,20 @@ def _log_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int,
     return xp.where(never, -math.inf, found), offset, reference
 
 
-def _log_linearise(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearisation:
+def _log_linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> LogLinearization:
     *_, offset, reference = outputs
-    return LogLinearisation(backend, inputs, reference, offset)
+    return LogLinearization(backend, inputs, reference, offset)
 
 
 def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _log_linearise(backend, inputs, outputs)
+    rule = _log_linearize(backend, inputs, outputs)
     found, offset, _ = rule.push(*tangents[:-1])
     return found, offset
 
 
 def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    return (*_log_linearise(backend, inputs, outputs).pull(u, c, None, needed), None)
+    return (*_log_linearize(backend, inputs, outputs).pull(u, c, None, needed), None)
 
 
 log_mask = _like_scores("topk_log_mask", "log_mask", _log_forward, _log_jvp, _log_vjp)
@@ -177,7 +177,7 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     chosen = (above | (tied & (place <= wanted))) & (x > -math.inf) & (wanted > 0)
     chosen = xp.where(whole, xp.astype(chosen, x.dtype), math.nan)
     # A framework that differentiates the operations themselves gets the derivative of the soft mask.
-    soft = backend.sigmoid(logits(backend, x, reference, tau, offset))
+    soft = sigmoid(xp, logits(backend, x, reference, tau, offset))
     return chosen + (soft - backend.constant(soft)), offset, reference
 
 
@@ -222,14 +222,14 @@ def _threshold_forms(xp: Any, inputs: tuple[Any, ...], *, ranks: tuple[int, ...]
 
 
 def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearise(backend, inputs, outputs)
+    rule = _linearize(backend, inputs, outputs)
     _, offset, threshold = rule.push(*tangents[:-1])
     return threshold, offset
 
 
 def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, c = cotangents
-    return (*_linearise(backend, inputs, outputs).pull(None, c, b, needed), None)
+    return (*_linearize(backend, inputs, outputs).pull(None, c, b, needed), None)
 
 
 threshold = Primitive(

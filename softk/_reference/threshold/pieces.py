@@ -278,8 +278,5 @@ class PieceBackend(Backend):
     def constant(self, x: Any) -> Any:
         return x.map(self.inner.constant) if isinstance(x, Pieces) else self.inner.constant(x)
 
-    def sigmoid(self, z: Any) -> Any:
-        return z.map(self.inner.sigmoid) if isinstance(z, Pieces) else self.inner.sigmoid(z)
-
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         return self.inner.repeat(step, state, limit)

@@ -69,6 +69,12 @@ def _sum_or_count(xp: Any, value: Array) -> Array:
     return total(xp, value)
 
 
+def sigmoid(xp: Any, z: Array) -> Array:
+    """1 / (1 + exp(-z)), exactly 0 and 1 at the infinities. The derivatives of its operations are finite there."""
+    decay = xp.exp(-xp.abs(z))  # the argument of exp is never positive, so it cannot overflow
+    return xp.where(z > 0.0, 1.0, decay) / (1.0 + decay)
+
+
 def dot(xp: Any, one: Array, other: Array) -> Array:
     """The sum of the products over a slice, shape (..., 1).
 

@@ -12,9 +12,8 @@ from typing import Any
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .limits import clip
-from .masks import threshold_forward
+from .masks import threshold, threshold_forward
 from .problem import total
-from .rule import Linearisation
 
 Arrays = tuple[Array, ...]
 Needed = tuple[bool, ...]
@@ -60,26 +59,34 @@ def _quantile_forward(backend: Backend, inputs: tuple[Any, ...]) -> Arrays:
     return value, first, second, first_reference, second_reference
 
 
-def _quantile_parts(
-    backend: Backend, inputs: Inputs, outputs: Arrays
-) -> tuple[_Place, Linearisation, Linearisation, Array]:
-    x, q, tau, weights, where = inputs
-    _, first, second, first_reference, second_reference = outputs
-    place = _Place(backend.xp, x, q, weights, where)
-    one = Linearisation(backend, (x, place.first, tau, weights, where), first_reference, first)
-    two = Linearisation(backend, (x, place.second, tau, weights, where), second_reference, second)
-    apart = (second_reference - first_reference) + tau * (second - first)
-    return place, one, two, apart
+class _Bounds:
+    """The thresholds at both masses: their place, the arguments of their rule, and their distance.
+
+    The rule is that of the primitive `threshold`, so kernels serve it.
+    """
+
+    def __init__(self, backend: Backend, inputs: Inputs, outputs: Arrays) -> None:
+        x, q, tau, weights, where = inputs
+        _, first, second, first_reference, second_reference = outputs
+        self.place = place = _Place(backend.xp, x, q, weights, where)
+        self.one = (x, place.first, tau, weights, where), (None, first, first_reference)
+        self.two = (x, place.second, tau, weights, where), (None, second, second_reference)
+        self.apart = (second_reference - first_reference) + tau * (second - first)
 
 
 def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     dx, dq, dtau, da, _ = tangents
     q, where = inputs[1], inputs[4]
-    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    bounds = _Bounds(backend, inputs, outputs)
+    place, apart = bounds.place, bounds.apart
     dn = None if da is None else total(backend.xp, da if where is None else backend.xp.where(where, da, 0.0))
-    _, first, one_push = one.push(dx, None if dn is None else place.first_rate * dn, dtau, da)
-    _, second, two_push = two.push(dx, None if dn is None else place.second_rate * dn, dtau, da)
-    value = one_push + place.fraction * (two_push - one_push)
+
+    def push(bound: tuple[Inputs, Inputs], rate: Array) -> Arrays:
+        return backend.run(threshold, "jvp", *bound, (dx, None if dn is None else rate * dn, dtau, da, None))
+
+    one, first = push(bounds.one, place.first_rate)
+    two, second = push(bounds.two, place.second_rate)
+    value = one + place.fraction * (two - one)
     if dq is not None:
         value = value + apart * (place.n - 1.0) * dq
     if dn is not None:
@@ -89,16 +96,18 @@ def _quantile_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: I
 
 def _quantile_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, first_bar, second_bar = cotangents
-    place, one, two, apart = _quantile_parts(backend, inputs, outputs)
+    bounds = _Bounds(backend, inputs, outputs)
+    place, apart = bounds.place, bounds.apart
     if b is None:
         b = backend.xp.zeros_like(apart)
     of_x, of_q, of_tau, of_a, _ = needed
-    asked = (of_x, of_a, of_tau, of_a)
-    pulled = [
-        one.pull(None, first_bar, (1.0 - place.fraction) * b, asked),
-        two.pull(None, second_bar, place.fraction * b, asked),
-    ]
-    (xbar, nbar, taubar, abar), (xbar_two, nbar_two, taubar_two, abar_two) = pulled
+    asked = (of_x, of_a, of_tau, of_a, False)
+
+    def pull(bound: tuple[Inputs, Inputs], share: Array, offset_bar: Array | None) -> Inputs:
+        return backend.run(threshold, "vjp", *bound, (share * b, offset_bar), asked)
+
+    xbar, nbar, taubar, abar, _ = pull(bounds.one, 1.0 - place.fraction, first_bar)
+    xbar_two, nbar_two, taubar_two, abar_two, _ = pull(bounds.two, place.fraction, second_bar)
     if abar is not None and abar_two is not None:
         abar = abar + abar_two + (place.first_rate * nbar + place.second_rate * nbar_two + inputs[1] * apart * b)
         if inputs[4] is not None:

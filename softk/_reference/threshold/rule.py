@@ -65,13 +65,13 @@ from softk.backend import Array, Backend
 
 from .formulas import formulas_of
 from .limits import ROUNDINGS, clip, exponential, limits, negligible, safe_denominator
-from .problem import dot, logits, selectable, total, weighted
+from .problem import dot, logits, selectable, sigmoid, total, weighted
 
 #: An item dominates where it has more than this part of p.
 DOMINANT = 0.75
 
 
-class Linearisation:
+class Linearization:
     """The derivative of the mask, the offset and the threshold at one point. Nothing changes its state.
 
     Per-slice values have shape (..., 1), per-item values (..., n).
@@ -215,7 +215,7 @@ class Linearisation:
 
     def mask(self) -> Array:
         """m."""
-        return self.backend.sigmoid(self.log_odds())
+        return sigmoid(self.xp, self.log_odds())
 
     def weighted(self, values: Array) -> Array:
         """a times the values."""
@@ -506,7 +506,7 @@ def decay_of(xp: Any, exponent: Array) -> Array:
     return exponential(xp, exponent) * xp.astype(is_large, exponent.dtype)
 
 
-class LogLinearisation(Linearisation):
+class LogLinearization(Linearization):
     """The derivative of log m = min(z, 0) - log1p(exp(-|z|)): 1 - m takes the place of v.
 
     Where the mask is 0 for certain, its logarithm is -inf and has no derivative.
@@ -516,7 +516,7 @@ class LogLinearisation(Linearisation):
         """1 - m, the derivative of log m in z."""
         xp, z = self.xp, self.log_odds()
         never = (z <= -0.5 * limits(xp, z.dtype).farthest) | (self.k <= 0.0)
-        slope = self.backend.sigmoid(-z)
+        slope = sigmoid(xp, -z)
         if self.weights is None:  # rounded as p is, which `vjp_in_scores` divides it by
             slope = xp.where(z > 0.0, self.scale * self.scaled_slope * (1.0 + xp.exp(-xp.abs(z))), slope)
         return xp.where(never, 0.0, slope)
