@@ -347,7 +347,7 @@ def loss(
     References
     ----------
     Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4, with the likelihood instead of
-    their absolute error; Goldberger, Roweis, Hinton, Salakhutdinov, "Neighborhood Components Analysis", NIPS 2004,
+    their absolute error; Goldberger, Roweis, Hinton, Salakhutdinov, "Neighbourhood Components Analysis", NIPS 2004,
     for the application.
 
     Examples

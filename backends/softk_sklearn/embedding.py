@@ -75,7 +75,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
     References
     ----------
     Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, section 4; Goldberger, Roweis, Hinton,
-    Salakhutdinov, "Neighborhood Components Analysis", NIPS 2004, for the task; Kingma and Ba, "Adam", ICLR 2015.
+    Salakhutdinov, "Neighbourhood Components Analysis", NIPS 2004, for the task; Kingma and Ba, "Adam", ICLR 2015.
 
     Examples
     --------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -248,10 +248,11 @@ class _Check:
 
     def check_reduce_segments(self, x: Array) -> None:
         segments, given = self.make(np.asarray([0, 0, 2, 2])), self.values(x)
-        for operation, reduce, of_none in (("sum", np.sum, 0.0), ("max", np.max, -np.inf)):
+        cases: tuple[tuple[Literal["sum", "max"], Any, float], ...] = (("sum", np.sum, 0.0), ("max", np.max, -np.inf))
+        for operation, reduce, of_none in cases:
             wanted = np.full((3, 3), of_none)
             wanted[:, 0], wanted[:, 2] = reduce(given[:, :2], axis=-1), reduce(given[:, 2:], axis=-1)
-            found = self.values(self.backend.reduce_segments(x, operation, segments, 3))  # type: ignore[arg-type]
+            found = self.values(self.backend.reduce_segments(x, operation, segments, 3))
             self.near(f"the {operation}", found, wanted, 1e-12)
 
     def check_device(self, x: Array) -> None:
