@@ -57,9 +57,14 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
 # --- values
 
 
+def _shape(*arguments: Any) -> tuple[int, ...]:
+    """The shape to which the arguments broadcast."""
+    return np.broadcast_shapes(*(np.shape(value) for value in arguments if value is not None))
+
+
 def _oracles(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> Iterator[tuple[Any, Oracle]]:
     """The place in the batch and the oracle of every slice along the last axis, to which all arguments broadcast."""
-    x = np.asarray(x, WIDE)
+    x = np.broadcast_to(np.asarray(x, WIDE), _shape(x, k, epsilon, weights, where))
     one, whole = (*x.shape[:-1], 1), x.shape
     k, epsilon = (np.broadcast_to(np.asarray(value, WIDE), one) for value in (k, epsilon))
     weights, where = (None if value is None else np.broadcast_to(value, whole) for value in (weights, where))
@@ -70,7 +75,7 @@ def _oracles(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = Non
 
 def threshold(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
     """The threshold along the last axis, which is kept. Finite scores or -inf, and a mass below the total."""
-    found = np.zeros((*np.shape(x)[:-1], 1), WIDE)
+    found = np.zeros((*_shape(x, k, epsilon, weights, where)[:-1], 1), WIDE)
     for i, oracle in _oracles(x, k, epsilon, weights, where):
         found[i] = oracle.t
     return found
@@ -78,7 +83,7 @@ def threshold(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = No
 
 def topk(x: Any, k: Any, epsilon: Any, weights: Any = None, where: Any = None) -> np.ndarray:
     """The mask along the last axis."""
-    found = np.zeros(np.shape(x), WIDE)
+    found = np.zeros(_shape(x, k, epsilon, weights, where), WIDE)
     for i, oracle in _oracles(x, k, epsilon, weights, where):
         found[i] = oracle.mask
         if oracle.regular:  # `oracle.mask` is rounded to float64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -863,4 +863,9 @@ def test_the_defaults_of_epsilon_are_those_of_the_guide() -> None:
             if inspect.isroutine(f) and "epsilon" in inspect.signature(f).parameters:
                 default = inspect.signature(f).parameters["epsilon"].default
                 assert told.pop(prefix + name) == ("none" if default is inspect.Parameter.empty else str(default))
+    estimator = told.pop("softk_sklearn.SoftNeighborsEmbedding")
+    if importlib.util.find_spec("sklearn") is not None:
+        from softk_sklearn import SoftNeighborsEmbedding
+
+        assert estimator == str(SoftNeighborsEmbedding().epsilon)
     assert not told

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.kernels
+
 PROGRAM = """
 import warnings
 import numpy as np
@@ -21,8 +23,6 @@ with warnings.catch_warnings(record=True) as caught:
 for warning in caught:
     print(warning.category.__name__, warning.message)
 import softk_numba
-
-pytestmark = pytest.mark.kernels
 print(softk_numba._absent())
 print(softk_numba._note())
 """
