@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one batch showed. Errors are the largest of the batch; `first` is the first wrong problem in words."""
+    """What one batch showed. Errors are the largest of the batch; `wrong` has the first wrong problem of each kind."""
 
     problems: int
     nan: int
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     mask: float
     mass: float
     derivative: float
-    first: str
+    wrong: tuple[str, ...]
 
 
 # --- problems
@@ -243,16 +243,16 @@ def attack(job: tuple[int, int, str, str]) -> Found:
     apart[usual] = np.max(np.abs(gradient[usual] - slope[usual]), axis=-1) / largest[usual]
     apart = apart / scale
     bad = {"nan": nan, "mask": outside | (off > MASK), "mass": mass > MASS, "derivative": apart > DERIVATIVE[dtype]}
-    first = ""
+    wrong = []
     for name, rows in bad.items():
-        if rows.any() and not first:
+        if rows.any():
             i = int(np.flatnonzero(rows)[0])
             numbers = f"{off[i]:.3g} eps, {mass[i]:.3g} eps, {apart[i]:.3g}"
             given = {field: None if part is None else part[i].tolist() for field, part in batch._asdict().items()}
-            first = f"{name} of row {i} of batch {number} ({dtype}): {numbers}: {given}"
+            wrong.append(f"{name} of row {i} of batch {number} ({dtype}): {numbers}: {given}")
     counts = [int(np.sum(rows)) for rows in bad.values()]
     worst = [float(np.nanmax(part)) for part in (off, mass, apart)]
-    return Found(len(mask), *counts, *worst, first)
+    return Found(len(mask), *counts, *worst, tuple(wrong))
 
 
 def campaign(problems: float, seed: int, dtypes: list[str], choice: str, processes: int) -> Iterator[tuple[str, Found]]:
@@ -268,13 +268,13 @@ def campaign(problems: float, seed: int, dtypes: list[str], choice: str, process
 
 
 def joined(one: Found, other: Found) -> Found:
-    """Counts are added, and the larger errors and the first wrong problem are kept."""
+    """Counts are added, and the larger errors are kept."""
     added = [a + b for a, b in zip(one[:5], other[:5], strict=True)]
-    return Found(*added, *map(max, one[5:8], other[5:8]), one.first or other.first)
+    return Found(*added, *map(max, one[5:8], other[5:8]), one.wrong + other.wrong)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line for each dtype, and the first problem that was solved wrongly."""
+    """Print a line for each dtype, and the wrong problems: of each batch the first of each kind."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--problems", type=float, default=1e7, help="how many to solve (default: 1e7)")
     parser.add_argument("--seed", type=int, default=0)
@@ -287,8 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     bar = tqdm(total=int(options.problems), unit="problem", unit_scale=True, dynamic_ncols=True)
     with bar, suppress(KeyboardInterrupt):
         for dtype, found in batches:
-            if found.first and not any(result.first for result in results.values()):
-                tqdm.write(found.first, file=sys.stderr)
+            for problem in found.wrong:
+                tqdm.write(problem, file=sys.stderr)
             results[dtype] = joined(results[dtype], found) if dtype in results else found
             bar.update(found.problems)
     for dtype, found in results.items():
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         errors = f"mask {found.mask:.2g} eps, sum {found.mass:.2g} eps max(1, k), derivative {found.derivative:.2g}"
         line = f"{found.problems:,} problems; {counts}, {found.wrong_derivatives} wrong derivatives"
         sys.stdout.write(f"{dtype}: {line}; largest errors: {errors}\n")
-    return int(any(found.first for found in results.values()))
+    return int(any(found.wrong for found in results.values()))
 
 
 if __name__ == "__main__":

@@ -653,6 +653,27 @@ def test_a_gap_between_neighboring_numbers(
         assert_close("k", found["k"][i], np.asarray([wanted["k"]]), dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gap_as_wide_as_a_derivative_sees(eager: Library, dtype: str, rng: np.random.Generator) -> None:
+    """Below, at and above the width from which a fractional k is said to lie beside one side of the gap."""
+    largest = float(np.finfo(dtype).max)
+    width = np.linspace(0.96, 1.02, 13)[:, None] * 0.5 * float(np.log(0.5 * largest))  # in units of epsilon
+    rows = len(width)
+    x = np.concatenate([width, np.zeros((rows, 1)), np.full((rows, 1), -3.0), np.full((rows, 1), -9e3)], axis=1)
+    x, k, epsilon = x.astype(dtype), np.full((rows, 1), 1.44, dtype), np.ones((rows, 1), dtype)
+    u = rng.normal(size=x.shape).astype(dtype)
+
+    def pull(x: Any, k: Any, u: Any, epsilon: Any) -> Any:
+        pullback = softk.vjp(softk.topk, x, k, epsilon=epsilon)[1]
+        return {name: value for name, value in pullback(u).items() if value is not None}
+
+    found = evaluate(eager, pull, x, k, u, epsilon, names=[])
+    for i in range(rows):
+        wanted = Oracle(x[i], k[i][0], epsilon[i][0]).vjp(u[i].astype(float))
+        for name in ("x", "k", "epsilon"):
+            assert_close(name, found[name][i], np.atleast_1d(wanted[name]), dtype)
+
+
 def test_derivative_in_k_where_the_gap_is_wider_than_a_number_resolves() -> None:
     """|z| of 2e8 in float32, where neighbors are 16 apart; the mean of the means of either side, however wide."""
     x = np.asarray([0.0] * 11 + [1e6] * 2, np.float32)

@@ -17,7 +17,7 @@ from . import fuzz
 def test_random_problems(number: int) -> None:
     dtype = sorted(fuzz.DERIVATIVE)[number % 2]
     found = fuzz.attack((2, number, dtype, "auto"))
-    assert not found.first
+    assert not found.wrong
     assert found.problems >= fuzz.SIZE // max(fuzz.LENGTHS)
 
 
@@ -40,10 +40,11 @@ def test_a_wrong_answer_is_found(field: str, change: Callable[..., Any], monkeyp
     monkeypatch.setattr(softk, "vjp", wrong)
     found = fuzz.attack((2, 0, "float32", "auto"))
     assert getattr(found, field) > 0
-    assert "of batch 0 (float32)" in found.first
+    assert "of batch 0 (float32)" in found.wrong[0]
 
 
 def test_results_are_added() -> None:
-    one = fuzz.Found(10, 0, 1, 0, 0, 40.0, 2.0, 0.0, "mask of row 3")
-    other = fuzz.Found(20, 0, 0, 0, 2, 1.0, 3.0, 1e-3, "derivative of row 5")
-    assert fuzz.joined(one, other) == fuzz.Found(30, 0, 1, 0, 2, 40.0, 3.0, 1e-3, "mask of row 3")
+    one = fuzz.Found(10, 0, 1, 0, 0, 40.0, 2.0, 0.0, ("mask of row 3",))
+    other = fuzz.Found(20, 0, 0, 0, 2, 1.0, 3.0, 1e-3, ("derivative of row 5",))
+    both = fuzz.Found(30, 0, 1, 0, 2, 40.0, 3.0, 1e-3, ("mask of row 3", "derivative of row 5"))
+    assert fuzz.joined(one, other) == both

@@ -64,10 +64,15 @@ def bound_of(dtype: Any) -> Bound:
 # --- a framework's arrays as NumPy's
 
 
+def _is_numpy(raw: Any) -> bool:
+    """Whether this is NumPy's. Its arithmetic on arrays without axes gives scalars."""
+    return isinstance(raw, (np.ndarray, np.generic))
+
+
 def numpy_of(raw: Any) -> np.ndarray[Any, Any]:
     """The memory of an array on the host as NumPy's, without a copy; the bits of float16 and bfloat16 as integers."""
-    if isinstance(raw, (np.ndarray, np.generic)):
-        raw = np.asarray(raw)  # NumPy's arithmetic on arrays without axes gives scalars
+    if _is_numpy(raw):
+        raw = np.asarray(raw)
         return raw.view(np.uint16) if raw.dtype == np.float16 else raw
     if raw.requires_grad:
         raw = raw.detach()
@@ -83,7 +88,7 @@ def numpy_of(raw: Any) -> np.ndarray[Any, Any]:
 
 def empty(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
     """A new array of the same framework, and of the same dtype unless another one is given."""
-    if isinstance(like, (np.ndarray, np.generic)):
+    if _is_numpy(like):
         return np.empty(shape, dtype or like.dtype)
     return like.new_empty(shape, dtype=dtype)
 
@@ -170,7 +175,7 @@ def settled(inputs: Inputs, ranks: tuple[int, ...] | None) -> tuple[Any, ...]:
     """What the solver settles to."""
     problem = Problem(inputs)
     numbers, number_rows = problem.per_row(4)
-    flags, flag_rows = problem.per_row(4, dtype=np.bool_ if isinstance(problem.like, (np.ndarray, np.generic)) else _torch_bool())
+    flags, flag_rows = problem.per_row(4, dtype=np.bool_ if _is_numpy(problem.like) else _torch_bool())
     problem.run(masks.solve_rows, (0, 0) if ranks is None else (ranks[0], ranks[1]), number_rows, flag_rows)
     return *(numbers[i] for i in range(4)), *(flags[i] for i in range(4))
 

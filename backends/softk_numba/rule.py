@@ -220,7 +220,7 @@ def linearize(x, weights, k, tau, reference, offset, bound, z, scaled):
         share = 0.5 * (above - below)
         nearest = min(above, below)
     else:
-        share = balance(delta, upper, lower, middle, farthest, log_farthest)
+        share = balance(delta, upper, lower, middle, log_farthest)
         nearest = middle - math.fabs(share)
     # A score at the farthest distance has no part in the derivative, though it be the nearest.
     more = math.exp(-share - math.fabs(share)) if above < 0.5 * farthest else 0.0

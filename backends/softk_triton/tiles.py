@@ -817,7 +817,7 @@ def balance_of(mass, low, high, k, above, below, weights):
         exact, delta = exact & is_rounding(delta, k, ROUNDING), 0.0 * delta
     high, low = tl.where(exact, high, 1.0), tl.where(exact, low, 1.0)
     middle = 0.5 * (above + below)
-    share = share_of(delta, high, low, middle, FARTHEST, LOG_FARTHEST)
+    share = share_of(delta, high, low, middle, LOG_FARTHEST)
     # In a wider gap, a k that differs from the count above puts the threshold beside one side, whose z is accurate.
     # The same holds with weights if the mass above misses k by more than a rounding. The other side may be far away.
     beside = is_beside(exact, delta, middle, LOG_FARTHEST)

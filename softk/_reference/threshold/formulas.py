@@ -61,23 +61,22 @@ def excess_of(half: Number, widest: Number) -> Number:
     return xp.maximum(half - widest, 0.0)
 
 
-def asinh(values: Number, most: Number) -> Number:
-    """The inverse of sinh, for sizes clipped to `most`. It uses functions that every runtime has in float64."""
-    size = xp.minimum(xp.abs(values), most)
-    found = xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
-    return xp.where(values < 0.0, -found, found)
+def asinh(size: Number) -> Number:
+    """The inverse of sinh for a size >= 0 whose square is a number. Every runtime has these functions in float64."""
+    return xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
 
 
-def balance(
-    delta: Number, upper: Number, lower: Number, middle: Number, farthest: Number, log_farthest: Number
-) -> Number:
+def balance(delta: Number, upper: Number, lower: Number, middle: Number, log_farthest: Number) -> Number:
     """Half the logarithm of B / A, from the mass: log B / A = 2 asinh(delta exp(N) / (2 sqrt(U L))) + log(U / L).
 
-    `upper` and `lower` are the tails U and L, each in units of its nearest item; `middle` is N, half the gap.
+    `upper` and `lower` are the tails U and L, each in units of its nearest item; `middle` is N, half the gap. The
+    argument y of asinh may overflow in a wide gap. Above 1e9, asinh(y) is log(2 y): 1 / y^2 is negligible.
     """
-    unit = 0.5 * xp.exp(xp.minimum(middle, log_farthest))
-    share = asinh(delta * unit / (xp.sqrt(upper) * xp.sqrt(lower)), 0.1 * farthest)
-    return share + 0.5 * xp.log(upper / lower)
+    missing, both = xp.abs(delta), xp.sqrt(upper) * xp.sqrt(lower)
+    y = missing * (0.5 * xp.exp(xp.minimum(middle, log_farthest))) / both
+    log_twice = middle + xp.log(xp.where(missing > 0.0, missing, 1.0) / both)
+    share = xp.where(y < 1e9, asinh(xp.minimum(y, 1e9)), log_twice)
+    return xp.where(delta < 0.0, -share, share) + 0.5 * xp.log(upper / lower)
 
 
 def is_beside(exact: Number, delta: Number, middle: Number, log_farthest: Number) -> Number:

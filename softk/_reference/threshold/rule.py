@@ -188,7 +188,7 @@ class Linearization:
             delta = xp.zeros_like(delta)
         high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
         middle = 0.5 * (above + below)
-        share = formulas.balance(delta, high, low, middle, bound.farthest, log_farthest)
+        share = formulas.balance(delta, high, low, middle, log_farthest)
         # In a wider gap, and with weights, a delta that is not 0 is the mass of items near one side. The offset is then
         # accurate for that side, and the other one may be at any distance.
         beside = formulas.is_beside(exact, delta, middle, log_farthest)
