@@ -72,8 +72,8 @@ def _is_numpy(raw: Any) -> bool:
 def numpy_of(raw: Any) -> np.ndarray[Any, Any]:
     """The memory of an array on the host as NumPy's, without a copy; the bits of float16 and bfloat16 as integers."""
     if _is_numpy(raw):
-        raw = np.asarray(raw)
-        return raw.view(np.uint16) if raw.dtype == np.float16 else raw
+        values = np.asarray(raw)
+        return values.view(np.uint16) if values.dtype == np.float16 else values
     if raw.requires_grad:
         raw = raw.detach()
     if raw.element_size() == 2:
