@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import softk
+from softk.backend import PRIMITIVES, backend_of
+from softk.testing import Oracle
 
 from .libraries import BY_NAME, Library
 
@@ -140,3 +142,30 @@ def test_next_to_no_budget(dtype: str, k: float, n: int, lib: Library) -> None:
     within, whole = both(lib, np.zeros(n, dtype), k, epsilon=1.0)
     for mask in (within, whole):
         assert np.all((mask >= 0.0) & (mask <= 1e-29))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernels", ["none", "auto"])
+def test_a_window_that_ends_between_neighboring_numbers(kernels: str, lib: Library) -> None:
+    """The end of a window is rounded to a score's dtype. A heavy item on that side of it must stay inside."""
+    spacing = 2.0**-23
+    x = (1.0 + spacing * np.asarray([[0.0, 4.0, -1.0, -2.0]])).astype("float32")
+    weights = np.asarray([[1.0, 0.25, 4.0, 4.0]], "float32")
+    for ratio in np.linspace(2.0, 60.0, 59):  # of tau and the spacing
+        k, epsilon = np.asarray([[0.125]], "float32"), np.asarray([[2.0 * spacing / ratio]], "float32")
+        with softk.kernels(kernels):
+            found = lib.evaluate(softk.topk, x, k, epsilon=epsilon, weights=weights)
+        expected = Oracle(x[0], k[0][0], epsilon[0][0], weights[0]).mask
+        assert np.max(np.abs(found[0] - expected)) <= MASK * np.finfo(x.dtype).eps
+
+
+def test_ranks_do_not_count_weights(rng: np.random.Generator) -> None:
+    """An operator may pass the ranks of a k with weights, too."""
+    x, weights = rng.normal(size=(1, 20_000)), rng.uniform(0.2, 3.0, size=(1, 20_000))
+    inputs = x, np.asarray([[5.0]]), np.asarray([[0.05]]), weights, None
+    for name in ("topk_mask", "topk_log_mask", "topk_threshold"):
+        for kernels in ("none", "auto"):
+            with softk.kernels(kernels):
+                backend, primitive = backend_of(x), PRIMITIVES[name]
+                found, expected = (backend.run(primitive, "forward", inputs, ranks=ranks) for ranks in ((5, 6), None))
+            np.testing.assert_array_equal(found[0], expected[0])

@@ -140,13 +140,16 @@ def sweep(odds, weights, level):
 def gather(x, weights, low, high, into, weights_into):
     """Copy the scores in (low, high] and return their number."""
     count = 0
-    low, high = x.dtype.type(low), x.dtype.type(high)
+    number = x.dtype.type
+    rounded, high = number(low), number(high)
+    if rounded > low:  # a score that is equal to it is in the interval
+        rounded = np.nextafter(rounded, -number(math.inf))
     for i in range(x.shape[0]):
         value = x[i]
         into[count] = value
         if weights is not None:
             weights_into[count] = weights[i]
-        count += 1 if (value > low) & (value <= high) else 0
+        count += 1 if (value > rounded) & (value <= high) else 0
     return count
 
 

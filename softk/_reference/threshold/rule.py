@@ -387,8 +387,9 @@ class Linearization:
         of_a = of_a and self.weights is not None
         xbar = self.cotangent_of_scores(u, c, b) if of_x or of_tau else None
         hbar, abar = self.cotangents_of_mass(u, c, b, of_a) if of_k or of_a else (None, None)
+        found = xbar if of_x else None, hbar if of_k else None
         if not of_tau:
-            return xbar, hbar, None, abar
+            return *found, None, abar
         x_ref = self.dominant_score()
         taubar = -dot(xp, self.log_odds_from(x_ref), xbar)
         shift = logits(self.backend, x_ref, self.reference, self.tau)  # z at x_ref plus the offset
@@ -396,7 +397,7 @@ class Linearization:
             taubar = taubar - shift * c / self.tau
         if b is not None:
             taubar = taubar - (shift - self.offset) * b
-        return xbar, hbar, taubar, abar
+        return *found, taubar, abar
 
     def cotangent_of_scores(self, u: Array | None, c: Array | None, b: Array | None) -> Array:
         """xbar."""

@@ -44,7 +44,7 @@ def solve(
     weights, where : array or None
         Item weights and the items that are not removed, the shape of `x`.
     ranks : tuple of int or None
-        ceil(k) and floor(k) + 1 where k is a Python number and there are no weights.
+        ceil(k) and floor(k) + 1 where k is a Python number. Weights are not counted by ranks, which are ignored then.
 
     Returns
     -------
@@ -56,8 +56,8 @@ def solve(
     bound = limits(xp, x.dtype)
     valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
     tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # the result of an invalid value is NaN, set at the end
-    if ranks is not None and not all(isinstance(rank, int) for rank in ranks):
-        ranks = None  # symbols of a trace
+    if weights is not None or (ranks is not None and not all(isinstance(rank, int) for rank in ranks)):
+        ranks = None  # they count scores, not weights; or they are symbols of a trace
     constants = tuple(None if value is None else backend.constant(value) for value in (x, k, tau, weights, where))
     found = backend.run(solver, "forward", constants, ranks=ranks)
     reference, offset, high, low, nothing, everything, settled, infinite = found
