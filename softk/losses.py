@@ -11,7 +11,7 @@ natively. `softk.vjp` and `softk.jvp` do not support them, so on a library witho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any, Literal
 
@@ -75,11 +75,11 @@ class _Lists(Slices):
 
     def masses(self, k: Any) -> list[Any]:
         """Each of the given k, as a number or an array of one value per list."""
-        values = list(k) if isinstance(k, (tuple, list)) else [k]
+        values = list(k) if isinstance(k, tuple) else [k]
         if not values:
             raise ValueError(f"k must have at least one number, got {k!r}")
         for value in values:
-            if isinstance(k, (tuple, list)) and not is_number(value):
+            if isinstance(k, tuple) and not is_number(value):
                 raise TypeError(f"k must be a number, an array, or a tuple of numbers, got {k!r}")
             if is_number(value) and not value > 0:
                 raise ValueError(f"k must be above 0, got {k!r}")
@@ -105,7 +105,7 @@ class _Lists(Slices):
     def results(self, k: Any, values: list[Any], valid: Any) -> Any:
         """The result for one k, or for each of several along a first axis."""
         found = [self.result(value, valid) for value in values]
-        return self.xp.stack(found, axis=0) if isinstance(k, (tuple, list)) else found[0]
+        return self.xp.stack(found, axis=0) if isinstance(k, tuple) else found[0]
 
 
 def _safe(xp: Any, total: Any) -> Any:
@@ -217,7 +217,7 @@ def recall(
     scores: ArrayT,
     relevance: AnyArray,
     /,
-    k: float | AnyArray | Sequence[float],
+    k: float | AnyArray | tuple[float, ...],
     *,
     axis: int = -1,
     epsilon: float | AnyArray = 0.1,
@@ -236,7 +236,7 @@ def recall(
         As for `ndcg`. Items with a relevance above 0 are relevant, all to the same degree.
     k : number, array, or tuple of numbers
         How many items are selected, above 0 and possibly fractional. A k above the number of items selects all. An
-        array has one value per list, as for `softk.topk`. A tuple or list of numbers gives one result for each of them.
+        array has one value per list, as for `softk.topk`. A tuple of numbers gives one result for each of them.
 
     Returns
     -------
@@ -267,7 +267,7 @@ def recall(
     >>> losses.recall(scores, relevance, (1, 2, 3, 10), epsilon=0.01).tolist()
     [0.5, 0.5, 1.0, 1.0]
     """
-    one = 1 if isinstance(k, (tuple, list)) else k  # several numbers are checked below
+    one = 1 if isinstance(k, tuple) else k  # several numbers are checked below
     lists = _Lists(scores, axis, epsilon, where, reduction, relevance=relevance, k=one)
     xp = lists.xp
     masses = lists.masses(k)
@@ -284,7 +284,7 @@ def precision(
     scores: ArrayT,
     relevance: AnyArray,
     /,
-    k: float | AnyArray | Sequence[float],
+    k: float | AnyArray | tuple[float, ...],
     *,
     axis: int = -1,
     epsilon: float | AnyArray = 0.1,
@@ -328,7 +328,7 @@ def precision(
     >>> losses.precision(scores, relevance, (1, 2, 4, 8), epsilon=0.01).tolist()
     [1.0, 0.5, 0.5, 0.25]
     """
-    one = 1 if isinstance(k, (tuple, list)) else k  # several numbers are checked below
+    one = 1 if isinstance(k, tuple) else k  # several numbers are checked below
     lists = _Lists(scores, axis, epsilon, where, reduction, relevance=relevance, k=one)
     xp = lists.xp
     masses = lists.masses(k)

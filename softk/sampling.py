@@ -14,7 +14,7 @@ from typing import Any
 from ._functions.arguments import Slices
 from ._functions.checks import at_most, check_precision, is_number, require_array, working_dtype
 from ._functions.masks import topk
-from ._functions.shapes import cast, move_axis
+from ._functions.shapes import cast, fits, move_axis
 from ._functions.signatures import explained
 from .backend import AnyArray, ArrayT, backend_of
 
@@ -102,6 +102,11 @@ def subset(
     """
     require_array("scores", scores)
     require_array("noise", noise)
+    if backend_of(noise) is backend_of(scores) and not fits(tuple(scores.shape), tuple(noise.shape)):
+        raise ValueError(
+            f"noise must have the shape of scores, {tuple(scores.shape)}, or further axes in front of it, "
+            f"got {tuple(noise.shape)}"
+        )
     slices = Slices(noise, axis, called="noise", scores=scores, k=k, epsilon=epsilon, where=where)
     check_precision(slices.xp, "scores", scores, "noise", noise)
     with slices.backend.quiet():

@@ -45,13 +45,13 @@ def complains(
 @pytest.mark.parametrize(
     ("x", "value"),
     [
-        ([0.5, 2.0], "got list"),
-        ((0.5, 2.0), "got tuple"),
+        ([0.5, 2.0], r"got list; convert it, for example np\.asarray\(x\)"),
+        ((0.5, 2.0), r"got tuple; convert it"),
         (0.5, "got float"),
         (np.float64(0.5), r"got numpy\.float64"),
         (3, "got int"),
         (None, "got NoneType"),
-        ("scores", "got str"),
+        ("scores", "got str 'scores'"),
         (memoryview(b"scores"), "got memoryview"),
         (range(3), "got range"),
     ],
@@ -832,7 +832,9 @@ def test_explicit_derivatives_are_those_of_operators() -> None:
             softk.jvp(f, *args, tangents={})
     with pytest.raises(TypeError, match=r"got softk\.beam\.step, which is a composition"):
         softk.vjp(softk.beam.step, X, beams=1)
-    with pytest.raises(TypeError, match=r"f must be a function of softk, such as softk\.topk, got <ufunc 'sin'>"):
+    with pytest.raises(
+        TypeError, match=r"f must be a function of softk, such as softk\.topk, got <ufunc 'sin'>; pass the func"
+    ):
         softk.vjp(np.sin, X)
 
 

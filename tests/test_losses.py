@@ -287,7 +287,7 @@ def test_several_k_and_k_beyond_the_list(rng: Any) -> None:
         for row, k in zip(several, (1, 2.5, 50), strict=True):
             np.testing.assert_array_equal(row, f(scores, relevance, k, **given))
             np.testing.assert_array_equal(row, f(scores, relevance, np.full((4, 1), k), **given))
-        means = f(scores, relevance, [1, 2.5, 50], reduction="mean", **given)
+        means = f(scores, relevance, (1, 2.5, 50), reduction="mean", **given)
         assert_close(means, several.mean(axis=1), 1e-15)
     assert_close(losses.recall(scores, relevance, 50, **given), [1.0, 1.0, 1.0, 0.0], 1e-15)
     np.testing.assert_array_equal(
@@ -605,7 +605,8 @@ def test_errors_of_k(f: Any) -> None:
     complains(ValueError, "k", "got 0", "above 0", f, X, Y, 0)
     complains(ValueError, "k", "got nan", "above 0", f, X, Y, NAN)
     complains(TypeError, "k", "got NoneType", "a number or an array", f, X, Y, None)
-    complains(TypeError, "k", "got str", "a number or an array", f, X, Y, "2")
+    complains(TypeError, "k", "got str '2'", "a number or an array", f, X, Y, "2")
+    complains(TypeError, "k", "got list", r"np\.asarray\(k\)", f, X, Y, [1, 2])  # one each, or several for all?
     complains(ValueError, "k", r"\(2,\)", r"\(2, 1\)", f, X, Y, np.ones(2))
 
 

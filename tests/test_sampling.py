@@ -258,7 +258,7 @@ X, U = np.zeros((2, 4)), np.full((3, 2, 4), 0.5)
         (TypeError, "scores", "float32", "the dtype of noise", (X.astype("float32"), 1, U), {}),
         (TypeError, "scores", "int64", "the dtype of noise", (X.astype(int), 1, U), {}),
         (TypeError, "noise", "int64", "real floating-point", (X, 1, U.astype(int)), {}),
-        (ValueError, "scores", r"\(2, 4\)", r"shape of noise, \(4,\)", (X, 1, U[0, 0]), {}),
+        (ValueError, "noise", r"\(4,\)", r"shape of scores, \(2, 4\)", (X, 1, U[0, 0]), {}),
         (ValueError, "k", "got -1", "from 0 to 4", (X, -1, U), {}),
         (TypeError, "k", "got str", "a number or an array", (X, "2", U), {}),
         (ValueError, "k", "got 1.5", "whole number", (X, 1.5, U), {"hard": True}),

@@ -188,3 +188,9 @@ def test_single_precision_stays() -> None:
 )
 def test_errors(error: Any, name: str, value: str, allowed: str, options: dict[str, Any]) -> None:
     complains(error, name, value, allowed, SoftNeighborsEmbedding(**options).fit, *load_wine(return_X_y=True))
+
+
+def test_equal_samples_are_told() -> None:
+    with pytest.warns(UserWarning, match="all samples of X are equal"):
+        found = SoftNeighborsEmbedding(2, max_iter=2).fit(np.ones((20, 3)), np.arange(20) % 2)
+    assert np.all(np.isfinite(found.transform(np.ones((2, 3)))))

@@ -101,8 +101,16 @@ def test_hard_when_it_evaluates(rng: Any) -> None:
     assert repr(layer) == "TopK(k=2.7 (learned), dim=-1, mode='largest', epsilon=0.6, hard='eval')"
     with pytest.raises(ValueError, match="hard=True does not support weights"):
         layer.eval()(x, weights=torch.ones_like(x))
-    with pytest.raises(ValueError, match=r"k must be a whole number with hard=True, got 2.5"):
+    with pytest.raises(ValueError, match=r"k must be a whole number with hard='eval', got 2.5"):
         TopK(2.5, hard="eval")
+    with pytest.raises(ValueError, match=r"dim must be from -2 to 1 for x of 2 axes, got 2"):
+        TopK(parameter(2.0), dim=2)(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"dim must be from -2 to 1 for noise of 2 axes, got -3"):
+        softk_torch.SubsetSampler(2, dim=-3)(torch.zeros(4), torch.rand(3, 4))
+    with pytest.raises(
+        TypeError, match=r"epsilon must be .*, got softk.schedules.Schedule; call it, as in epsilon\(step\)"
+    ):
+        TopK(2, epsilon=softk.schedules.linear(1.0, 0.1, steps=10))
     with pytest.raises(TypeError, match="hard must be True, False or 'eval', got 'evaluating'"):
         TopK(2, hard="evaluating")
 

@@ -147,7 +147,10 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         self.classes_, labels = np.unique(y, return_inverse=True)
         random = check_random_state(self.random_state)
         centered = X - X.mean(axis=0)
-        size = math.sqrt(float(np.sum(np.var(centered, axis=0)))) or 1.0  # 1 if all samples are equal
+        size = math.sqrt(float(np.sum(np.var(centered, axis=0))))
+        if size == 0.0:
+            warnings.warn("all samples of X are equal, so there is no map to learn", UserWarning, stacklevel=2)
+            size = 1.0
         centered = centered / size  # makes the training independent of the unit of the features
         start = self._start(centered, labels, components, random)
         self.components_ = self._learn(centered, labels, start, random).T.astype(X.dtype) / size
@@ -285,7 +288,7 @@ class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
                     f"init must not be 'lda' for n_components = {components}: "
                     f"these data have {axes.shape[1]} discriminant directions"
                 )
-        elif init == "pca" or (init == "auto" and components < min(features, samples)):
+        elif X.any() and (init == "pca" or (init == "auto" and components < min(features, samples))):
             axes = PCA(components, svd_solver="full").fit(X).components_.T
         else:
             axes = np.eye(features, components)

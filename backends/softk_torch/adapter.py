@@ -46,7 +46,8 @@ class TorchBackend(Backend):
 
     def densely(self, x: Array) -> str | None:
         if x.is_nested:
-            return "torch.nested.to_padded_tensor({}, -math.inf)"  # -inf is never selected
+            padding = "False" if x.dtype == torch.bool else "-math.inf"  # neither is selected
+            return f"torch.nested.to_padded_tensor({{}}, {padding}), with where= for the items that are there"
         return None if x.layout is torch.strided else "{}.to_dense()"
 
     def ragged(self, x: Array) -> Ragged | None:

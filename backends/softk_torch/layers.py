@@ -11,7 +11,7 @@ import softk
 import softk.attention
 import softk.sampling
 
-from .parameters import hold, require_numbers, scores_of_size, show
+from .parameters import hold, require_dim, require_numbers, scores_of_size, show
 
 __all__ = ["SubsetSampler", "TopK", "TopKAttention"]
 
@@ -84,8 +84,8 @@ class TopK(torch.nn.Module):
         require_numbers(k, epsilon, mode=mode)
         if hard != "eval" and not isinstance(hard, bool):
             raise TypeError(f"hard must be True, False or 'eval', got {hard!r}")
-        if hard and not isinstance(k, torch.Tensor):  # raises if k is not a whole number
-            softk.topk(scores_of_size(max(math.ceil(k), 1)), k, hard=True)
+        if hard and not isinstance(k, torch.Tensor) and k != math.floor(k):
+            raise ValueError(f"k must be a whole number with hard={hard!r}, got {k!r}")
         hold(self, k=k, epsilon=epsilon)
         self.dim = dim
         self.mode: Literal["largest", "smallest"] = mode
@@ -95,6 +95,7 @@ class TopK(torch.nn.Module):
         self, x: torch.Tensor, *, weights: torch.Tensor | None = None, where: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The mask of the scores `x`; `weights` and `where` as for `softk.topk`."""
+        require_dim(self.dim, x)
         k, hard = self.k, not self.training if self.hard == "eval" else self.hard
         if isinstance(k, torch.Tensor) and weights is None:
             axes = self.dim if isinstance(self.dim, tuple) else (self.dim,)
@@ -288,6 +289,7 @@ class SubsetSampler(torch.nn.Module):
 
     def forward(self, scores: torch.Tensor, noise: torch.Tensor, *, where: torch.Tensor | None = None) -> torch.Tensor:
         """The masks of random subsets. `noise` are random numbers, uniform between 0 and 1, as of `torch.rand`."""
+        require_dim(self.dim, noise, called="noise")
         k = self.k.clamp(min=0) if isinstance(self.k, torch.Tensor) else self.k
         mask: torch.Tensor = softk.sampling.subset(
             scores, k, noise, axis=self.dim, epsilon=self.epsilon, where=where, hard=self.hard

@@ -21,6 +21,13 @@ def require_numbers(k: float | torch.Tensor, epsilon: float | torch.Tensor, mode
     softk.topk(scores_of_size(1), number, mode=mode, epsilon=strength, weights=scores_of_size(1))
 
 
+def require_dim(dim: int | tuple[int, ...], x: torch.Tensor, *, called: str = "x") -> None:
+    """Raise for a dim that the input does not have: PyTorch's name for what the functions call axis."""
+    for one in dim if isinstance(dim, tuple) else (dim,):
+        if isinstance(one, int) and not -x.ndim <= one < x.ndim:
+            raise ValueError(f"dim must be from {-x.ndim} to {x.ndim - 1} for {called} of {x.ndim} axes, got {dim!r}")
+
+
 def hold(module: torch.nn.Module, **values: float | torch.Tensor) -> None:
     """Set the attributes of a module: tensors that are no parameters become buffers, other values stay as they are."""
     for name, value in values.items():

@@ -25,7 +25,7 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
     if not is_array(value) or is_number(value):
         raise TypeError(
             f"{name} must be {wanted} of a library that follows the Python Array API standard "
-            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
+            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}{_remedy(name, value)}"
         )
     kind = type(value)
     if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
@@ -34,7 +34,18 @@ def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
         )
     dense = backend_of(value).densely(value)
     if dense is not None:
-        raise TypeError(f"{name} must be a dense array, got {kind_of(value)}; convert it: {dense.format(name)}")
+        layout = getattr(value, "layout", None)
+        got = kind_of(value) + ("" if layout is None else f" of layout {layout}")
+        raise TypeError(f"{name} must be a dense array, got {got}; convert it: {dense.format(name)}")
+
+
+def _remedy(name: str, value: Any) -> str:
+    """How to make an array or a number of a value that is neither: the end of an error message."""
+    if isinstance(value, (str, bool)):
+        return f" {value!r}"
+    if isinstance(value, (list, tuple)):
+        return f"; convert it, for example np.asarray({name}) or torch.tensor({name})"
+    return f"; call it, as in {name}(step)" if callable(value) else ""
 
 
 def require_size(name: str, x: Array, axis: int) -> None:

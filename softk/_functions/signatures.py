@@ -36,6 +36,8 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 ABSENT = {
     "sorted": "a mask keeps the order of the scores, and softk.sorted_topk always sorts",
     "stable": "results are always deterministic, and equal scores get equal results",
+    "where": "set the scores of the others to -inf, or use softk.topk, which has where=",
+    "offsets": "use lengths=, the number of items of each row",
 }
 
 
