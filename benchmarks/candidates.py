@@ -23,6 +23,7 @@ SINKHORN_ITERATIONS = 200
 SETTLED = "Sinkhorn until it settles"
 MOST_ITERATIONS = 1000
 REFERENCE = "softk.topk, no kernels"
+SELECT, INDICES = "softk.select", "hard top-k (values, indices)"
 BISECTION = "60 bisections"
 BISECTIONS = 60
 MEMORY_SHARE = 0.3

@@ -15,7 +15,9 @@ import softk
 from .candidates import (
     BISECTION,
     BISECTIONS,
+    INDICES,
     REFERENCE,
+    SELECT,
     SINKHORN,
     SINKHORN_ITERATIONS,
     Candidate,
@@ -83,6 +85,15 @@ def _reference(case: Case, x: torch.Tensor) -> torch.Tensor:
 def _sorted(case: Case, x: torch.Tensor) -> torch.Tensor:
     values: torch.Tensor = softk.sorted_topk(x, case.k, epsilon=case.epsilon).values
     return values
+
+
+def _select(case: Case, x: torch.Tensor) -> torch.Tensor:
+    gates: torch.Tensor = softk.select(x, case.k, epsilon=case.epsilon).gates
+    return gates
+
+
+def _indices(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return torch.topk(x, case.k, dim=-1).indices
 
 
 def _softmax(case: Case, x: torch.Tensor) -> torch.Tensor:
@@ -200,6 +211,8 @@ def candidates(device: str) -> list[Candidate]:
         Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
         Candidate(REFERENCE, "PyTorch", "soft", _prepare(_reference, device)),
         Candidate("softk.sorted_topk", "PyTorch", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
+        Candidate(SELECT, "PyTorch", "other", _prepare(_select, device, gradient=False)),
+        Candidate(INDICES, "PyTorch", "other", _prepare(_indices, device, gradient=False)),
         Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
         Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
         Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .candidates import INDICES, SELECT
+
 Record = dict[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 ORDER = ("NumPy", "PyTorch", "torch.compile", "JAX jit")
@@ -101,6 +103,18 @@ def headline(records: list[Record]) -> str:
             cells.append(NOTHING if both is None else f"{ratio(both)} ({milliseconds(both['median'])} ms)")
         rows.append([key[4], key[1], key[0], *cells])
     return table(["shape", "dtype", "threads", *ORDER], rows, text=3)
+
+
+def selection(records: list[Record]) -> str:
+    """The table of `softk.select` over the library's own top-k, forward."""
+    rows = []
+    for ours in of(records, group="shapes", candidate=SELECT, status="measured"):
+        case = {name: ours[name] for name in ("framework", "rows", "n", "k", "dtype", "threads")}
+        for own in of(records, group="shapes", candidate=INDICES, status="measured", **case):
+            times = [record["forward"]["median"] for record in (own, ours)]
+            cells = [shape(ours), ours["dtype"], ours["threads"], *map(milliseconds, times), factor(times[1] / times[0])]
+            rows.append(cells)
+    return table(["shape", "dtype", "threads", "torch.topk, ms", "softk.select, ms", "ratio"], rows, text=3)
 
 
 def details(records: list[Record]) -> str:
@@ -200,6 +214,7 @@ def page(result: dict[str, Any]) -> str:
     records = result["records"]
     parts = ["## Machine", machine(result["environment"])]
     parts += ["## softk over softmax", "Forward + backward, epsilon 0.1.", headline(records)]
+    parts += ["## softk.select over torch.topk", "Forward, epsilon 0.1.", selection(records)]
     shapes = of(records, group="shapes", dtype="float32", threads="all")
     parts += ["## Every candidate", "float32, all threads, epsilon 0.1: median and quartiles."]
     seen = dict.fromkeys((record["rows"], record["n"], record["k"]) for record in shapes)

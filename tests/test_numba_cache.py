@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: A kernel that compiles in a second.
 TINY = """
 from .cache import kernel
 from .operations import EXACT, FORMULAS
-
-pytestmark = pytest.mark.kernels
 
 midpoint = FORMULAS.midpoint
 

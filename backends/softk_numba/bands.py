@@ -22,7 +22,7 @@ import math
 import numpy as np
 
 from .cache import compiled
-from .operations import EXACT, FAST, exponential
+from .operations import EXACT, FAST, WITHOUT_SUMS, exponential
 
 #: A system is factorized if it has at most so many boundaries, or if its matrix is a band of at most that width.
 DENSE, BAND = 40, 12
@@ -118,80 +118,102 @@ def dot(one, at, other, begin, count):
     return found
 
 
+# A loop that writes has no sum, for the reason of `rule.write_gains`.
+
+
 @compiled(FAST)
+def tail_product(tails, begin, values, start, stop, of_tail):
+    """The sum of the values times the tails, or times their complements."""
+    found = 0.0
+    at, place = np.uint64(begin), np.uint64(start)
+    if of_tail:
+        for i in range(np.uint64(stop - start)):
+            found += tails[at + i] * values[place + i]
+    else:
+        for i in range(np.uint64(stop - start)):
+            found += (1.0 - tails[at + i]) * values[place + i]
+    return found
+
+
+@compiled(WITHOUT_SUMS)
+def add_tail_product(tails, begin, weights, number, sums, start, stop, of_tail):
+    """sums += the tails, or their complements, times the weights times a number."""
+    at, place = np.uint64(begin), np.uint64(start)
+    if of_tail:
+        for i in range(np.uint64(stop - start)):
+            sums[place + i] += tails[at + i] * (weights[place + i] * number)
+    else:
+        for i in range(np.uint64(stop - start)):
+            sums[place + i] += (1.0 - tails[at + i]) * (weights[place + i] * number)
+
+
+@compiled(EXACT)
 def descend(tails, begin, weights, number, sums, start, stop, is_above):
     """A step towards lower anchors: sums += Q d, and the sum of R sums. d are the weights times a number.
 
     The tail is R of the scores whose peak is above the boundary, and Q of the others.
     """
-    found = 0.0
-    at, place = np.uint64(begin), np.uint64(start)
-    if is_above:
-        for i in range(np.uint64(stop - start)):
-            tail = tails[at + i]
-            total = sums[place + i] + (1.0 - tail) * (weights[place + i] * number)
-            sums[place + i] = total
-            found += tail * total
-    else:
-        for i in range(np.uint64(stop - start)):
-            tail = tails[at + i]
-            total = sums[place + i] + tail * (weights[place + i] * number)
-            sums[place + i] = total
-            found += (1.0 - tail) * total
-    return found
+    add_tail_product(tails, begin, weights, number, sums, start, stop, not is_above)
+    return tail_product(tails, begin, sums, start, stop, is_above)
 
 
-@compiled(FAST)
+@compiled(EXACT)
 def ascend(tails, begin, weights, number, sums, start, stop, is_above):
     """A step towards higher anchors: the sum of Q sums, and then sums += R d."""
-    found = 0.0
-    at, place = np.uint64(begin), np.uint64(start)
-    if is_above:
-        for i in range(np.uint64(stop - start)):
-            tail, total = tails[at + i], sums[place + i]
-            found += (1.0 - tail) * total
-            sums[place + i] = total + tail * (weights[place + i] * number)
-    else:
-        for i in range(np.uint64(stop - start)):
-            tail, total = tails[at + i], sums[place + i]
-            found += tail * total
-            sums[place + i] = total + (1.0 - tail) * (weights[place + i] * number)
+    found = tail_product(tails, begin, sums, start, stop, not is_above)
+    add_tail_product(tails, begin, weights, number, sums, start, stop, is_above)
     return found
 
 
 @compiled(FAST)
-def descend_with(tails, begin, moved, from_, weights, number, sums, changes, x, reference, start, stop, is_above):
-    """The same for d plus given numbers `moved`; R sums is added to `changes` and also summed up times x - r."""
+def sum_and_moment(values, x, reference, count):
+    """The sum of the first numbers, and that of them times x - r."""
     found = moment = 0.0
+    for i in range(count):
+        found += values[i]
+        moment += values[i] * (x[i] - reference)
+    return found, moment
+
+
+@compiled(WITHOUT_SUMS)
+def write_tail_product(tails, begin, values, start, stop, of_tail, out, changes):
+    """The values times the tails, or times their complements; they are added to `changes`, too."""
+    at, place = np.uint64(begin), np.uint64(start)
+    for i in range(np.uint64(stop - start)):
+        tail = tails[at + i]
+        change = (tail if of_tail else 1.0 - tail) * values[place + i]
+        out[i] = change
+        changes[place + i] += change
+
+
+@compiled(WITHOUT_SUMS)
+def add_moved(tails, begin, moved, from_, weights, number, sums, start, stop, of_tail):
+    """`add_tail_product`, of the weights times a number plus given numbers."""
     at, place, given = np.uint64(begin), np.uint64(start), np.uint64(from_)
     for i in range(np.uint64(stop - start)):
         tail = tails[at + i]
-        own = 1.0 - tail if is_above else tail
-        other = tail if is_above else 1.0 - tail
-        total = sums[place + i] + own * (moved[given + i] + weights[place + i] * number)
-        sums[place + i] = total
-        change = other * total
-        changes[place + i] += change
-        found += change
-        moment += change * (x[place + i] - reference)
-    return found, moment
+        share = tail if of_tail else 1.0 - tail
+        sums[place + i] += share * (moved[given + i] + weights[place + i] * number)
 
 
-@compiled(FAST)
-def ascend_with(tails, begin, moved, from_, weights, number, sums, changes, x, reference, start, stop, is_above):
+@compiled(EXACT)
+def descend_with(tails, begin, moved, from_, weights, number, sums, changes, x, reference, start, stop, is_above, some):
+    """The same for d plus given numbers `moved`; R sums is added to `changes` and also summed up times x - r.
+
+    `some` is room for the numbers of one boundary.
+    """
+    add_moved(tails, begin, moved, from_, weights, number, sums, start, stop, not is_above)
+    write_tail_product(tails, begin, sums, start, stop, is_above, some, changes)
+    return sum_and_moment(some, x[start:stop], reference, stop - start)
+
+
+@compiled(EXACT)
+def ascend_with(tails, begin, moved, from_, weights, number, sums, changes, x, reference, start, stop, is_above, some):
     """`ascend`, likewise."""
-    found = moment = 0.0
-    at, place, given = np.uint64(begin), np.uint64(start), np.uint64(from_)
-    for i in range(np.uint64(stop - start)):
-        tail, total = tails[at + i], sums[place + i]
-        own = 1.0 - tail if is_above else tail
-        other = tail if is_above else 1.0 - tail
-        change = own * total
-        changes[place + i] += change
-        found += change
-        moment += change * (x[place + i] - reference)
-        sums[place + i] = total + other * (moved[given + i] + weights[place + i] * number)
-    return found, moment
+    write_tail_product(tails, begin, sums, start, stop, not is_above, some, changes)
+    found = sum_and_moment(some, x[start:stop], reference, stop - start)
+    add_moved(tails, begin, moved, from_, weights, number, sums, start, stop, is_above)
+    return found
 
 
 # --- the plan

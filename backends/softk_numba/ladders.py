@@ -346,15 +346,15 @@ def across(x, weights, reference, first, low, high, at, tails, moved, v, sums, c
     n, b = x.shape[0], v.shape[0]
     bands.reset(changes, n, 0.0)
     bands.reset(sums, n, 0.0)
-    moment = 0.0
+    moment, some = 0.0, np.empty(n)
     for j in range(b):
         place = at[0, j]
         one = bands.descend_with(
-            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], low[j], first[j], True
+            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], low[j], first[j], True, some
         )
         place = at[1, j]
         other = bands.descend_with(
-            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], first[j], high[j], False
+            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], first[j], high[j], False, some
         )
         found[j] = one[0] + other[0]
         moment += one[1] + other[1]
@@ -362,11 +362,11 @@ def across(x, weights, reference, first, low, high, at, tails, moved, v, sums, c
     for j in range(b - 1, -1, -1):
         place = at[0, j]
         one = bands.ascend_with(
-            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], low[j], first[j], True
+            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], low[j], first[j], True, some
         )
         place = at[1, j]
         other = bands.ascend_with(
-            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], first[j], high[j], False
+            tails, place, moved, place, weights, v[j], sums, changes, x, reference[j], first[j], high[j], False, some
         )
         found[j] += one[0] + other[0]
         moment += one[1] + other[1]

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from .cache import compiled
-from .operations import EXACT, FAST, clipped_of, exponential, larger
+from .operations import EXACT, FAST, WITHOUT_SUMS, clipped_of, exponential, larger
 from .rule import (
     LEAST_GAIN,
     MOST_SHARE,
@@ -27,24 +27,30 @@ from .rule import (
 from .solve import BLOCK
 
 
-@compiled(FAST)
-def log_gains_block(x, u, reference, inverse, offset, lowest, gains, direct):
-    """v and (1 - m) u of every item, 0 for z up to `lowest`; the sums of both, and the largest v."""
+@compiled(WITHOUT_SUMS)
+def write_log_gains(x, u, reference, inverse, offset, lowest, gains, direct):
+    """v and (1 - m) u of every item, 0 for z up to `lowest`."""
     number = x.dtype.type
     one, none, flushed = number(1.0), number(0.0), clipped_of(number)
-    total = product = most = none
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
         decay = exponential(-math.fabs(z))
         decay = decay if decay > flushed else none
         larger_one = one / (one + decay)
         smaller_one = decay * larger_one
-        gain = smaller_one * larger_one
-        value = (smaller_one if z > none else larger_one) * u[i] if z > lowest else none
-        gains[i], direct[i] = gain, value
-        total += gain
-        product += value
-        most = larger(most, gain)
+        gains[i] = smaller_one * larger_one
+        direct[i] = (smaller_one if z > none else larger_one) * u[i] if z > lowest else none
+
+
+@compiled(FAST)
+def sum_log_gains(gains, direct):
+    """The sums of both, and the largest v."""
+    number = gains.dtype.type
+    total = product = most = number(0.0)
+    for i in range(gains.shape[0]):
+        total += gains[i]
+        product += direct[i]
+        most = larger(most, gains[i])
     return total, product, most
 
 
@@ -86,7 +92,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
         total = product = most = 0.0
         for start in range(0, n, BLOCK):
             stop = start + BLOCK
-            sums = log_gains_block(
+            write_log_gains(
                 x[start:stop],
                 u[start:stop],
                 number(reference),
@@ -96,6 +102,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
                 xbar[start:stop],
                 direct[start:stop],
             )
+            sums = sum_log_gains(xbar[start:stop], direct[start:stop])
             total, product, most = total + sums[0], product + sums[1], max(most, np.float64(sums[2]))
         if most > LEAST_GAIN and most < MOST_SHARE * total:
             write_log_product(direct, number((c - product) / total), inverse, xbar)

@@ -9,7 +9,7 @@ import numpy as np
 from .cache import compiled, kernel
 from .lanes import mask_lanes, pull_lanes
 from .loops import item_cotangents, pull_loop, push_loop
-from .operations import EXACT, FAST, clipped_of, exponential, larger, reach_of, smaller
+from .operations import EXACT, FAST, WITHOUT_SUMS, clipped_of, exponential, larger, reach_of, smaller
 from .rows import (
     compact,
     compact_weighted,
@@ -91,35 +91,36 @@ def weighted_facts_of(x, weights):
     return (highest, lowest, first + mean, math.sqrt(max(squares / total - mean * mean, 0.0)), total), lightest
 
 
-@compiled(FAST)
+@compiled(WITHOUT_SUMS)
 def write_block(x, reference, inverse, offset, out):
-    """sigmoid((x - reference) / tau - offset), for scores that are not +inf; the sum of it.
+    """sigmoid((x - reference) / tau - offset), for scores that are not +inf.
 
     It is 0 where the exponential would be clipped: a score far below the threshold is not selected at all.
     """
     number = x.dtype.type
-    one, none = number(1.0), number(0.0)
-    total, farthest = none, reach_of(number)
+    one, none, farthest = number(1.0), number(0.0), reach_of(number)
     for i in range(x.shape[0]):
         z = offset - (x[i] - reference) * inverse
         found = one / (one + exponential(z))
-        found = found if z < farthest else none
-        out[i] = found
-        total += found
-    return total
+        out[i] = found if z < farthest else none
 
 
-@compiled(FAST)
+@compiled(WITHOUT_SUMS)
 def write_ratio_block(odds, level, out):
     """The same, from exp((x - reference) / tau) and exp(offset)."""
     number = odds.dtype.type
-    none = number(0.0)
-    total, clipped = none, clipped_of(number)
+    none, clipped = number(0.0), clipped_of(number)
     for i in range(out.shape[0]):
         found = odds[i] / (odds[i] + level)
-        found = found if odds[i] > clipped else none
-        out[i] = found
-        total += found
+        out[i] = found if odds[i] > clipped else none
+
+
+@compiled(FAST)
+def sum_block(values):
+    """The sum. It is not formed while they are written, for the reason of `rule.write_gains`."""
+    total = values.dtype.type(0.0)
+    for i in range(values.shape[0]):
+        total += values[i]
     return total
 
 
@@ -132,9 +133,10 @@ def write_mask(x, reference, tau, offset, way, odds, out):
     for start in range(0, x.shape[0], BLOCK):
         stop = start + BLOCK
         if way == WHOLE:
-            total += write_ratio_block(odds[start:stop], level, out[start:stop])
+            write_ratio_block(odds[start:stop], level, out[start:stop])
         else:
-            total += write_block(x[start:stop], r, inverse, s, out[start:stop])
+            write_block(x[start:stop], r, inverse, s, out[start:stop])
+        total += sum_block(out[start:stop])
     return total
 
 

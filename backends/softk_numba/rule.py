@@ -26,38 +26,42 @@ MOST_SHARE = 0.75
 # --- ordinary rows
 
 
-@compiled(FAST)
-def gains_block(x, values, reference, inverse, offset, gains):
-    """v of every item; the sum of v, that of v times the values, and the largest v, once more as the largest a v."""
+@compiled(WITHOUT_SUMS)
+def write_gains(x, reference, inverse, offset, gains):
+    """v of every item.
+
+    A loop that writes has no sum. The compiler reads and writes one item at a time where arrays lie close together, and
+    a sum is then added up in another order: its last digits would depend on where the arrays lie.
+    """
     number = x.dtype.type
     one, flushed = number(1.0), clipped_of(number)
-    total = product = most = number(0.0)
     for i in range(x.shape[0]):
         z = (x[i] - reference) * inverse - offset
         decay = exponential(-math.fabs(z))
         decay = decay if decay > flushed else number(0.0)  # `exponential` is clipped, and far items have no part
         larger_one = one / (one + decay)
-        gain = decay * larger_one * larger_one
-        gains[i] = gain
-        total += gain
-        product += gain * values[i]
-        most = larger(most, gain)
+        gains[i] = decay * larger_one * larger_one
+
+
+@compiled(FAST)
+def sum_gains(values, gains):
+    """The sum of v, that of v times the values, and the largest v, once more as the largest a v."""
+    number = gains.dtype.type
+    total = product = most = number(0.0)
+    for i in range(gains.shape[0]):
+        total += gains[i]
+        product += gains[i] * values[i]
+        most = larger(most, gains[i])
     return total, product, most, most
 
 
 @compiled(FAST)
-def weighted_gains_block(x, weights, values, by_weight, reference, inverse, offset, gains):
-    """v of every item; the sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
-    number = x.dtype.type
-    one, flushed, none = number(1.0), clipped_of(number), number(0.0)
+def sum_weighted_gains(weights, values, by_weight, gains):
+    """The sum of a v, that of v or a v times the values, the largest v with a > 0, the largest a v."""
+    none = gains.dtype.type(0.0)
     total = product = most = heaviest = none
-    for i in range(x.shape[0]):
-        z = (x[i] - reference) * inverse - offset
-        decay = exponential(-math.fabs(z))
-        decay = decay if decay > flushed else none
-        larger_one = one / (one + decay)
-        gain = decay * larger_one * larger_one
-        gains[i] = gain
+    for i in range(gains.shape[0]):
+        gain = gains[i]
         weight = weights[i] if gain > none else none
         weighted = weight * gain
         total += weighted
@@ -73,19 +77,12 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
     total = product = most = heaviest = 0.0
     for start in range(0, x.shape[0], BLOCK):
         stop = start + BLOCK
+        some = gains[start:stop]
+        write_gains(x[start:stop], reference, inverse, offset, some)
         if weights is None:
-            found = gains_block(x[start:stop], values[start:stop], reference, inverse, offset, gains[start:stop])
+            found = sum_gains(values[start:stop], some)
         else:
-            found = weighted_gains_block(
-                x[start:stop],
-                weights[start:stop],
-                values[start:stop],
-                by_weight,
-                reference,
-                inverse,
-                offset,
-                gains[start:stop],
-            )
+            found = sum_weighted_gains(weights[start:stop], values[start:stop], by_weight, some)
         total += found[0]
         product += found[1]
         most, heaviest = max(most, np.float64(found[2])), max(heaviest, np.float64(found[3]))
