@@ -9,7 +9,6 @@ import pytest
 
 import softk
 from softk import sparse
-from softk._reference.threshold import split
 
 from .closed_form import WIDE, assert_close, differences
 from .libraries import Library
@@ -239,19 +238,18 @@ def test_dtypes_of_leaves(library: str, rng: Any) -> None:
     assert sparse.regularizer(given[1:], 0.3, 0.6).dtype == dtypes[0]  # a sum in bfloat16 would be coarse
 
 
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_large_leaves(library: str, kind: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves that are too large to be joined, which is all of them here."""
+def test_many_weights(library: str, scope: Any, rng: Any) -> None:
+    """Float32 weights with many ties: rounded to 3 digits."""
     xp = pytest.importorskip(library)
-    monkeypatch.setattr(split, "SMALL", 0)
-    leaves, bars = weights_of(rng, kind), weights_of(rng)
-    small, large = (chosen(leaves, share, "global") for share in (0.2, 0.55))
-    out, pull = softk.vjp(sparse.topkast, [xp.asarray(one) for one in leaves], 0.2, 0.55)
-    back = pull([xp.asarray(one) for one in bars])["parameters"]
-    for leaf, u, a, b, value, cotangent in zip(leaves, bars, small, large, out, back, strict=True):
+    leaves = [np.round(rng.standard_normal(shape), 3).astype(np.float32) for shape in ((300, 400), (90_000,), (7, 11))]
+    small, large = (chosen(leaves, share, scope) for share in (0.1, 0.3))
+    out, pull = softk.vjp(sparse.topkast, [xp.asarray(one) for one in leaves], 0.1, 0.3, scope=scope)
+    back = pull(out)["parameters"]
+    for leaf, a, b, value, cotangent in zip(leaves, small, large, out, back, strict=True):
         np.testing.assert_array_equal(np.asarray(value), leaf * a)
-        np.testing.assert_array_equal(np.asarray(cotangent), u * b)
+        np.testing.assert_array_equal(np.asarray(cotangent), leaf * a * b)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

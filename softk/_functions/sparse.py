@@ -81,8 +81,8 @@ def topkast(parameters: Any, forward: float, backward: float, /, *, scope: Scope
     backward : float
         The share of the weights that have a gradient, from `forward` to 1, counted in the same way.
     scope : {"global", "tensor"}, optional
-        Whether the weights of all arrays are ranked together, or those of each array alone. The shares are then those
-        of each array.
+        Whether the weights of all arrays are ranked together, or those of each array alone. With "tensor" the shares
+        are those of each array. With "global" an array of small weights may lose all of them.
 
     Returns
     -------

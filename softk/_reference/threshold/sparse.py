@@ -13,7 +13,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
-from .split import in_pieces
+from .masks import hard_mask
 
 #: The sizes of A and B in every slice.
 Counts = tuple[tuple[int, int], ...]
@@ -22,31 +22,44 @@ Counts = tuple[tuple[int, int], ...]
 TEMPERATURE = 1.0
 
 
-def _sets(backend: Backend, weights: tuple[Any, ...], counts: Counts, dtype: Any, *, joint: bool) -> list[Any]:
-    """The masks of A and of B for every array, in its dtype. A slice with a NaN has NaN masks."""
-    magnitudes = tuple(backend.constant(backend.xp.abs(one)) for one in weights)
-    slices = [magnitudes] if joint else [(one,) for one in magnitudes]
-    found: list[Any] = []
-    for parts, pair in zip(slices, counts, strict=True):
-        small, large = (_largest(backend, parts, count, dtype) for count in pair)
-        found += zip(small, large, strict=True)
+def _sets(backend: Backend, weights: tuple[Any, ...], counts: Counts, *, joint: bool) -> list[tuple[Array, Array]]:
+    """The masks of A and of B for every array. A slice with a NaN has NaN masks."""
+    if not joint:
+        return [_masks(backend, (one,), *pair)[0] for one, pair in zip(weights, counts, strict=True)]
+    return _masks(backend, weights, *counts[0])
+
+
+def _masks(backend: Backend, parts: tuple[Any, ...], small: int, large: int) -> list[tuple[Array, Array]]:
+    """The masks of the largest items of a slice, whose parts they are. Ties go to the first part and index."""
+    xp, wide = backend.xp, _working(backend.xp, parts)
+    # The magnitudes are copies of the weights anyway. Joined, they have the form that kernels support.
+    magnitudes = [xp.abs(backend.constant(_cast(xp, part, wide))) for part in parts]
+    joined = xp.concat(magnitudes, axis=-1) if len(parts) > 1 else magnitudes[0]
+    masks = tuple(_largest(backend, joined, count) for count in (small, large))
+    found, start = [], 0
+    for part in parts:
+        stop = start + part.shape[-1]
+        found.append((masks[0][..., start:stop], masks[1][..., start:stop]))
+        start = stop
     return found
 
 
-def _largest(backend: Backend, parts: tuple[Any, ...], count: int, dtype: Any) -> tuple[Array, ...]:
-    """The indicator of the largest items of a slice, whose parts they are. Ties go to the first part and index."""
-    if all(part.shape[-1] == 0 for part in parts):
-        return parts
-    m, device = len(parts), backend.device(parts[0])
-    k, tau = (backend.xp.full((), value, dtype=dtype, device=device) for value in (float(count), TEMPERATURE))
-    inputs = (*parts, k, tau, *(None,) * (2 * m))
+def _largest(backend: Backend, x: Array, count: int) -> Array:
+    if x.shape[-1] == 0:
+        return x
+    device = backend.device(x)
+    k, tau = (backend.xp.full((), value, dtype=x.dtype, device=device) for value in (float(count), TEMPERATURE))
     ranks = count, count + 1  # exact where k is rounded to its dtype
-    return tuple(backend.run(in_pieces("hard_mask", (None,) * m), "forward", inputs, ranks=ranks)[:m])
+    found: Array = backend.run(hard_mask, "forward", (x, k, tau, None, None), ranks=ranks)[0]
+    return found
 
 
 def _working(xp: Any, weights: tuple[Any, ...]) -> Any:
     """The widest dtype of the weights, float32 at least."""
     return xp.float64 if any(one.dtype == xp.float64 for one in weights) else xp.float32
+
+
+# The functions without a cache are those that PyTorch's compiler can be told to call while it traces.
 
 
 def masked(m: int, joint: bool) -> Primitive:
@@ -69,10 +82,9 @@ def _masked(m: int, joint: bool) -> Primitive:
     def forward(backend: Backend, inputs: tuple[Any, ...], *, counts: Counts) -> tuple[Array, ...]:
         xp = backend.xp
         values, kept = [], []
-        for x, (small, large) in zip(
-            inputs, _sets(backend, inputs, counts, _working(xp, inputs), joint=joint), strict=True
-        ):
-            value = xp.where(small == 0.0, 0.0, small * x)  # NaN in a slice with a NaN, and never 0 times infinity
+        for x, (small, large) in zip(inputs, _sets(backend, inputs, counts, joint=joint), strict=True):
+            # The product is NaN in a slice with a NaN. It is not taken where it would be 0 times infinity.
+            value = xp.where(small == 0.0, 0.0, _cast(xp, small, x.dtype) * x)
             if backend.differentiates_operations:
                 # A weight of B outside A is 0 with a derivative of 1. The difference of infinities would be NaN.
                 carried = (small == 0.0) & (large != 0.0) & (xp.abs(x) < math.inf)
@@ -123,7 +135,7 @@ def _penalty(m: int, joint: bool) -> Primitive:
         rest = [size / pair[0] for size, pair in zip(sizes, counts * m if joint else counts, strict=True)]  # 1 / D
         factors = tuple(
             _cast(xp, small, wide) + factor * _cast(xp, large - small, wide)
-            for (small, large), factor in zip(_sets(backend, inputs, counts, wide, joint=joint), rest, strict=True)
+            for (small, large), factor in zip(_sets(backend, inputs, counts, joint=joint), rest, strict=True)
         )
         return _weighted(backend, factors, inputs, inputs), *factors
 
