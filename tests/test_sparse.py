@@ -383,6 +383,29 @@ def test_torch_compile(scope: Any, rng: Any) -> None:
         np.testing.assert_array_equal(one.numpy() == 0, expected == 0)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export(strict: bool, rng: Any) -> None:
+    """The gradient through an exported program, which has the operations and not the rule."""
+    torch = pytest.importorskip("torch")
+    leaves, bars = weights_of(rng)[:3], weights_of(rng)[:3]
+
+    class Both(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, *given: Any) -> Any:
+            return sparse.topkast(list(given), 0.2, 0.55), sparse.regularizer(list(given), 0.2, 0.55)
+
+    given = [torch.tensor(leaf, requires_grad=True) for leaf in leaves]
+    program = torch.export.export(Both(), tuple(one.detach() for one in given), strict=strict).module()
+    out, penalty_ = program(*given)
+    loss = 0.3 * penalty_ + sum(torch.sum(one * torch.tensor(u)) for one, u in zip(out, bars, strict=True))
+    for one, leaf, small in zip(out, leaves, chosen(leaves, 0.2, "global"), strict=True):
+        np.testing.assert_array_equal(one.detach().numpy(), leaf * small)
+    for one, expected in zip(
+        torch.autograd.grad(loss, given), expected_gradients(leaves, bars, "global", 0.3), strict=True
+    ):
+        assert_close(one, expected, 1e-14)
+        np.testing.assert_array_equal(one.numpy() == 0, expected == 0)
+
+
 def test_transforms_of_jax(rng: Any) -> None:
     """vmap, forward mode and the Hessian of the penalty."""
     jax = pytest.importorskip("jax")
