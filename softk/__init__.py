@@ -1,6 +1,6 @@
 """softk: the differentiable top-k for every array library."""
 
-from . import attention, beam, budget, losses, neighbors, sampling, schedules
+from . import attention, beam, budget, losses, neighbors, sampling, schedules, sparse
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
@@ -32,6 +32,7 @@ __all__ = [
     "select",
     "sort",
     "sorted_topk",
+    "sparse",
     "threshold",
     "topk",
     "transport",

@@ -660,6 +660,8 @@ def adapted(kind: type) -> Backend | None:
     """The backend that an adapter has for a type of arrays, None without one."""
     if _is_tensor(kind):
         return ADAPTERS["torch"].load()
+    if issubclass(kind, (dict, list, tuple)):  # a tree, at whose bases PyTorch's compiler cannot look
+        return None
     if kind not in _by_type:
         _by_type[kind] = _load(kind)
     return _by_type[kind]

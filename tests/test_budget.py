@@ -140,6 +140,9 @@ def test_dtypes_of_leaves(small: int, rng: Any) -> None:
         np.testing.assert_allclose(mask, expected[start : start + len(mask)], rtol=0, atol=tolerance)
     assert softk.budget.threshold(tree, 13).dtype == np.float64
     assert softk.budget.threshold(tree[1:2], 13).dtype == np.float16
+    found = softk.vjp(softk.budget.threshold, tree, 13)[1](1.0)["tree"]  # a number is a cotangent of one number
+    assert [one.dtype for one in found] == [np.float32, np.float16, np.float64]
+    np.testing.assert_allclose(sum(one.sum(dtype=np.float64) for one in found), 1.0, rtol=1e-3)
 
 
 def test_the_mass_is_k_over_the_whole_tree(small: int, rng: Any) -> None:

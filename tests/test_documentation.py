@@ -19,6 +19,7 @@ MODULES = [
     "softk._functions.ordering",
     "softk._functions.segments",
     "softk._functions.selection",
+    "softk._functions.sparse",
     "softk._functions.transport",
     "softk._functions.derivatives",
     "softk.backend",

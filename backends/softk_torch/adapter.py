@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 import softk_numba
 import softk_triton
 from softk._reference.threshold.formulas import formulas_of
+from softk._reference.threshold.sparse import masked, penalty
 from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Ragged, Words, pick
 
 __all__ = ["TorchBackend", "backend"]
@@ -367,4 +368,7 @@ _own = {
 vars(xp).update({**vars(compat), **_own})
 
 backend = TorchBackend(xp, "torch")
+# A compiler that traces a call makes its primitive for a number of arrays at once: the graph holds only the name.
+for make in (masked, penalty):
+    torch.compiler.assume_constant_result(make)
 formulas_of(backend)  # now: a compiler that traces the first call cannot follow how they are loaded

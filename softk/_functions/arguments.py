@@ -60,7 +60,7 @@ class Slices:
         beside = {name: value for name, value in arrays.items() if value.ndim}
         if beside:
             require_equal_sizes({called: x, **beside})
-        self.n = self.shape[self.axis] if len(self.axes) == 1 else math.prod(self.shape[one] for one in self.axes)
+        self.n = self.shape[self.axis] if len(self.axes) == 1 else math.prod([self.shape[one] for one in self.axes])
         self.batch = tuple(size for one, size in enumerate(self.shape) if one not in self.axes)
         self.dtype = x.dtype
         self.working = working_dtype(xp, x.dtype)
@@ -337,7 +337,9 @@ class Slices:
                 return xp.reshape(values, (*values.shape[:leading], *self.per_slice_shape))
             return move_axis(xp, values, -1, axis) if keepdims else xp.squeeze(values, axis=-1)
 
-        def pull(cotangent: Array) -> Array:
+        def pull(cotangent: Any) -> Array:
+            if is_number(cotangent):  # of a result without axes
+                cotangent = xp.full((), cotangent, dtype=self.working, device=self.device)
             cotangent = self._cast(cotangent, self.working)
             if keepdims and several:
                 cotangent = xp.reshape(cotangent, (*cotangent.shape[:leading], *self.batch, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,8 +21,8 @@ __all__ = ["threshold", "topk"]
 class TreeCall(Call[Any]):
     """A call whose scores are the leaves of a tree: one argument per leaf, named by its path.
 
-    `trees` has the arguments that are trees: their leaves, and what puts other leaves in their places. `results` is
-    what does this with the results; None if there is one result.
+    `trees` has the arguments that are trees, the scores first: their leaves, and what puts other leaves in their
+    places. `results` is what does this with the results; None if there is one result.
     """
 
     trees: dict[str, tuple[list[str], Rebuild]] = field(default_factory=dict)
@@ -52,9 +53,9 @@ class TreeCall(Call[Any]):
     def cotangents(self, cotangent: Any, out: Any) -> dict[str, Any]:
         if self.results is None:
             return super().cotangents(cotangent, out)
-        leaves = self.trees["tree"][0]
-        parts = matched("cotangent", cotangent, leaves, "tree")
-        return {"cotangent" + leaf.removeprefix("tree"): part for leaf, part in zip(leaves, parts, strict=True)}
+        root, (leaves, _) = next(iter(self.trees.items()))
+        parts = matched("cotangent", cotangent, leaves, root)
+        return {"cotangent" + leaf.removeprefix(root): part for leaf, part in zip(leaves, parts, strict=True)}
 
     def tangent(self, rates: list[Array]) -> Any:
         return rates[0] if self.results is None else self.results(iter(rates))
@@ -63,11 +64,13 @@ class TreeCall(Call[Any]):
 class Leaf(Slices):
     """A leaf, all of whose items belong to the slice. A leaf without axes is one item."""
 
-    def __init__(self, path: str, x: Any, others: dict[str, Any], *, smallest: bool, like: Array) -> None:
+    def __init__(
+        self, path: str, x: Any, others: dict[str, Any], *, smallest: bool, like: Array, root: str = "tree"
+    ) -> None:
         require_array(path, x)
         self.is_item = x.ndim == 0
         x = x[None] if self.is_item else x
-        others = {"tree": like, **others}  # the first leaf, whose library and device the others have
+        others = {root: like, **others}  # the first leaf, whose library and device the others have
         super().__init__(x, tuple(range(x.ndim)), called=path, smallest=smallest, joint=True, **others)
 
     def leaf_scores(self) -> Argument:
@@ -86,6 +89,12 @@ class Leaf(Slices):
             None, None, lambda values: xp.reshape(push(values), ()), lambda cotangent: pull(cotangent[None])
         )
 
+    def one_number(self, dtype: Any) -> Argument:
+        """A result of one number, in a dtype of its own."""
+        result = copy(self)
+        result.dtype = dtype
+        return result.one_per_slice(False)
+
     def leaf_weights(self, path: str, weights: Any) -> Argument:
         """The weights of a leaf, 1 if it has none."""
         if weights is None:
@@ -96,6 +105,14 @@ class Leaf(Slices):
         if where is None:
             return Argument(self.xp.ones((self.n,), dtype=self.xp.bool, device=self.device))
         return self.kept(where)
+
+
+def compute_alike(leaves: list[Leaf]) -> None:
+    """Compute all leaves in the widest of their dtypes, float32 at least."""
+    xp = leaves[0].xp
+    wide = xp.float64 if any(one.working == xp.float64 for one in leaves) else xp.float32
+    for one in leaves:
+        one.working = wide
 
 
 def _described(
@@ -124,8 +141,7 @@ def _described(
         slices.append(Leaf(path, leaf, others, smallest=smallest, like=like))
     first = slices[0]
     xp, backend = first.xp, first.backend
-    for one in slices:
-        one.working = xp.float64 if any(other.working == xp.float64 for other in slices) else xp.float32
+    compute_alike(slices)
     n = sum(one.n for one in slices)
     if n == 0:
         raise ValueError(f"tree must have at least one score, got only arrays without any, such as {paths[0]}")
@@ -289,6 +305,5 @@ def threshold(
     """
     slices, call, _ = _described("threshold", tree, k, epsilon, mode, weights, where)
     first = slices[0]
-    if any(one.dtype != first.dtype for one in slices):
-        first.dtype = first.working
-    return TreeCall(**call, restores=(first.one_per_slice(False),))
+    is_mixed = any(one.dtype != first.dtype for one in slices)
+    return TreeCall(**call, restores=(first.one_number(first.working if is_mixed else first.dtype),))

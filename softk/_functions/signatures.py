@@ -88,9 +88,12 @@ def _unexpected(function: Callable[..., Any], keyword: str) -> str:
     text = f"{_called(function)} has no argument {keyword!r}"
     if keyword in ABSENT:
         return f"{text}; {ABSENT[keyword]}"
-    first = next(iter(parameters.values()))
+    first, *rest = parameters.values()
     if first.kind is Parameter.POSITIONAL_ONLY and keyword in (first.name, "input", "operand", "a", "logits"):
         return f"{text} by name; pass {first.name} as the first positional argument"
+    if any(one.name == keyword for one in rest):
+        places = [one.name for one in parameters.values() if one.kind is Parameter.POSITIONAL_ONLY]
+        return f"{text} by name; pass {', '.join(places)} by position"
     return f"{text}; its arguments are {', '.join(parameters)}"
 
 

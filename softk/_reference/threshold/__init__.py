@@ -19,5 +19,6 @@ The modules, from the ground up:
 - `window`: the scores near it;
 - `solve`: the threshold, from all of these;
 - `rule`: the derivative;
-- `masks`, `quantile`: the operators that are made of a threshold.
+- `masks`, `quantile`: the operators that are made of a threshold;
+- `sparse`: the largest weights of a network, from the hard mask.
 """
