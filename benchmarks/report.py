@@ -111,9 +111,9 @@ def selection(records: list[Record]) -> str:
     for ours in of(records, group="shapes", candidate=SELECT, status="measured"):
         case = {name: ours[name] for name in ("framework", "rows", "n", "k", "dtype", "threads")}
         for own in of(records, group="shapes", candidate=INDICES, status="measured", **case):
-            times = [record["forward"]["median"] for record in (own, ours)]
-            cells = [shape(ours), ours["dtype"], ours["threads"], *map(milliseconds, times), factor(times[1] / times[0])]
-            rows.append(cells)
+            own_time, time = (record["forward"]["median"] for record in (own, ours))
+            cells = [milliseconds(own_time), milliseconds(time), factor(time / own_time)]
+            rows.append([shape(ours), ours["dtype"], ours["threads"], *cells])
     return table(["shape", "dtype", "threads", "torch.topk, ms", "softk.select, ms", "ratio"], rows, text=3)
 
 
