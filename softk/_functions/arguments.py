@@ -60,7 +60,7 @@ class Slices:
         beside = {name: value for name, value in arrays.items() if value.ndim}
         if beside:
             require_equal_sizes({called: x, **beside})
-        self.n = self.shape[self.axis] if len(self.axes) == 1 else math.prod(self.shape[one] for one in self.axes)
+        self.n = self.shape[self.axis] if len(self.axes) == 1 else math.prod([self.shape[one] for one in self.axes])
         self.batch = tuple(size for one, size in enumerate(self.shape) if one not in self.axes)
         self.dtype = x.dtype
         self.working = working_dtype(xp, x.dtype)

@@ -106,7 +106,7 @@ def assign(
     >>> scores = np.asarray([[0.9, 0.1], [0.8, 0.3], [0.7, 0.2], [0.6, 0.1]])  # all items prefer the first group
     >>> found = softk.assign(scores, epsilon=0.05)
     >>> found.plan.round(3).tolist()
-    [[0.998, 0.002], [0.33, 0.67], [0.33, 0.67], [0.33, 0.67]]
+    [[0.995, 0.005], [0.335, 0.665], [0.335, 0.665], [0.335, 0.665]]
     >>> found.plan.sum(axis=0).round(9).tolist(), bool(found.converged)
     ([2.0, 2.0], True)
     """

@@ -7,9 +7,9 @@ all plans with the row sums a and the column sums c. It is
 
 with one dual potential u_j per group. The rows hold for every u, so the K potentials are the unknowns.
 
-**In two parts.** u_j = r_j + epsilon s_j: the reference r_j is in the units of the scores, and the offset s_j in those of
-the exponent. S_ij + r_j is computed with its rounding error. Differences of exponents of the order of 1 are therefore
-exact to rounding, however small epsilon is.
+**In two parts.** u_j = r_j + epsilon s_j: the reference r_j is in the units of the scores, and the offset s_j in those
+of the exponent. S_ij + r_j is computed with its rounding error. Differences of exponents of the order of 1 are
+therefore exact to rounding for any epsilon that is used in practice.
 
 **A graph Laplacian.** The derivative of the column sums in s is diag(c) - P^T diag(a) P. Off its diagonal it is -W with
 W_jl = sum_i a_i P_ij P_il, and its rows sum to 0. It is built from W, so that nothing cancels.

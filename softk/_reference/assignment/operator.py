@@ -1,8 +1,8 @@
 """The primitive of the balanced assignment.
 
 Inputs, in this order: scores (..., B, K), capacities (..., 1, K) or None, epsilon (..., 1, 1) or (), item weights
-(..., B, 1) or None, and where (..., B, K) or None. The outputs are the plan, the offsets, from which the rule is computed,
-and constants.
+(..., B, 1) or None, and where (..., B, K) or None. The outputs are the plan, the offsets, from which the rule is
+computed, and constants.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _given(xp: Any, inputs: tuple[Any, ...]) -> _Given:
     valid = valid & xp.all(xp.abs(scores) < math.inf, axis=(-2, -1), keepdims=True)
     valid = valid & (epsilon > 0.0) & (epsilon <= limits(xp, scores.dtype).largest)
     scale = total / xp.where(valid, whole, math.nan)
-    return _Given(Problem(scores, allowed, capacities * scale, weights, epsilon), taken, able, scale, whole, total, valid)
+    return _Given(
+        Problem(scores, allowed, capacities * scale, weights, epsilon), taken, able, scale, whole, total, valid
+    )
 
 
 def _forward(backend: Backend, inputs: tuple[Any, ...], *, method: str, tolerance: float, limit: int) -> Arrays:
@@ -100,8 +102,9 @@ def _vjp(
     _, capacities, epsilon, weights, _ = inputs
     given, rule = _rule(backend, inputs, outputs)
     masses = given.problem.masses
-    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(*cotangents)
-    epsilonbar = epsilonbar if epsilon.ndim else xp.sum(epsilonbar)
+    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(*cotangents, epsilon=needed[2])
+    if epsilonbar is not None and not epsilon.ndim:
+        epsilonbar = xp.sum(epsilonbar)
     # The masses are the capacities times total / whole, so the cotangents of both also have a term through the sums.
     taken = xp.sum(massesbar * masses, axis=-1, keepdims=True)
     if capacities is None:

@@ -1,7 +1,8 @@
 r"""The derivative of a balanced assignment, written once for every framework.
 
-Write y_ij = dS_ij / epsilon - (S_ij + r_j) / epsilon^2 depsilon for the change of the exponents at a constant offset, L for
-the Laplacian, and F(y)_ij = P_ij (y_ij - sum_l P_il y_il) for the change of the shares. Differentiate the column sums:
+Write y_ij = dS_ij / epsilon - (S_ij + r_j) / epsilon^2 depsilon for the change of the exponents at a constant offset,
+L for the Laplacian, and F(y)_ij = P_ij (y_ij - sum_l P_il y_il) for the change of the shares. Differentiate the column
+sums:
 
     L ds = dc - sum_i da_i P_i - sum_i a_i F(y)_i,   dplan = da P + a F(y + ds).
 
@@ -10,9 +11,12 @@ For a cotangent U of the plan and sbar of the offset, F is symmetric, so
     L lambda = -sbar - sum_i a_i F(U)_i,   zbar = a F(U + lambda),   Sbar = zbar / epsilon,
     abar_i = sum_j P_ij (U_ij + lambda_j),   cbar = -lambda,   epsilonbar = -sum_ij zbar_ij (S_ij + r_j) / epsilon^2.
 
-Both directions solve one system: shift y by a number per group such that the columns of a F sum to a target. Near the hard
-limit one item dominates the link of two groups, and y plus the shift nearly cancels there. The sum is then exact. Its
-remainder is shifted once more, which removes the rounding error of the first shift.
+The rows of zbar sum to 0, and its columns to -sbar. The sum of epsilonbar is therefore that of the exponents at a flow
+of 0, plus sbar times their shift: these are small where zbar is not.
+
+Both directions solve one system: shift y by a number per group such that the columns of a F sum to a target. Near the
+hard limit one item dominates the link of two groups, and y plus the shift nearly cancels there. The sum is then exact.
+Its remainder is shifted once more, which removes the rounding error of the first shift.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ class AssignmentRule:
         return values - at(self.xp, values, self.best)
 
     def settle(self, y: Array, target: Array) -> tuple[Array, Array]:
-        """The flow of y plus the shift with which its columns sum to the target, and the shift."""
+        """y plus the shift with which the columns of its flow sum to the target, and the shift."""
         y = self.from_best(y)
         shift = 0.0 * target
         for _ in range(ROUNDS):
@@ -61,7 +65,7 @@ class AssignmentRule:
             change = self.laplacian.solve(lack)
             y = y + self.from_best(change)
             shift = shift + change
-        return self.flow(y), shift
+        return y, shift
 
     def push(
         self, dscores: Array | None, dmasses: Array | None, depsilon: Array | None, dweights: Array | None
@@ -79,19 +83,23 @@ class AssignmentRule:
             target = target + unit * dmasses
         if dweights is not None:
             target = target - unit * column(xp, dweights * self.share)
-        flow, shift = self.settle(y, target)
-        dplan = problem.weights * flow / unit
+        y, shift = self.settle(y, target)
+        dplan = problem.weights * self.flow(y) / unit
         return (dplan if dweights is None else dplan + dweights * self.share), shift / unit
 
-    def pull(self, u: Array | None, c: Array | None) -> tuple[Array, Array, Array, Array]:
-        """Cotangents of the scores, masses (..., 1, K), epsilon (..., 1, 1) and weights (..., B, 1)."""
+    def pull(self, u: Array | None, c: Array | None, *, epsilon: bool) -> tuple[Array, Array, Array | None, Array]:
+        """Cotangents of the scores, masses (..., 1, K), epsilon (..., 1, 1) if needed, and weights (..., B, 1)."""
         xp, problem = self.xp, self.problem
         u = xp.zeros_like(self.share) if u is None else u
-        flow, shift = self.settle(u, xp.zeros_like(problem.masses) if c is None else -c)
-        zbar = problem.weights * flow
+        none = xp.zeros_like(problem.masses)
+        y, shift = self.settle(u, none if c is None else -c)
+        zbar = problem.weights * self.flow(y)
         scoresbar = xp.where(problem.allowed, zbar / problem.epsilon, 0.0)
-        epsilonbar = -xp.sum(self.apart * zbar, axis=(-2, -1), keepdims=True) / problem.epsilon
         weightsbar = xp.sum(self.share * (u + shift), axis=-1, keepdims=True)
+        epsilonbar = None
+        if epsilon:
+            y, moved = self.settle(self.apart, none)
+            epsilonbar = -xp.sum(y * zbar, axis=(-2, -1), keepdims=True) / problem.epsilon
+            if c is not None:
+                epsilonbar = epsilonbar - xp.sum(c * moved, axis=-1, keepdims=True) / problem.epsilon
         return scoresbar, -shift, epsilonbar, weightsbar
-
-

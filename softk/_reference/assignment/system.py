@@ -61,14 +61,20 @@ def column(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-2, keepdims=True)
 
 
+def _index(backend: Backend, share: Array, dtype: Any = None) -> Array:
+    """The numbers of the groups, of as many axes as the shares."""
+    groups = share.shape[-1]
+    index = backend.xp.arange(groups, dtype=dtype, device=backend.device(share))
+    return backend.xp.reshape(index, (*(1,) * (share.ndim - 1), groups))
+
+
 def excess(backend: Backend, found: Shares, problem: Problem) -> Array:
     """The excess sum_i a_i P_ij - c_j (..., 1, K), without cancellation.
 
     An item counts for the group of its largest share. Its other shares are the tails, which move to their groups.
     """
     xp, weights = backend.xp, problem.weights
-    index = xp.arange(found.share.shape[-1], dtype=found.best.dtype, device=backend.device(found.share))
-    own = found.best == index
+    own = found.best == _index(backend, found.share, found.best.dtype)
     low = xp.where(own, 0.0, found.share)
     tails = xp.where(own, -xp.sum(low, axis=-1, keepdims=True), found.share)
     delta = column(xp, xp.where(own, weights, 0.0)) - problem.masses
@@ -86,8 +92,8 @@ class Laplacian:
 
     def __init__(self, backend: Backend, share: Array, weights: Array) -> None:
         self.backend, xp = backend, backend.xp
-        index = xp.arange(share.shape[-1], device=backend.device(share))
-        apart = xp.expand_dims(index, axis=-1) != index
+        index = _index(backend, share)
+        apart = xp.matrix_transpose(index) != index
         links = xp.matmul(xp.matrix_transpose(weights * share), share)
         links = xp.where(apart, links, 0.0)
         size = xp.sum(links, axis=-1, keepdims=True)
