@@ -1,6 +1,7 @@
 """softk: the differentiable top-k for every array library."""
 
 from . import attention, beam, budget, losses, neighbors, sampling, schedules, sparse
+from ._functions.assignment import assign
 from ._functions.derivatives import jvp, vjp
 from ._functions.masks import log_topk, quantile, threshold, topk
 from ._functions.ordering import SortedTopK, rank, sort, sorted_topk
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Selected",
     "SortedTopK",
+    "assign",
     "attention",
     "beam",
     "budget",

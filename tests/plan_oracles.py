@@ -298,3 +298,138 @@ def pot(
     options = {"numItermax": 100_000, "stopThr": 1e-13, "warn": True}
     found: np.ndarray = ot.sinkhorn(a, c, cost, epsilon, method="sinkhorn_log", **options)
     return found
+
+
+# --- balanced assignments
+
+
+class Assigned:
+    """One slice of a balanced assignment: the plan (B, K) and its derivatives, in the arithmetic of one's choice.
+
+    Newton's method with a line search on the potentials in the units of the scores, along falling temperatures. Every
+    item needs an allowed group. A group whose capacity is 0 takes nothing.
+    """
+
+    #: The arguments that have derivatives.
+    ARGUMENTS = ("scores", "capacities", "epsilon", "weights")
+
+    def __init__(
+        self,
+        scores: np.ndarray,
+        capacities: np.ndarray | None = None,
+        epsilon: float = 0.1,
+        weights: np.ndarray | None = None,
+        where: np.ndarray | None = None,
+        arithmetic: Arithmetic = EXACT,
+    ) -> None:
+        self.arithmetic, number = arithmetic, arithmetic.array
+        self.shape = scores.shape
+        capacities = np.ones(self.shape[1]) if capacities is None else np.asarray(capacities)
+        self.taken = capacities > 0
+        allowed = np.isfinite(scores) if where is None else np.isfinite(scores) & where
+        self.allowed = allowed[:, self.taken]
+        self.scores = number(np.where(self.allowed, scores[:, self.taken], 0.0))
+        self.a = number(np.ones(self.shape[0]) if weights is None else np.asarray(weights))
+        self.capacities = number(capacities[self.taken])
+        self.c = self.capacities * self.a.sum() / self.capacities.sum()
+        self.epsilon = number(epsilon)[()]
+        self.u = self._solve()
+        self.share = self._shares(self.u, self.epsilon)
+
+    def _shares(self, u: np.ndarray, epsilon: Any) -> np.ndarray:
+        exponent = (self.scores + u) / epsilon
+        top = np.asarray([max(row[allowed]) for row, allowed in zip(exponent, self.allowed, strict=True)])
+        share = self.arithmetic.exp(np.where(self.allowed, exponent - top[:, None], 0 * self.epsilon))
+        share = np.where(self.allowed, share, 0 * self.epsilon)
+        return share / share.sum(axis=1)[:, None]
+
+    def _hessian(self, share: np.ndarray) -> np.ndarray:
+        links = (self.a[:, None] * share).T @ share
+        links = links - np.diag(np.diag(links))
+        return (np.diag(links.sum(axis=1)) - links)[:-1, :-1]
+
+    def _lack(self, share: np.ndarray) -> np.ndarray:
+        return self.c - (self.a[:, None] * share).sum(axis=0)
+
+    def _solve(self) -> np.ndarray:
+        zero = 0 * self.epsilon
+        u, epsilon = np.full(len(self.c), zero), self.epsilon
+        while epsilon < self.scores.max() - self.scores.min():
+            epsilon = 2 * epsilon
+        while True:
+            share = self._shares(u, epsilon)
+            for _ in range(100):
+                lack = self._lack(share)
+                error = (lack**2).sum()
+                if error < 1e-200 * self.c.sum() ** 2 or len(u) == 1:
+                    break
+                step = np.append(_solved(self._hessian(share), lack[:-1, None])[:, 0], zero) * epsilon
+                for i in range(40):
+                    tried = u + step / 2**i
+                    share = self._shares(tried, epsilon)
+                    if (self._lack(share) ** 2).sum() < error:
+                        u = tried
+                        break
+                else:
+                    break
+            if epsilon == self.epsilon:
+                break
+            epsilon = epsilon / 2
+        if not max(abs(self._lack(self._shares(u, epsilon)))) <= 1e-17 * max(self.shape) * self.c.sum():
+            raise AssertionError("the reference did not converge")
+        return u
+
+    def _full(self, values: np.ndarray) -> np.ndarray:
+        full = np.zeros((*values.shape[:-2], *self.shape))
+        full[..., self.taken] = np.asarray(values, dtype=float)
+        return full
+
+    @property
+    def plan(self) -> np.ndarray:
+        return self._full(self.a[:, None] * self.share)
+
+    @property
+    def potentials(self) -> np.ndarray:
+        """Their mean over the groups that take something is 0."""
+        full = np.full(self.shape[1], -np.inf)
+        full[self.taken] = np.asarray(self.u - self.u.sum() / len(self.u), dtype=float)
+        return full
+
+    def jvp(self, **tangents: Any) -> np.ndarray:
+        """The tangent of the plan along one direction."""
+        return self._full(self._rate({name: self.arithmetic.array(value) for name, value in tangents.items()}))
+
+    def _rate(self, tangents: dict[str, np.ndarray]) -> np.ndarray:
+        zero, share, a = 0 * self.epsilon, self.share, self.a
+        moved = np.full(share.shape, zero)
+        if "scores" in tangents:
+            moved = moved + tangents["scores"][:, self.taken] / self.epsilon
+        if "epsilon" in tangents:
+            moved = moved - (self.scores + self.u) * (tangents["epsilon"][()] / self.epsilon**2)
+        moved = np.where(self.allowed, moved, zero)
+        da = tangents.get("weights", np.full(len(a), zero))
+        dcapacities = tangents["capacities"][self.taken] if "capacities" in tangents else np.full(len(self.c), zero)
+        whole, total = self.capacities.sum(), a.sum()
+        dc = dcapacities * total / whole + self.capacities * (da.sum() / whole - total * dcapacities.sum() / whole**2)
+
+        def changed(moved: np.ndarray) -> np.ndarray:
+            return a[:, None] * share * (moved - (share * moved).sum(axis=1)[:, None])
+
+        lack = dc - (da[:, None] * share + changed(moved)).sum(axis=0)
+        if len(lack) > 1:
+            moved = moved + np.append(_solved(self._hessian(share), lack[:-1, None])[:, 0], zero)
+        return da[:, None] * share + changed(moved)
+
+    def vjp(self, cotangent: np.ndarray) -> dict[str, Any]:
+        """Cotangents from that of the plan, by the Jacobian. No transposed rule is involved."""
+        sizes = {"scores": self.shape, "capacities": self.shape[1:], "epsilon": (), "weights": self.shape[:1]}
+        found = {}
+        for name, shape in sizes.items():
+            one = np.zeros(shape)
+            values = np.zeros(shape)
+            for place in np.ndindex(*shape):
+                one[place] = 1.0
+                values[place] = np.sum(self.jvp(**{name: one}) * cotangent)
+                one[place] = 0.0
+            found[name] = values
+        return found

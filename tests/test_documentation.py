@@ -15,6 +15,7 @@ from .pages import BLOCK, PAGES, ROOT
 
 MODULES = [
     "softk._functions.masks",
+    "softk._functions.assignment",
     "softk._functions.budget",
     "softk._functions.ordering",
     "softk._functions.segments",

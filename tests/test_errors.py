@@ -543,6 +543,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "sort": (softk.sort, (X,), {}),
     "rank": (softk.rank, (X,), {}),
     "transport": (softk.transport, (X,), {"anchors": np.asarray([0.0, 1.0]), "marginals": ONE}),
+    "assign": (softk.assign, (X, np.ones(4)), {}),
     "weights": (softk.neighbors.weights, (X,), {"keys": X, "k": 1}),
     "class_probabilities": (softk.neighbors.class_probabilities, (X,), {"keys": X, "labels": X, "k": 1}),
     "loss": (softk.neighbors.loss, (X,), {"keys": X, "query_labels": X, "key_labels": X, "k": 1}),
@@ -590,7 +591,9 @@ def test_arguments_by_name_and_by_position(name: str) -> None:
         ("sort", "largest", "use descending="),
         ("rank", "reverse", "use descending="),
         *((name, "eps", "use epsilon=") for name in CALLS),
-        *((name, "temperature", "epsilon=, which is twice the temperature") for name in CALLS),
+        *((name, "temperature", "epsilon=, which is twice the temperature") for name in CALLS if name != "assign"),
+        ("assign", "temperature", "epsilon=, which is the temperature"),
+        ("assign", "scores", "pass scores as the first positional argument"),
         ("topk", "sorted", "softk.sorted_topk"),
         ("sorted_topk", "sorted", "always sorts"),
         ("threshold", "keepdim", "use keepdims="),
@@ -638,7 +641,7 @@ def test_signature_is_clean(name: str) -> None:
         one.kind for one in seen.parameters.values()
     }
     returned = {"sorted_topk": "SortedTopK[ArrayT]", "transport": "Plan[ArrayT]", "step": "Step[ArrayT]"}
-    returned |= {"search": "Beams[ArrayT]", "select": "Selected[ArrayT]"}
+    returned |= {"assign": "Plan[ArrayT]", "search": "Beams[ArrayT]", "select": "Selected[ArrayT]"}
     assert seen.return_annotation == returned.get(name, "ArrayT")
     assert CALLS[name][0].__annotations__["return"] == seen.return_annotation
 

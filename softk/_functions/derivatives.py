@@ -31,8 +31,8 @@ def vjp(f: Callable[..., R], x: Array, /, *args: Any, **kwargs: Any) -> tuple[R,
         ``pullback(cotangent) -> {argument name: cotangent}``. It takes a cotangent of the shape of `out` and returns
         one for every argument that is a real floating-point array, with the shape and dtype of the argument. For
         `softk.sorted_topk` it takes a pair of cotangents, for the values and for the assignment; one of them may be
-        None. For `softk.select` it takes a pair too, for the values and for the gates. For `softk.transport` it takes
-        the cotangent of the plan, because the rest has no derivative.
+        None. For `softk.select` it takes a pair too, for the values and for the gates. For `softk.transport` and
+        `softk.assign` it takes the cotangent of the plan, because the rest has no derivative.
 
     Raises
     ------

@@ -20,7 +20,13 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "descending": (("mode", 'mode="largest" or mode="smallest"'),),
     "reverse": (("descending", "descending="), ("mode", 'mode="largest" or mode="smallest"')),
     **dict.fromkeys(_EPSILON, (("epsilon", "epsilon="),)),
-    **dict.fromkeys(("temperature", "temp", "tau", "T"), (("epsilon", "epsilon=, which is twice the temperature"),)),
+    **dict.fromkeys(
+        ("temperature", "temp", "tau", "T"),
+        (
+            ("capacities", "epsilon=, which is the temperature"),  # of softk.assign, a softmax over groups
+            ("epsilon", "epsilon=, which is twice the temperature"),
+        ),
+    ),
     "keepdim": (("keepdims", "keepdims="),),
     **dict.fromkeys(("weight", "sample_weight"), (("weights", "weights="),)),
     **dict.fromkeys(

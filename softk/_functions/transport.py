@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple
 
 from softk._reference.plan.newton import STEPS
 from softk._reference.plan.transport import transport_plan
-from softk.backend import AnyArray, Array, ArrayT, index_dtype, peek
+from softk.backend import AnyArray, Array, ArrayT, Backend, index_dtype, peek
 
 from .arguments import Slices, require_scores
 from .call import Argument, Call, operator_from
@@ -143,14 +143,8 @@ def transport(
     check_temperature(xp, epsilon, slices.working)
     if method not in ("newton", "sinkhorn"):
         raise ValueError(f"method must be 'newton' or 'sinkhorn', got {method!r}")
-    eps = float(xp.finfo(slices.working).eps)
-    if tolerance is None:
-        tolerance = max(1e-8 if eps < 1e-10 else 1e-4, 4.0 * eps * slices.n)
-    if not is_number(tolerance) or not 0.0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
-    limit = (STEPS if method == "newton" else 1000) if max_iterations is None else max_iterations
-    if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
-        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+    tolerance = check_tolerance(tolerance, float(xp.finfo(slices.working).eps), slices.n)
+    limit = check_iterations(max_iterations, STEPS if method == "newton" else 1000)
 
     with slices.backend.quiet():
         arguments = {
@@ -161,18 +155,11 @@ def transport(
             "weights": slices.per_item("weights", weights),
             "where": slices.kept(where),
         }
-    options = {"method": method, "tolerance": float(tolerance), "limit": int(limit)}
+    options = {"method": method, "tolerance": tolerance, "limit": limit}
 
     def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
-        converged = error <= tolerance
-        if peek(slices.backend, xp.any(error > tolerance)):
-            warnings.warn(
-                f"softk.transport has not converged: the largest marginal error is {float(xp.max(error)):.3g}, the "
-                f"tolerance {tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        return Plan(plan, potentials, error, iterations, converged)
+        warn_unless_converged(slices.backend, "softk.transport", error, tolerance, limit)
+        return Plan(plan, potentials, error, iterations, error <= tolerance)
 
     restores = (
         slices.item_by_row(),
@@ -183,3 +170,32 @@ def transport(
         Argument(None, None, lambda values: xp.astype(values, slices.dtype)),
     )
     return Call(slices.backend, transport_plan, options, arguments, restores, build)
+
+
+def check_tolerance(tolerance: Any, eps: float, n: int) -> float:
+    """The marginal error that counts as converged, for n items in a dtype of this machine epsilon."""
+    if tolerance is None:
+        tolerance = max(1e-8 if eps < 1e-10 else 1e-4, 4.0 * eps * n)
+    if not is_number(tolerance) or not 0.0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+    return float(tolerance)
+
+
+def check_iterations(given: Any, default: int) -> int:
+    """The largest number of iterations."""
+    limit = default if given is None else given
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
+        raise ValueError(f"max_iterations must be a positive integer, got {given!r}")
+    return int(limit)
+
+
+def warn_unless_converged(backend: Backend, called: str, error: Array, tolerance: float, limit: int) -> None:
+    """Give a warning, at the line of the user's call, if the error of a slice exceeds the tolerance."""
+    xp = backend.xp
+    if peek(backend, xp.any(error > tolerance)):
+        warnings.warn(
+            f"{called} has not converged: the largest marginal error is {float(xp.max(error)):.3g}, the tolerance "
+            f"{tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
