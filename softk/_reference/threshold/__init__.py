@@ -19,5 +19,7 @@ The modules, from the ground up:
 - `window`: the scores near it;
 - `solve`: the threshold, from all of these;
 - `rule`: the derivative;
-- `masks`, `quantile`: the operators that are made of a threshold.
+- `masks`, `quantile`: the operators that are made of a threshold;
+- `pieces`, `split`, `segments`: slices whose items lie in several arrays;
+- `passes`, `replay`: slices whose items are held one chunk at a time.
 """
