@@ -3,8 +3,8 @@
 Float32 scores with a normal distribution are written to a file, which is deleted at the end. Each candidate reads the
 file in its own process, through Dask, by a memory map per chunk: the sum of the scores, which is what reading costs;
 `dask.array.topk`, the hard selection; and `softk.topk`, whose mask is computed and summed up. The command prints the
-seconds, how often the file was read, and the largest resident memory of the process. It fails if the mass of the mask
-is not k.
+seconds, those of the processors, how often the file was read, and the largest resident memory of the process. It fails
+if the mass of the mask is not k.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ def measure(candidate: str, path: Path, chunk: int, k: int, epsilon: float) -> d
         "dask.array.topk": lambda: da.topk(x, k)[-1],
         "softk.topk": lambda: softk.topk(x, k, epsilon=epsilon).sum(dtype=np.float64),
     }[candidate]
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     with dask.config.set(scheduler="threads", num_workers=os.cpu_count()):
         value = float(lazy().compute())
     return {
         "seconds": time.perf_counter() - start,
+        "busy": time.process_time() - busy,  # of all threads
         "passes": max(source.reads.values()),
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux has KiB
         "value": value,
@@ -115,11 +116,12 @@ def main(argv: list[str] | None = None) -> int:
             command += ["--epsilon", str(options.epsilon)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout)
-            line = f"{candidate:16} {found['seconds']:8.1f} s {found['passes']:3.0f} passes {found['gib']:6.2f} GiB"
+            times = f"{found['seconds']:8.1f} s, {found['busy']:.1f} s of processors"
+            line = f"{candidate:16} {times}, {found['passes']:.0f} passes, {found['gib']:.2f} GiB"
             if candidate == "softk.topk":
                 error = abs(found["value"] - k) / (k * np.finfo(np.float32).eps)
                 failed = not error <= ROUNDINGS
-                line += f"   mass {found['value']:,.3f}, {error:.2f} roundings from k"
+                line += f", mass {found['value']:,.3f}, {error:.2f} roundings from k"
             print(line, flush=True)
     return int(failed)
 

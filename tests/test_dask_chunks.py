@@ -142,6 +142,29 @@ def test_hard_mask_takes_the_first_of_equal_scores(mode: Any, dtype: str, rng: A
         np.testing.assert_array_equal(value(found), np.argsort(order, axis=-1) < k)
 
 
+def test_hard_mask_of_a_k_that_is_rounded(rng: Any) -> None:
+    """Beyond the integers of float32 the hard mask has k as an integer too, and k itself is only near it."""
+    from softk._reference.threshold.masks import hard_mask
+    from softk_dask import backend
+
+    x = np.round(rng.standard_normal((2, 100)), 1).astype("float32")
+    inputs = [da.from_array(x, chunks=(1, 30)), da.full((2, 1), 36.0, dtype="float32", chunks=1)]
+    tau, count = da.from_array(np.asarray(0.1, "float32")), da.from_array(np.asarray([[37], [38]]), chunks=1)
+    found, *_ = backend.run(hard_mask, "forward", (*inputs, tau, None, None, count), ranks=None)
+    order = np.argsort(-x, axis=-1, kind="stable")
+    np.testing.assert_array_equal(value(found), np.argsort(order, axis=-1) < [[37], [38]])
+
+
+def test_a_bracket_in_any_order(rng: Any) -> None:
+    """Chunks whose scores lie in different ranges, and with most of the scores equal."""
+    x = np.concatenate([np.arange(50.0), np.full(90, 20.0), np.arange(30.0)[::-1] + 0.5, [1e3], np.zeros(29)])
+    for chunks in ((50, 90, 30, 1, 29), 7, 1):
+        lazy = da.from_array(x, chunks=chunks)
+        for k in (1, 3, 20, 60, 61, 149, 150, 200):
+            found = softk.threshold(lazy, k, epsilon=1e-9)
+            np.testing.assert_array_equal(value(found), softk.threshold(x, k, epsilon=1e-9))
+
+
 def test_where_and_batch_axes(rng: Any) -> None:
     """All arguments have chunks of their own, and the selected axis is not the last."""
     x = rng.standard_normal((3, 90, 4))

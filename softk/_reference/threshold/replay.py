@@ -128,10 +128,6 @@ class ChunkBackend(PieceBackend):
             self.found[i] = operation, compute()
         return Unknown(self.dtype)
 
-    def select(self, x: Any, ranks: Any) -> Any:
-        """The reference lies between the scores of rank k and k + 1, where k is an integer."""
-        return super().select(x, ranks) if self.solved is None else self.solved.reference
-
     def _combine(self, operation: Any, reduced: Any, joined: Any, values: Any) -> Any:
         combine = super()._combine
         return self._reduced(operation, values, lambda: combine(operation, reduced, joined, values))
