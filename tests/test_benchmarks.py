@@ -180,3 +180,32 @@ def test_long_tables_are_folded() -> None:
         f"before\n\n{short}\nbetween\n\n<details>\n<summary>Table, {report.UNFOLDED + 1} rows</summary>\n"
     )
     assert text.endswith(f"</summary>\n\n{long}\n</details>\n\nafter\n")
+
+
+def test_large_counts_passes_and_checks_the_mass(tmp_path: Path) -> None:
+    pytest.importorskip("dask.array", reason="dask is not installed")
+    from benchmarks import large
+
+    path = tmp_path / "scores"
+    large.write(path, 50_000)
+    x = np.fromfile(path, "float32")
+    assert x.size == 50_000
+    found = {name: large.measure(name, path, 8192, 500, 0.1) for name in large.CANDIDATES}
+    assert {name: record["passes"] for name, record in found.items()} == dict(
+        zip(large.CANDIDATES, (1, 1, 3), strict=True)
+    )
+    assert found["sum"]["value"] == pytest.approx(x.sum(dtype="float64"))
+    assert found["dask.array.topk"]["value"] == np.sort(x)[-500]
+    assert found["softk.topk"]["value"] == pytest.approx(500, rel=2e-6)
+    assert all(record["gib"] > 0.0 and record["seconds"] > 0.0 for record in found.values())
+
+
+def test_large_as_a_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("dask.array", reason="dask is not installed")
+    from benchmarks import large
+
+    assert (
+        large.main(["--scores", "3e4", "--chunk", "1e4", "--folder", str(tmp_path), "--candidates", "softk.topk"]) == 0
+    )
+    assert "3 passes" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -8,20 +8,30 @@ from typing import Any
 import array_api_compat.dask.array as xp
 import dask.array as da
 
-from softk.backend import Array, Backend, Form, Inputs, Part, Primitive, Words, backend_of
+from softk._reference.threshold.replay import PER_ITEM
+from softk.backend import PRIMITIVES, Array, Backend, Form, Inputs, Part, Primitive, Words, backend_of
+
+from .chunks import in_passes
 
 __all__ = ["DaskBackend", "backend"]
 
 
 class DaskBackend(Backend):
-    """Dask arrays. The axes of one problem are merged into one chunk, and the batch axes keep their chunks."""
+    """Dask arrays. The batch axes keep their chunks.
+
+    Masks and thresholds are computed in passes over the chunks of the selected axis. For other operators, and with
+    weights, the axes of one problem are merged into one chunk.
+    """
 
     words = Words('{}.astype("float32")', "da.asarray({})", measure="{}.compute_chunk_sizes() finds it")
 
     def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
         arrays, needed = (groups[:-1], groups[-1]) if part == "vjp" else (groups, None)
-        if arrays[0][0].shape[-1] == 0:  # an empty axis has no blocks
+        x = arrays[0][0]
+        if x.shape[-1] == 0:  # an empty axis has no blocks
             return Backend(xp).run(primitive, part, *groups, **options)
+        if primitive.name in PER_ITEM and arrays[0][3] is None and len(x.chunks[-1]) > 1:
+            return in_passes(primitive, part, arrays, needed, options)
         return _blockwise(primitive, part, arrays, needed, options)
 
     def densely(self, x: Array) -> str | None:
@@ -56,7 +66,7 @@ def _blockwise(
     def results(*blocks: Array) -> Any:
         inner, given = backend_of(blocks[0]), regroup(blocks)
         with inner.quiet(blocks[0]):
-            found = inner.run(primitive, part, *given, *(() if needed is None else (needed,)), **options)
+            found = inner.run(_registered(primitive), part, *given, *(() if needed is None else (needed,)), **options)
         present = [value for value in found if value is not None]
         return tuple(present) if len(present) > 1 else present[0]
 
@@ -73,6 +83,11 @@ def _blockwise(
     )
     outputs = iter(found if len(present) > 1 else (found,))
     return tuple(None if form is None else next(outputs) for form in forms)
+
+
+def _registered(primitive: Primitive) -> Primitive:
+    """The primitive itself, in the place of the copy that another process gets of it: kernels know no copies."""
+    return PRIMITIVES.get(primitive.name, primitive)
 
 
 def _signature(core: Form) -> str:

@@ -20,5 +20,7 @@ The modules, from the ground up:
 - `solve`: the threshold, from all of these;
 - `rule`: the derivative;
 - `masks`, `quantile`: the operators that are made of a threshold;
+- `pieces`, `split`, `segments`: slices whose items lie in several arrays;
+- `passes`, `replay`: slices whose items are held one chunk at a time;
 - `sparse`: the largest weights of a network, from the hard mask.
 """

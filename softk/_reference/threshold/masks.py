@@ -168,7 +168,9 @@ def _hard_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int
     # The reference lies between the k largest scores and the others, or it is the k-th score if others equal it.
     # It is finite even if the k-th score is infinite.
     infinite = xp.count_nonzero(x == math.inf, axis=-1, keepdims=True)
-    level = reference if count is None else backend.select(x, clip(xp, wanted, 1, x.shape[-1]))
+    # In passes over chunks the solver has the exact k itself.
+    is_exact = count is None or backend.is_split
+    level = reference if is_exact else backend.select(x, clip(xp, wanted, 1, x.shape[-1]))
     level = xp.where((infinite >= wanted) & (infinite > 0), math.inf, level)
     above, tied = x > level, x == level
     # Of the scores equal to it, those with the lowest indices are chosen, as many as are still wanted.

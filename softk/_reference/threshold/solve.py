@@ -54,8 +54,7 @@ def solve(
     """
     xp = backend.xp
     bound = limits(xp, x.dtype)
-    valid = (tau > 0.0) & (tau <= bound.largest) & (k >= -bound.largest) & (k <= bound.largest)
-    tau, k = xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)  # the result of an invalid value is NaN, set at the end
+    valid, tau, k = usable(xp, tau, k)
     if weights is not None or (ranks is not None and not all(isinstance(rank, int) for rank in ranks)):
         ranks = None  # they count scores, not weights; or they are symbols of a trace
     constants = tuple(None if value is None else backend.constant(value) for value in (x, k, tau, weights, where))
@@ -77,6 +76,13 @@ def solve(
     extreme = xp.where(everything, -math.inf, xp.zeros_like(offset))
     extreme = xp.where(nothing | infinite, math.inf, extreme)
     return Solution(reference, xp.where(valid & settled, offset, math.nan), extreme)
+
+
+def usable(xp: Any, tau: Array, k: Array) -> tuple[Array, Array, Array]:
+    """Whether both numbers are in their ranges; and numbers in their place that are. The result is then set to NaN."""
+    largest = limits(xp, tau.dtype).largest
+    valid = (tau > 0.0) & (tau <= largest) & (k >= -largest) & (k <= largest)
+    return valid, xp.where(valid, tau, 1.0), xp.where(valid, k, 0.0)
 
 
 def _approach(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[int, ...] | None) -> tuple[Array, ...]:

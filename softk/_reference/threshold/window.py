@@ -56,16 +56,28 @@ def window(backend: Backend, x: Array, tau: Array, ranks: tuple[int, ...]) -> Ar
 
 def _gather(xp: Any, x: Array, level: Array) -> Array | None:
     """The scores that are not below the level (..., 1), NaN included, and then -inf; None if they are too many."""
-    n = x.shape[-1]
-    chosen = xp.reshape(~(x < level), (-1, n))
+    chosen = ~(x < level)
     counts = xp.count_nonzero(chosen, axis=-1, keepdims=True)
-    width = max(int(xp.max(counts)), 1)
-    if width > LARGEST_PART * n:
+    if max(int(xp.max(counts)), 1) > LARGEST_PART * x.shape[-1]:
         return None
-    places = xp.nonzero(xp.reshape(chosen, (-1,)))[0]  # in the flattened scores, slice after slice
+    found, is_filled = gather(xp, x, chosen, counts)
+    return xp.where(is_filled, found, -math.inf)
+
+
+def gather(xp: Any, values: Array, chosen: Array, counts: Array) -> tuple[Array, Array]:
+    """The chosen values of each slice, in their order, and which entries they fill; the others have any value.
+
+    `counts` is the number of chosen values per slice, shape (..., 1). Both results have the shape (..., m), m >= 1.
+    """
+    width = 1 if 0 in counts.shape else max(int(xp.max(counts)), 1)
+    shape = (*values.shape[:-1], width)
+    counts = xp.reshape(counts, (-1, 1))
+    places = xp.nonzero(xp.reshape(chosen, (-1,)))[0]  # in the flattened values, slice after slice
+    if places.shape[0] == 0:
+        return xp.zeros(shape, dtype=values.dtype), xp.zeros(shape, dtype=xp.bool)
     first = xp.cumulative_sum(counts, axis=0) - counts
     column = xp.arange(width)
     is_filled = column < counts
     index = xp.take(places, xp.reshape(xp.where(is_filled, first + column, 0), (-1,)))
-    gathered = xp.reshape(xp.take(xp.reshape(x, (-1,)), index), is_filled.shape)
-    return xp.reshape(xp.where(is_filled, gathered, -math.inf), (*x.shape[:-1], width))
+    gathered = xp.reshape(xp.take(xp.reshape(values, (-1,)), index), shape)
+    return gathered, xp.reshape(is_filled, shape)

@@ -1,0 +1,67 @@
+"""Copies of the tasks that make an array, so that it is computed again instead of being kept in memory.
+
+`dask.graph_manipulation.bind` does the same, but some versions of Dask fail to copy what `reshape` and `rechunk` made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import dask.array as da
+from dask._task_spec import Task, TaskRef, convert_legacy_graph
+from dask.base import clone_key
+from dask.blockwise import Blockwise
+from dask.graph_manipulation import checkpoint
+from dask.highlevelgraph import HighLevelGraph
+
+from softk.backend import Array
+
+__all__ = ["computed_again"]
+
+
+def computed_again(array: Array, after: Array | None, seed: Hashable) -> Array:
+    """The array, from copies of its tasks.
+
+    Parameters
+    ----------
+    array : dask.array.Array
+        The array.
+    after : dask.array.Array or None
+        The copies do not start before this array is computed.
+    seed : hashable
+        What the keys of the copies are made from: other copies of the same array have another seed.
+    """
+    old = array.dask
+    first = None if after is None else checkpoint(after)
+    wait = None if first is None else first.key
+    keys = old.get_all_external_keys()
+    layers: dict[str, Any] = {} if first is None else dict(first.dask.layers)
+    dependencies: dict[str, set[str]] = {} if first is None else dict(first.dask.dependencies)
+    for name, layer in old.layers.items():
+        if isinstance(layer, Blockwise):
+            copy, waits = layer.clone(keys=keys, seed=seed, bind_to=wait)
+        else:
+            copy, waits = _copy(dict(layer), keys, seed, wait), True
+        new = clone_key(name, seed)
+        layers[new] = copy
+        dependencies[new] = {clone_key(other, seed) for other in old.dependencies[name]}
+        if waits and wait is not None:
+            dependencies[new].add(wait)
+    return da.Array(HighLevelGraph(layers, dependencies), clone_key(array.name, seed), array.chunks, meta=array._meta)
+
+
+def _copy(tasks: dict[Any, Any], keys: set[Any], seed: Hashable, wait: Any) -> dict[Any, Any]:
+    """The tasks of a layer under new keys. Those that need no other task start after `wait`."""
+    found = {}
+    for key, task in convert_legacy_graph(tasks, keys).items():
+        new = clone_key(key, seed)
+        if wait is not None and isinstance(task, Task) and not task.dependencies:
+            found[new] = Task(new, _called_after, TaskRef(wait), task.func, *task.args, **task.kwargs)
+        else:
+            found[new] = task.substitute({other: clone_key(other, seed) for other in task.dependencies}, key=new)
+    return found
+
+
+def _called_after(first: None, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(*args, **options)
