@@ -8,7 +8,7 @@ import operator
 from typing import Any, Literal, TypeGuard
 
 from softk._reference.threshold.limits import ROUNDINGS
-from softk.backend import Array, backend_of, is_array, unknown
+from softk.backend import Array, adapted, backend_of, is_array, unknown
 
 Mode = Literal["largest", "smallest"]
 Reduction = Literal["mean", "sum", "none"]
@@ -23,9 +23,10 @@ def is_number(value: Any) -> TypeGuard[float]:
 def require_array(name: str, value: Any, *, or_number: bool = False) -> None:
     wanted = "a number or an array" if or_number else "an array"
     if not is_array(value) or is_number(value):
+        advice = f"; pass jnp.asarray({name})" if hasattr(type(value), "__jax_array__") else ""
         raise TypeError(
             f"{name} must be {wanted} of a library that follows the Python Array API standard "
-            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}"
+            f"(NumPy, CuPy, PyTorch, JAX, Dask, ...), got {kind_of(value)}{advice}"
         )
     kind = type(value)
     if kind.__name__ in ("MaskedArray", "matrix", "MaskedTensor") and kind.__module__.startswith(("numpy", "torch")):
@@ -55,6 +56,9 @@ def require_equal_sizes(arrays: dict[str, Array]) -> None:
 
 
 def kind_of(value: Any) -> str:
+    backend = adapted(type(value))
+    if backend is not None and backend.words.kind is not None:
+        return backend.words.kind
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
