@@ -263,12 +263,15 @@ class Words(NamedTuple):
         Move the array to the device of another array. The second {} is the name of that array.
     measure : str
         Determine the size of an axis that is unknown.
+    kind : str, optional
+        What an array is called, if the names of its types are private.
     """
 
     cast: str = "xp.astype({}, xp.float32)"
     own: str = "xp.asarray({})"
     move: str = "{}.to_device({}.device)"
     measure: str = "create {} with a known size along that axis"
+    kind: str | None = None
 
 
 class Ragged(NamedTuple):

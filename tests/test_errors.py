@@ -401,7 +401,7 @@ def test_items_do_not_enlarge_an_axis_of_one() -> None:
 # --- one library, one device
 
 UNMIXED = ["numpy", "array-api-strict", "torch", "jax", "dask"]
-ROOTS = {"array-api-strict": "array_api_strict", "jax": "jaxlib", "dask": "dask.array"}
+KINDS = {"array-api-strict": r"array_api_strict\.", "jax": "a JAX array", "dask": r"dask\.array\."}
 PAIRS = pytest.mark.parametrize(("name", "other"), list(permutations(UNMIXED, 2)))
 
 
@@ -409,7 +409,8 @@ def two_libraries(name: str, other: str) -> tuple[Any, Callable[..., Any], str]:
     """Scores of the one, how to make arrays of the other, and how a message names the two."""
     for library in (BY_NAME[name], BY_NAME[other]):
         library.require()
-    value = rf"{ROOTS.get(other, other)}\..* beside {ROOTS.get(name, name)}\."
+    one, two = (KINDS.get(found, rf"{found}\.") for found in (name, other))
+    value = rf"{two}.* beside {one}"
     return BY_NAME[name].array(X), BY_NAME[other].array, value
 
 
@@ -426,6 +427,34 @@ def test_mixed_libraries(name: str, other: str) -> None:
         complains(TypeError, "epsilon", value, same, f, x, 1, epsilon=column)
         complains(TypeError, "weights", value, same, f, x, 1, weights=row)
         complains(TypeError, "where", value, same, f, x, 1, where=foreign(np.full(4, True)))
+
+
+@pytest.mark.parametrize(("name", "code"), [("torch", "torch.asarray({})"), ("jax", "jnp.asarray({})")])
+def test_the_advice_for_mixed_libraries_drops_no_gradient(name: str, code: str) -> None:
+    """NumPy's array is to be converted, on either side."""
+    x, foreign, _ = two_libraries("numpy", name)
+    advice = f"; convert one, for example {code}"
+    for scores, epsilon, of in ((x, foreign(0.5), "x"), (foreign(X), np.asarray(0.5), "epsilon")):
+        with pytest.raises(TypeError, match=re.escape(advice.format(of)) + "$"):
+            softk.topk(scores, 1, epsilon=epsilon)
+
+
+def test_tracers_are_called_arrays_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    for transform in (jax.grad, jax.jit, lambda f: lambda e: jax.vmap(f)(np.asarray([e]))):
+        with pytest.raises(TypeError, match=r"got a JAX array beside numpy\.ndarray; .* jnp\.asarray\(x\)"):
+            transform(lambda e: softk.topk(np.ones(3), 1, epsilon=e)[0])(0.5)
+
+
+def test_objects_that_jax_converts() -> None:
+    class Parameter:
+        def __jax_array__(self) -> Any:
+            raise AssertionError("it is not converted")
+
+    with pytest.raises(TypeError, match=r"x must be an array .*Parameter; pass jnp.asarray\(x\)$"):
+        softk.topk(Parameter(), 1)
+    with pytest.raises(TypeError, match=r"epsilon must be a number or an array .*; pass jnp.asarray\(epsilon\)$"):
+        softk.topk(np.ones(3), 1, epsilon=Parameter())
 
 
 @PAIRS
@@ -706,7 +735,8 @@ WORDS = {
 def test_advice_in_the_words_of_the_library(name: str) -> None:
     cast, own = (re.escape(words) for words in WORDS[name])
     BY_NAME[name].require()
-    x, other = BY_NAME[name].array(X), BY_NAME["torch" if name == "numpy" else "numpy"]
+    x, other = BY_NAME[name].array(X), BY_NAME["array-api-strict" if name == "numpy" else "numpy"]
+    other.require()
     for f in FUNCTIONS.values():
         complains(TypeError, "x", "got .*int64", f"convert it: .*{cast}", f, BY_NAME[name].array(X, "int64"), 1)
         complains(TypeError, "weights", "beside", rf"{own}\(weights\)", f, x, 1, weights=other.array(X))

@@ -874,6 +874,54 @@ def test_shard_map(name: str, rng: Any) -> None:
         assert jax.eval_shape(mapped, x).shape == jax.eval_shape(f, x).shape
 
 
+def looped(f: Callable[[Any], Any], loop: str) -> Callable[[Any], Any]:
+    """The sum of squares of what the function finds within a loop."""
+
+    def scanned(x: Any) -> Any:
+        return jax.lax.scan(lambda state, _: (state + 0.1 * (f(state) ** 2).sum(), None), x, length=2)[0].sum()
+
+    def mapped(x: Any) -> Any:
+        return (jax.lax.map(jax.jit(f), jnp.stack([x, 2.0 * x])) ** 2).sum()
+
+    return {"scan": scanned, "map": mapped}[loop]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        ("array", "scan"),
+        ("threshold", "map"),
+        # The hard mask has the soft one's derivative, of which its difference quotients know nothing.
+        *(wide(name, loop) for name in WAYS for loop in ("scan", "map") if name not in ("topk", "few", "hard")),
+    ],
+)
+def test_second_derivatives_within_a_loop(name: str, loop: str, kernels: str, rng: Any) -> None:
+    """Against difference quotients of the first. JAX splits the body of a loop, and must keep the rules within."""
+    x, v, h = random(rng, 1, 12), random(rng, 1, 12), 1e-5
+    with softk.kernels(kernels):
+        first = jax.jit(jax.grad(looped(WAYS[name], loop)))
+        expected = (first(x + h * v) - first(x - h * v)) / (2.0 * h)
+        forward, reverse = jax.jvp(first, (x,), (v,))[1], jax.grad(lambda x: (first(x) * v).sum())(x)
+        for found in (forward, reverse):
+            assert_close(found, expected, 1e-7)
+
+
+@pytest.mark.parametrize(("name", "at"), [("k", 1.6), wide("epsilon", 0.8), wide("weight", 1.3)])
+def test_third_derivatives_in_one_number(name: str, at: float, rng: Any) -> None:
+    """Reverse of reverse of reverse, against difference quotients of the second."""
+    x, u, h = random(rng, 4), random(rng, 4), 1e-5
+
+    def f(value: Any) -> Any:
+        given = {"k": jnp.asarray(1.6), "epsilon": jnp.asarray(0.8), name: value}
+        weights = jnp.ones(4).at[1].set(value) if name == "weight" else None
+        return (softk.topk(x, given["k"], epsilon=given["epsilon"], weights=weights) * u).sum()
+
+    second = jax.jit(jax.grad(jax.grad(f)))
+    expected = (second(at + h) - second(at - h)) / (2.0 * h)
+    assert_close(jax.jit(jax.grad(second))(at), expected, 1e-7)
+
+
 @pytest.mark.parametrize("varied", ["x", "k", "epsilon", "anchors", "none"])
 def test_shard_map_of_one_argument_among_replicas(varied: str, rng: Any) -> None:
     """A loop carries what varies with any of its arguments, and with nothing that does not."""
@@ -1015,12 +1063,42 @@ def test_an_axis_over_devices(rng: Any) -> None:
     hard = lambda x: softk_jax.sharded.topk(x, 30, axis_name="d", hard=True)
     found = jax.jit(jax.shard_map(hard, mesh=mesh, in_specs=over, out_specs=over))(x.round())
     np.testing.assert_array_equal(found, softk.topk(x.round(), 30, hard=True))
-    try:
-        softk_jax.sharded.topk(x, 2, axis_name=0)
-    except TypeError as error:
-        assert "axis_name must be a string" in str(error)
-    else:
-        raise AssertionError("it was not refused")
+
+    def second(f):
+        given = x, jnp.asarray(140.3), jnp.asarray(0.3), weights
+        moved = u, jnp.asarray(0.7), jnp.asarray(-0.1), weights[:, ::-1]
+        return jax.jit(lambda: jax.jvp(jax.grad(lambda *v: f(*v)[0], (0, 1, 2, 3)), given, moved)[1])()
+
+    for own, other in zip(second(loss), second(whole)):
+        np.testing.assert_allclose(own, other, rtol=0, atol=1e-11 * float(abs(other).max()))
+
+    def refused(error, message, f):
+        try:
+            f(x)
+        except error as found:
+            assert message in str(found), found
+        else:
+            raise AssertionError("it was not refused")
+
+    def over_devices(k, name):
+        local = lambda x: softk_jax.sharded.topk(x, k, axis_name=name)
+        return jax.shard_map(local, mesh=mesh, in_specs=over, out_specs=over)
+
+    refused(TypeError, "axis_name must be a string", lambda x: softk_jax.sharded.topk(x, 2, axis_name=0))
+    refused(ValueError, "call topk inside jax.shard_map", lambda x: softk_jax.sharded.topk(x, 2, axis_name="d"))
+    unknown = "axis_name must be an axis of the surrounding shard_map, one of ('d',), got 'data'"
+    refused(ValueError, unknown, over_devices(2, "data"))
+    refused(ValueError, unknown, jax.jit(over_devices(2, "data")))
+    refused(ValueError, "k must be from 0 to 1200", over_devices(1201, "d"))
+    np.testing.assert_array_equal(over_devices(1200, "d")(x), 1.0)
+
+    explicit = jax.make_mesh((4,), ("e",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        x = jax.device_put(x, jax.sharding.NamedSharding(explicit, P(None, "e")))
+        message = "x must not be sharded along axis over an explicit axis"
+        for f in (softk.topk, softk.threshold, softk.log_topk):
+            refused(ValueError, message, lambda x: f(x, 2, epsilon=0.3))
+            assert f(x, 1, axis=0, epsilon=0.3).shape[-1] == 1200
     print("done")
     """
     setup = f"import sys\nsys.path[:0] = [{str(root)!r}, {str(root / 'backends')!r}]\n"

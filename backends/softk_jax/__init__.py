@@ -24,7 +24,7 @@ class JaxBackend(Backend):
 
     autodiff = "every JAX transform"
     kernels = KERNELS
-    words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)")
+    words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)", kind="a JAX array")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:
         return _bound(primitive, tuple(sorted(options.items())), chosen_kernels())
@@ -117,7 +117,8 @@ class JaxBackend(Backend):
         return jax.lax.axis_index(group), jax.lax.axis_size(group)
 
     def reduce_shards(self, values: Array, operation: Literal["sum", "max"], group: str) -> Array:
-        return jax.lax.psum(values, group) if operation == "sum" else jax.lax.pmax(values, group)
+        # JAX does not differentiate pmax. A maximum over the devices only scales or shifts what the rule computes.
+        return jax.lax.psum(values, group) if operation == "sum" else jax.lax.pmax(self.constant(values), group)
 
     def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
         empty = 0 if operation == "sum" else -jnp.inf
@@ -191,14 +192,20 @@ def _exact() -> AbstractContextManager[Any]:
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: str) -> Callable[..., tuple[Array, ...]]:
     def forward(*inputs: Array | None) -> tuple[Array, ...]:
+        _require_local(inputs[0], primitive.axes)
         with _exact():
             return backend.run(primitive, "forward", inputs, **dict(options))
 
     forward.__name__ = primitive.name.replace(" ", "_").replace("-", "_")
     operator = jax.custom_jvp(forward)
+    # JAX drops the rule of a custom_jvp, and then differentiates the operations within, where it splits the body of a
+    # loop to find what is the same in each turn: reverse mode of `lax.scan` and `lax.map`. It splits no checkpoint.
+    # This one saves every result, so nothing is computed again.
+    everything = jax.checkpoint_policies.everything_saveable
+    kept: Callable[..., tuple[Array, ...]] = jax.checkpoint(operator, prevent_cse=False, policy=everything)
 
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        outputs = operator(*primals)
+        outputs = kept(*primals)
         given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         found = _tangents(primitive, primals, outputs, given)
         constants = outputs[primitive.moving :]
@@ -206,8 +213,25 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: s
 
     # Symbolic zeros show which inputs have no tangent, so that the rule can skip them.
     operator.defjvp(rule, symbolic_zeros=True)
-    compiled: Callable[..., tuple[Array, ...]] = jax.jit(operator)
+    compiled: Callable[..., tuple[Array, ...]] = jax.jit(kept)
     return compiled
+
+
+def _require_local(x: Any, axes: int) -> None:
+    """Require that the selected axis, or axes, of the scores are not sharded over explicit axes of a mesh."""
+    kind = jax.typeof(x)
+    explicit = {name for name, of in zip(*_axes_of(kind), strict=True) if of.name == "Explicit"}
+    for part in tuple(kind.sharding.spec)[x.ndim - axes :]:
+        if explicit & set(part if isinstance(part, tuple) else (part,)):
+            raise ValueError(
+                f"x must not be sharded along axis over an explicit axis of a mesh, got {kind} (axis last); use a mesh "
+                "with axes of jax.sharding.AxisType.Auto, or softk_jax.sharded.topk inside jax.shard_map"
+            )
+
+
+def _axes_of(kind: Any) -> tuple[Any, Any]:
+    mesh = kind.sharding.mesh
+    return mesh.axis_names, mesh.axis_types
 
 
 def _no_tangent(value: Array) -> Any:

@@ -245,6 +245,9 @@ def _differentiate(
     moving = [not _is_zero(tangent) for tangent in tangents]
     terms = []
     if any(moving[count:]):
+        if operation is pull and not moving[count]:  # a pull always has a cotangent of the mask
+            tangents = (*tangents[:count], ad.instantiate_zeros(tangents[count]), *tangents[count + 1 :])
+            moving[count] = True
         given = iter(moving)
         still = tuple(is_there and (next(given) or i < PROBLEM + STATE) for i, is_there in enumerate(present))
         linear = [tangent for tangent, is_moving in zip(tangents[count:], moving[count:], strict=True) if is_moving]

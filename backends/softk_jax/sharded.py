@@ -41,8 +41,7 @@ def topk(
     x : array
         The scores of this device.
     k : number or array
-        How many scores to select in all, as for `softk.topk`, the same on every device. If it exceeds the number of
-        scores, the mask is NaN.
+        How many scores to select in all, as for `softk.topk`, the same on every device.
     axis_name : str
         The name of the axis of the mesh.
     axis, mode, epsilon, weights, where, hard
@@ -57,7 +56,7 @@ def topk(
     Raises
     ------
     TypeError, ValueError
-        As `softk.topk`; also if `axis_name` is not a string.
+        As `softk.topk`; also if `axis_name` is not a string, or not an axis of the surrounding `jax.shard_map`.
 
     References
     ----------
@@ -79,7 +78,9 @@ def topk(
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string, the name of an axis of the mesh, got {axis_name!r}")
     slices = Slices(x, axis, smallest=check_mode(mode), joint=True, k=k, epsilon=epsilon, weights=weights, where=where)
-    k = check_mass(slices.xp, k, slices.n, slices.working, True)  # only the solver knows how many scores there are
+    n = _devices_along(axis_name, x) * slices.n
+    over = f"the size of x along axis on all devices along {axis_name!r}"
+    k = check_mass(slices.xp, k, n, slices.working, weights is not None, over)
     check_temperature(slices.xp, epsilon, slices.working)
     if hard:
         require_whole(k, weights, k)
@@ -92,3 +93,16 @@ def topk(
     }
     primitive = in_pieces("hard_mask" if hard else "mask", (axis_name,))
     return Call(slices.backend, primitive, {"ranks": None}, arguments, (slices.like_scores(narrow=True),))
+
+
+def _devices_along(axis_name: str, x: jax.Array) -> int:
+    """The number of devices along an axis of the surrounding shard_map."""
+    try:
+        return int(jax.lax.axis_size(axis_name))
+    except NameError:
+        mesh = jax.typeof(x).sharding.mesh
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in kinds if kind.name == "Manual")
+    if not axes:
+        raise ValueError(f"axis_name must be an axis of a shard_map, got {axis_name!r}; call topk inside jax.shard_map")
+    raise ValueError(f"axis_name must be an axis of the surrounding shard_map, one of {axes}, got {axis_name!r}")

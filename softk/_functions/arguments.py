@@ -411,10 +411,14 @@ def common_backend(first: str, x: Array, others: dict[str, Array]) -> Backend:
         if other.wraps == backend.name:  # a boxed array among plain ones: the framework that boxes serves both
             backend = other
     for name, value in others.items():
-        if backend_of(value) is not backend and backend.wraps != backend_of(value).name:
+        other = backend_of(value)
+        if other is not backend and backend.wraps != other.name:
+            # Never the way that drops a gradient: to a library without autodiff.
+            keeps = backend.autodiff != Backend.autodiff or other.autodiff == Backend.autodiff
+            code = backend.words.own.format(name) if keeps else other.words.own.format(first)
             raise TypeError(
                 f"{name} must be an array of the same library as {first}: got {kind_of(value)} beside {kind_of(x)}; "
-                f"convert one, for example {backend.words.own.format(name)}"
+                f"convert one, for example {code}"
             )
         if backend.device(x) != backend.device(value):
             raise TypeError(

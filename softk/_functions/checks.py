@@ -8,7 +8,7 @@ import operator
 from typing import Any, Literal, TypeGuard
 
 from softk._reference.threshold.limits import ROUNDINGS
-from softk.backend import Array, backend_of, is_array, unknown
+from softk.backend import Array, adapted, backend_of, is_array, unknown
 
 Mode = Literal["largest", "smallest"]
 Reduction = Literal["mean", "sum", "none"]
@@ -43,6 +43,8 @@ def _remedy(name: str, value: Any) -> str:
     """How to make an array or a number of a value that is neither: the end of an error message."""
     if isinstance(value, (str, bool)):
         return f" {value!r}"
+    if hasattr(type(value), "__jax_array__"):
+        return f"; pass jnp.asarray({name})"
     if isinstance(value, (list, tuple)):
         return f"; convert it, for example np.asarray({name}) or torch.tensor({name})"
     return f"; call it, as in {name}(step)" if callable(value) else ""
@@ -66,6 +68,9 @@ def require_equal_sizes(arrays: dict[str, Array]) -> None:
 
 
 def kind_of(value: Any) -> str:
+    backend = adapted(type(value))
+    if backend is not None and backend.words.kind is not None:
+        return backend.words.kind
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
