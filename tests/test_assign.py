@@ -143,6 +143,15 @@ def test_nearly_hard_is_the_optimal_assignment(rng: Any) -> None:
     np.testing.assert_allclose(found.plan, wanted, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", [6, 7])
+def test_masses_that_miss_the_weights_by_a_rounding(seed: int) -> None:
+    """Nearly hard, with weights of 0.1: the rounding error of the masses is far above the shares between the groups."""
+    scores, weights = np.random.default_rng(seed).normal(size=(28, 4)), np.full(28, 0.1)
+    reference = Assigned(scores, epsilon=0.003, weights=weights)
+    found = softk.assign(scores, epsilon=0.003, weights=weights)
+    np.testing.assert_allclose(found.potentials, reference.potentials, rtol=0, atol=1e-6 * 0.003)
+
+
 def test_many_groups_use_sinkhorn_s_algorithm(rng: Any) -> None:
     """Above 256 groups; the plan is that of Newton's method, within the tolerance."""
     scores = rng.normal(size=(300, 300))
