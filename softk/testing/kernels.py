@@ -636,8 +636,8 @@ class _Case:
                 key = "jvp", primitive.name, tuple(moved)
                 wanted, terms = self.once(key, partial(self.pushed_with_terms, primitive, values))
                 self.require_rates(found[:1], wanted, (True,), "tangent of the ", terms)
-                key = "jvp of the offset", tuple(moved)
-                by_argument = self.once(key, partial(self.pushed_thresholds, values))
+                again = "jvp of the offset", tuple(moved)
+                by_argument = self.once(again, partial(self.pushed_thresholds, values))
                 wanted, terms = self.pushed_offset(outputs, by_argument, values[2])
                 self.require_rates(found[1:], wanted, (True,), "tangent of the ", terms)
                 continue
