@@ -151,3 +151,55 @@ def test_a_bad_hook_is_refused() -> None:
         check_backend(np.ones(1), skip=("fast",))
     with pytest.raises(TypeError):
         check_backend([1.0, 2.0])
+
+
+def test_nothing_is_not_checked() -> None:
+    with pytest.raises(ValueError, match="only must take at least one problem"):
+        check_backend(np.ones(1), only=lambda problem: False)
+    for dtypes in ((), "float32", ("float16",)):
+        with pytest.raises(ValueError, match="dtypes must be a sequence of float64, float32, got"):
+            check_backend(np.ones(1), dtypes=dtypes, only=few)
+    with pytest.raises(ValueError, match="second must be False where the library has no gradient"):
+        check_backend(np.ones(1), second=True, only=few)
+
+
+def test_the_report() -> None:
+    report = check_backend(np.ones(1), skip=("top_k",), dtypes=("float32",), only=lambda p: p.name == "weighted")
+    assert report.problems == ("weighted, float32",)
+    assert report.native == ()
+    assert "top_k" not in report.hooks
+    assert report.served_by == "numpy"
+    autograd = pytest.importorskip("softk_autograd").backend
+    report = check_backend(autograd, make=np.asarray, only=lambda p: p.name in ("weighted", "NaN"))
+    assert report.native == ("weighted, float64",)
+    assert report.served_by == "numpy"  # NumPy's arrays are its own
+
+
+def test_float32_alone_is_differentiated() -> None:
+    torch = pytest.importorskip("torch")
+    backend = backend_of(torch.ones(1))
+
+    def gradient(f: Any, x: Any, u: Any) -> Any:
+        found = native_gradient(backend, f, x, u)
+        return found if tuple(found.shape) != (7, 40) else 3.0 * found
+
+    report = check_backend(backend, second=True, dtypes=("float32",), only=few)
+    assert report.native == ("weighted, float32", "deep batch, float32")
+    with pytest.raises(AssertionError, match="weighted, float32: topk, the library's derivative in x in weighted is"):
+        check_backend(backend, gradient=gradient, dtypes=("float32",), only=few)
+
+
+def test_an_error_names_the_hook_or_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, x: Any) -> Any:
+        raise ZeroDivisionError("a fault")
+
+    with pytest.raises(AssertionError, match=r"backend numpy, constant: ZeroDivisionError\('a fault'\)"):
+        check_backend(_changed(constant=broken), only=few)
+
+    def run(self: Any, *groups: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("a fault")
+
+    backend = _changed(run=run)
+    _served_by(monkeypatch, backend)
+    with pytest.raises(AssertionError, match=r"problem weighted, float64: ZeroDivisionError\('a fault'\)"):
+        check_backend(backend, only=few)

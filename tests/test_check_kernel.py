@@ -137,6 +137,14 @@ def _backward(values: Any) -> Any:
     return values[..., ::-1].copy()
 
 
+def _seven(values: Any) -> Any:
+    return 0.0 * values + values.dtype.type(7.0)
+
+
+def _raising(inputs: Any, found: Any) -> None:
+    raise ValueError("a fault")
+
+
 #: The primitive, the part, and the result that is changed and how, or the kernel; and what the error says.
 FAULTS: dict[str, tuple[Any, Any, Any, str]] = {
     "mask": (MASK, "forward", (0, _nudged), "the mask is off by"),
@@ -163,6 +171,11 @@ FAULTS: dict[str, tuple[Any, Any, Any, str]] = {
     "cotangent of weights": (MASK, "vjp", (3, _times(1.0001)), "the cotangent of weights"),
     "needed": (MASK, "vjp", _rule(_lazy), "result 1 is None, the reference's an array"),
     "tangent": (MASK, "jvp", (0, _times(1.0001)), "the tangent of the result"),
+    **{
+        f"tangent of the offset, {primitive.name}": (primitive, "jvp", (1, change), "the tangent of the offset")
+        for primitive, change in ((MASK, _times(1.001)), (HARD, _seven), (LOG, _seven), (THRESHOLD, _seven))
+    },
+    "error": (MASK, "forward", _keeping(_raising), r"ValueError\('a fault'\)"),
 }
 
 

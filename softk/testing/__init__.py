@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from softk._native import devices, native_gradient
 
-from .backends import check_backend
+from .backends import BackendReport, check_backend
 from .cases import Problem, problems
 from .kernels import KernelReport, check_kernel
 from .memory import LAYOUTS, poisoned
@@ -18,6 +18,7 @@ __all__ = [
     "LAYOUTS",
     "LONG",
     "Arithmetic",
+    "BackendReport",
     "KernelReport",
     "Oracle",
     "Problem",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,13 @@ from .kernels import DERIVATIVES, MASK, MASS
 from .memory import same_bits, values_of
 from .oracle import EXACT, Oracle
 
-__all__ = ["check_backend"]
+__all__ = ["BackendReport", "check_backend"]
+
+#: The dtypes that may be checked, the widest first.
+DTYPES = ("float64", "float32")
+#: How accurate a second derivative is, and a derivative of four scores, by dtype.
+SECOND = {"float64": 1e-9, "float32": 1e-3}
+OF_FOUR = {"float64": 1e-12, "float32": 1e-5}
 
 #: What is computed without a choice: every argument and every edge, but no problem of which there is a like.
 USUAL = (
@@ -39,6 +46,29 @@ HOOKS = (
 Gradient = Callable[[Callable[[Array], Array], Array, Array], Array | None]
 
 
+class BackendReport(NamedTuple):
+    """What an adapter was held to.
+
+    Attributes
+    ----------
+    problems : tuple of str
+        The problems and dtypes whose values and derivatives by `softk.vjp` and `softk.jvp` were compared.
+    native : tuple of str
+        The problems and the dtype on which the library's own differentiation was compared. Empty where it has none, or
+        where `only` takes none of the problems for it.
+    hooks : tuple of str
+        The hooks that were checked.
+    served_by : str
+        The name of the backend that serves what `make` returns, and so computed the values. It is another one than the
+        adapter where the adapter `wraps` a library and `make` returns arrays of that library.
+    """
+
+    problems: tuple[str, ...]
+    native: tuple[str, ...]
+    hooks: tuple[str, ...]
+    served_by: str
+
+
 def check_backend(
     backend: Backend | Array,
     *,
@@ -48,7 +78,7 @@ def check_backend(
     skip: Sequence[str] = (),
     dtypes: Sequence[str] = ("float64", "float32"),
     only: Callable[[Problem], bool] | None = None,
-) -> None:
+) -> BackendReport:
     """Hold an adapter to its contract, by the operators of the mask family.
 
     Masks, their logarithms and thresholds are compared with an oracle of high precision, as are their derivatives: by
@@ -71,43 +101,73 @@ def check_backend(
     skip : sequence of str, optional
         The hooks that nobody calls, because the adapter hands the work on to another one.
     dtypes : sequence of {"float32", "float64"}, optional
-        The dtypes of the arrays.
+        The dtypes of the arrays. The library's own differentiation is checked in the widest of them.
     only : callable, optional
         ``only(problem) -> bool``: which of the problems to take; a selection of them without it.
+
+    Returns
+    -------
+    BackendReport
+        What was checked.
 
     Raises
     ------
     AssertionError
-        If the adapter breaks its contract. The text has the names of the backend, and of the problem and the dtype or
-        of the hook.
+        If the adapter breaks its contract or raises an error. The text has the names of the backend, and of the problem
+        and the dtype or of the hook.
     TypeError
         If `backend` is neither a backend nor an array.
     ValueError
-        If `skip` names no hook.
+        If `skip` names no hook, `dtypes` is empty or has another dtype, `only` takes no problem, or `second` is True
+        and no second derivative can be checked.
 
     Examples
     --------
     >>> import numpy as np
     >>> from softk.testing import check_backend
-    >>> check_backend(np.ones(1), only=lambda problem: problem.name in ("weighted", "infinite scores"))
+    >>> report = check_backend(np.ones(1), only=lambda problem: problem.name in ("weighted", "infinite scores"))
+    >>> report.problems[:2]
+    ('weighted, float64', 'infinite scores, float64')
+    >>> report.native, report.served_by
+    ((), 'numpy')
     """
     for name in skip:
         if name not in HOOKS:
             raise ValueError(f"skip must be among {', '.join(HOOKS)}, got {name!r}")
     if not isinstance(backend, Backend):
         backend = backend_of(backend)
-    check = _Check(backend, make or backend.xp.asarray, gradient)
-    check.hooks(skip)
+    if isinstance(dtypes, str) or not dtypes or any(dtype not in DTYPES for dtype in dtypes):
+        raise ValueError(f"dtypes must be a sequence of {', '.join(DTYPES)}, got {dtypes!r}")
     chosen = only or (lambda problem: problem.name in USUAL)
-    for dtype in dtypes:
-        for problem in problems(dtype):
-            if chosen(problem):
-                check.problem(problem, dtype)
-    if "float64" in dtypes and check.has_gradient():
-        for problem in problems():
-            if problem.name in DIFFERENTIATED and chosen(problem):
-                check.native(problem, second=second)
-        check.outputs()
+    taken = [(problem, dtype) for dtype in dtypes for problem in problems(dtype) if chosen(problem)]
+    if not taken:
+        raise ValueError("only must take at least one problem, it takes none")
+    check = _Check(backend, make or backend.xp.asarray, gradient)
+    widest = next(dtype for dtype in DTYPES if dtype in dtypes)
+    with check.explained():
+        check.hooks(skip)
+        for problem, dtype in taken:
+            check.problem(problem, dtype)
+        check.where = f"backend {backend.name}, gradient"
+        native = []
+        if check.has_gradient():
+            native = [each for each, dtype in taken if dtype == widest and each.name in DIFFERENTIATED]
+    if second and not native:
+        raise ValueError(
+            "second must be False where the library has no gradient or `only` takes none of "
+            f"{', '.join(DIFFERENTIATED)}, got True"
+        )
+    with check.explained():
+        for problem in native:
+            check.native(problem, widest, second=second)
+        if check.has_gradient():
+            check.outputs(widest)
+    return BackendReport(
+        tuple(f"{problem.name}, {dtype}" for problem, dtype in taken),
+        tuple(f"{problem.name}, {widest}" for problem in native),
+        tuple(name for name in HOOKS if name not in skip),
+        backend_of(check.make(np.ones(1, widest))).name,
+    )
 
 
 class _Check:
@@ -115,6 +175,16 @@ class _Check:
         self.backend, self.make, self.xp = backend, make, backend.xp
         self.gradient: Gradient = gradient or (lambda f, x, u: native_gradient(backend, f, x, u))
         self.where = f"backend {backend.name}"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """An error of the adapter names the hook or the problem, as a broken promise does."""
+        try:
+            yield
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"{self.where}: {error!r}") from error
 
     def require(self, condition: Any, text: str) -> None:
         if not bool(condition):
@@ -361,8 +431,8 @@ class _Check:
         x = self.make(np.ones(2))
         return self.gradient(lambda x: 2.0 * x, x, self.xp.ones_like(x)) is not None
 
-    def native(self, problem: Problem, *, second: bool) -> None:
-        self.where = f"backend {self.backend.name}: problem {problem.name}, float64"
+    def native(self, problem: Problem, dtype: str, *, second: bool) -> None:
+        self.where = f"backend {self.backend.name}: problem {problem.name}, {dtype}"
         arguments, options = self.given(problem)
 
         for function, f in self.operators():
@@ -377,14 +447,14 @@ class _Check:
                 found = self.gradient(along, value, self.make(u))
                 self.require(found is not None, f"{function} has no derivative in {name}")
                 what = f"{function}, the library's derivative in {name}"
-                self.close(what, self.values(found), wanted[name], "float64", problem)
+                self.close(what, self.values(found), wanted[name], dtype, problem)
         if second:
-            self.check_second(problem, arguments, options)
+            self.check_second(problem, arguments, options, dtype)
 
-    def check_second(self, problem: Problem, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def check_second(self, problem: Problem, arguments: dict[str, Any], options: dict[str, Any], dtype: str) -> None:
         """The library differentiates the rule: the cotangent of the scores, along a direction."""
         u = self.cotangent(problem, "topk")
-        w = np.random.default_rng(6).normal(size=u.shape)
+        w = np.random.default_rng(6).normal(size=u.shape).astype(u.dtype)
         rest = {name: value for name, value in arguments.items() if name not in ("x", "k")} | options
 
         def rule(x: Array) -> Array:
@@ -398,29 +468,30 @@ class _Check:
             "the second derivative",
             self.values(found),
             np.reshape(wanted, u.shape),
-            1e-9 * np.max(np.abs(np.reshape(wanted, u.shape)), axis=-1, keepdims=True),
+            SECOND[dtype] * np.max(np.abs(np.reshape(wanted, u.shape)), axis=-1, keepdims=True),
         )
 
-    def outputs(self) -> None:
+    def outputs(self, dtype: str) -> None:
         """The state is differentiable, and the constants are not, whatever cotangent they are given."""
         self.where = f"backend {self.backend.name}, bind"
-        x = np.asarray([[0.2, 1.7, -0.5, 0.9]])
-        oracle = Oracle(x[0], 1.5, 0.6)
-        rest = self.make(np.asarray([[1.5]])), self.make(np.asarray([[0.3]])), None, None
+        tolerance = OF_FOUR[dtype]
+        x = np.asarray([[0.2, 1.7, -0.5, 0.9]], dtype)
+        oracle = Oracle(x[0], 1.5, 0.5)
+        rest = self.make(np.asarray([[1.5]], dtype)), self.make(np.asarray([[0.25]], dtype)), None, None
         bound = self.backend.bind(mask_primitive, ranks=None)
-        u = np.asarray([[0.3, -1.0, 0.7, 0.2]])
+        u = np.asarray([[0.3, -1.0, 0.7, 0.2]], dtype)
         by_mask = oracle.vjp(u[0])["x"][None]
         found = self.gradient(lambda x: bound(x, *rest)[0], self.make(x), self.make(u))
-        self.near("the derivative of the result", self.values(found), by_mask, 1e-12)
-        found = self.gradient(lambda x: bound(x, *rest)[1], self.make(x), self.make(np.asarray([[0.3]])))
-        self.near("the derivative of the state", self.values(found), oracle.vjp(b=1.0)["x"][None], 1e-12)
+        self.near("the derivative of the result", self.values(found), by_mask, tolerance)
+        found = self.gradient(lambda x: bound(x, *rest)[1], self.make(x), self.make(np.asarray([[0.25]], dtype)))
+        self.near("the derivative of the state", self.values(found), oracle.vjp(b=1.0)["x"][None], tolerance)
 
         def with_constant(x: Array) -> Array:
             share, _, reference = bound(x, *rest)
             return share + 0.5 * reference
 
         found = self.gradient(with_constant, self.make(x), self.make(u))
-        self.near("the derivative of a result and a constant", self.values(found), by_mask, 1e-12)
+        self.near("the derivative of a result and a constant", self.values(found), by_mask, tolerance)
 
 
 # --- the oracle, on a whole problem

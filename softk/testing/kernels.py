@@ -132,7 +132,12 @@ def check_kernel(
         if WORKING[dtype] != dtype and not kernel.primitive.narrow:
             continue
         for case in _cases(kernel, backend, make, dtype, layouts, only):
-            reason = case.check()
+            try:
+                reason = case.check()
+            except AssertionError:
+                raise
+            except Exception as error:
+                raise AssertionError(case.text(repr(error))) from error
             if reason is None:
                 served.append(case.name)
             else:
@@ -255,9 +260,11 @@ class _Case:
 
     def require(self, condition: bool, message: Callable[[], str] | str) -> None:
         if not condition:
-            text = message if isinstance(message, str) else message()
-            name = f"kernel {self.kernel.name} of {self.kernel.primitive.name}, {self.kernel.part}"
-            raise AssertionError(f"{name}: problem {self.name}: {text}")
+            raise AssertionError(self.text(message if isinstance(message, str) else message()))
+
+    def text(self, message: str) -> str:
+        name = f"kernel {self.kernel.name} of {self.kernel.primitive.name}, {self.kernel.part}"
+        return f"{name}: problem {self.name}: {message}"
 
     # -- the calls
 
@@ -629,6 +636,10 @@ class _Case:
                 key = "jvp", primitive.name, tuple(moved)
                 wanted, terms = self.once(key, partial(self.pushed_with_terms, primitive, values))
                 self.require_rates(found[:1], wanted, (True,), "tangent of the ", terms)
+                again = "jvp of the offset", tuple(moved)
+                by_argument = self.once(again, partial(self.pushed_thresholds, values))
+                wanted, terms = self.pushed_offset(outputs, by_argument, values[2])
+                self.require_rates(found[1:], wanted, (True,), "tangent of the ", terms)
                 continue
             with choosing("none"), self.backend.quiet():
                 state = (*(None for _ in primitive.results), *expected[len(primitive.results) :])
@@ -643,6 +654,24 @@ class _Case:
             if tangent is not None
         ]
         return {"result": self.pushed(primitive, tangents)}, {"result": np.max(np.abs(each), axis=0)}
+
+    def pushed_thresholds(self, tangents: list[Any]) -> list[np.ndarray]:
+        """The tangents of the threshold by the oracle: along all arguments, and along each of them alone."""
+        alone = [[tangent if i == j else None for j in range(4)] for i, tangent in enumerate(tangents[:4])]
+        return [
+            self.pushed(threshold, each)
+            for each in (tangents, *(row for row in alone if any(part is not None for part in row)))
+        ]
+
+    def pushed_offset(
+        self, outputs: Any, by_argument: list[np.ndarray], dtau: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tangent of the offset s = (t - r) / tau, whose reference r is constant, and its largest term."""
+        tau = np.broadcast_to(np.asarray(self.problem.epsilon, float) / 2.0, (*self.batch, 1))
+        through = self.values(outputs[-2]) * (0.0 if dtau is None else dtau)
+        each = [np.abs(through), *(np.abs(part) for part in by_argument)]
+        largest = np.max(np.broadcast_arrays(*each), axis=0) / tau
+        return {"offset": (by_argument[0] - through) / tau}, {"offset": largest}
 
     def pushed(self, primitive: Any, tangents: list[Any]) -> np.ndarray:
         oracles = self.problem.oracles
