@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softk._reference.threshold.limits import ROUNDINGS, limits, negligible, widest_gap
+from softk._reference.threshold.limits import ROUNDINGS, coldest, limits, negligible, small_step, widest_gap
 
 from . import ladders, masks
 from .pool import in_parallel
@@ -42,20 +42,19 @@ class Bound(NamedTuple):
 def bound_of(dtype: Any) -> Bound:
     """The limits of a dtype, most of them those of the reference."""
     bound, info = limits(np, dtype), np.finfo(dtype)
-    coldest = 2.0**-60 if info.bits == 32 else 2.0**-400
     least = negligible(np, dtype)
     return Bound(
         eps=bound.eps,
         smallest=float(info.smallest_normal),
         log_farthest=math.log(bound.farthest),
-        tolerance=bound.eps**0.25,
+        tolerance=small_step(bound),
         unit=ROUNDINGS * bound.eps,
         largest=bound.largest,
         farthest=bound.farthest,
         saturated=bound.saturated,
         widest_gap=widest_gap(bound),
-        coldest=coldest,
-        hottest=1.0 / coldest,
+        coldest=coldest(bound),
+        hottest=1.0 / coldest(bound),
         log_negligible=math.log(least),
         negligible=least,
     )

@@ -9,11 +9,12 @@ import math
 
 import numpy as np
 
+from softk._reference.threshold.limits import DOMINANT
+
 from .cache import compiled
 from .operations import EXACT, FAST, WITHOUT_SUMS, clipped_of, exponential, larger
 from .rule import (
     LEAST_GAIN,
-    MOST_SHARE,
     clipped_odds,
     gains_of,
     linearize,
@@ -104,7 +105,7 @@ def pull_log_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_t
             )
             sums = sum_log_gains(xbar[start:stop], direct[start:stop])
             total, product, most = total + sums[0], product + sums[1], max(most, np.float64(sums[2]))
-        if most > LEAST_GAIN and most < MOST_SHARE * total:
+        if most > LEAST_GAIN and most < DOMINANT * total:
             write_log_product(direct, number((c - product) / total), inverse, xbar)
             return (product - c) / total, 0.0
     z, scaled = np.empty(n), np.empty(n)

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from softk._reference.threshold.limits import DOMINANT
+
 from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, WITHOUT_SUMS, clipped_of, exponential, larger
 from .solve import BLOCK, log_odds
@@ -19,8 +21,6 @@ is_rounding, balance, is_beside, rate_of = FORMULAS.is_rounding, FORMULAS.balanc
 
 #: The least v = m (1 - m) of the nearest item that an ordinary row has: that of |z| = 16.
 LEAST_GAIN = 1.1e-7
-#: The largest part of p that one item of an ordinary row has.
-MOST_SHARE = 0.75
 
 
 # --- ordinary rows
@@ -86,7 +86,7 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
         total += found[0]
         product += found[1]
         most, heaviest = max(most, np.float64(found[2])), max(heaviest, np.float64(found[3]))
-    ordinary = (most > LEAST_GAIN) & (heaviest < MOST_SHARE * total) & (total > 1e-30) & (total < 1e30)
+    ordinary = (most > LEAST_GAIN) & (heaviest < DOMINANT * total) & (total > 1e-30) & (total < 1e30)
     return total, product, ordinary
 
 
@@ -240,7 +240,7 @@ def linearize(x, weights, k, tau, reference, offset, bound, z, scaled):
         normal += weighted
         if weighted > heaviest:
             heaviest, held = weighted, i
-    if not heaviest > MOST_SHARE * normal:
+    if not heaviest > DOMINANT * normal:
         held = -1
     return nearest, (normal if normal != 0.0 else 1.0), held
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from softk._reference.threshold.limits import STEPS
 
 from .tiles import (
+    DOMINANCE,
     FARTHEST,
     INFINITY,
     LARGEST,
@@ -958,7 +959,7 @@ def join_rows(
     most_below, u_below, share_below = greatest_of(sums, 8, row, rows, segments, SEGMENTS)
     most_above, u_above, share_above = greatest_of(sums, 11, row, rows, segments, SEGMENTS)
     # Whether the greatest item below or above the threshold dominates p.
-    lower, upper = less * most_below > 0.75 * normal, more * most_above > 0.75 * normal
+    lower, upper = less * most_below > normal * DOMINANCE, more * most_above > normal * DOMINANCE
     at_most = tl.where(upper, u_above / safe_denominator(share_above), u_below / safe_denominator(share_below))
     rate, inverse_slope = rates(nearest, normal)
     hbar = rate * pulled - inverse_slope * c

@@ -23,7 +23,16 @@ import triton
 import triton.language as tl
 
 from softk._reference.threshold import formulas
-from softk._reference.threshold.limits import ROUNDINGS, STEPS, limits, negligible, widest_gap
+from softk._reference.threshold.limits import (
+    DOMINANT,
+    ROUNDINGS,
+    STEPS,
+    coldest,
+    limits,
+    negligible,
+    small_step,
+    widest_gap,
+)
 
 from . import operations
 
@@ -37,7 +46,8 @@ REACH = tl.constexpr(_BOUND.reach)
 NARROW = tl.constexpr(widest_gap(_BOUND))
 LEAST = tl.constexpr(negligible(torch, torch.float32))
 LOG_LEAST = tl.constexpr(math.log(negligible(torch, torch.float32)))
-TOLERANCE = tl.constexpr(_BOUND.eps**0.25)
+TOLERANCE = tl.constexpr(small_step(_BOUND))
+DOMINANCE = tl.constexpr(DOMINANT)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).smallest_normal)
 ROUNDING = tl.constexpr(ROUNDINGS * _BOUND.eps)
 LIMIT = tl.constexpr(STEPS)
@@ -53,7 +63,7 @@ share_of, is_beside = _FORMULAS.balance, _FORMULAS.is_beside
 #: The least slope of the sum of the mask, as a share of that sum, and the longest step, for which `approach` continues.
 FLATTEST, LONGEST_STEP = tl.constexpr(2.0**-8), tl.constexpr(2.0)
 #: Between these temperatures 1 / tau neither overflows nor underflows, nor do its products.
-COLDEST, HOTTEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
+COLDEST, HOTTEST = tl.constexpr(coldest(_BOUND)), tl.constexpr(1.0 / coldest(_BOUND))
 
 
 @triton.jit
@@ -118,7 +128,7 @@ def score_of(key):
 @triton.jit
 def inverse(tau):
     """1 / tau as a product of two factors that neither overflow nor underflow."""
-    scale = tl.where(tau < COLDEST, 2.0**60, tl.where(tau > HOTTEST, 2.0**-60, 1.0))
+    scale = tl.where(tau < COLDEST, HOTTEST, tl.where(tau > HOTTEST, COLDEST, 1.0))
     return 1.0 / (tau * scale), scale
 
 
@@ -936,7 +946,7 @@ def pull_tile(
     scaled /= larger
     weighted = weigh(weights, scaled)
     normal = safe_denominator(sum_of(weighted))
-    most = weighted > across(0.75 * normal)  # the item that dominates p, if there is one
+    most = weighted > across(normal * DOMINANCE)  # the item that dominates p, if there is one
     held = max_of(most.to(tl.int32)) > 0
     rate, inverse_slope = rates(nearest, normal)
 

@@ -17,6 +17,8 @@ MARGIN = 4.0
 #: A mass is rounded to this many units of its last digit: if it is that close to 0, n or the sum of the weights, it
 #: counts as that number.
 ROUNDINGS = 8.0
+#: An item dominates a slice where it has more than this part of p, the derivative of the threshold in the scores.
+DOMINANT = 0.75
 
 
 class Limits(NamedTuple):
@@ -44,6 +46,16 @@ def negligible(xp: Any, dtype: Any) -> float:
 def widest_gap(bound: Limits) -> float:
     """Half the width of a gap, in units of tau, that is not narrowed: within eps both its tails are exponentials."""
     return 2.0 - math.log(bound.eps)
+
+
+def small_step(bound: Limits) -> float:
+    """The last Newton step may follow one of this size: both are quadratic, from eps^(1/4) by eps^(1/2) to eps."""
+    return math.sqrt(math.sqrt(bound.eps))
+
+
+def coldest(bound: Limits) -> float:
+    """The least temperature whose inverse, and the products of it, are normal numbers; its inverse is the largest."""
+    return 2.0**-60 if bound.largest < 1e300 else 2.0**-400
 
 
 def clip(xp: Any, values: Array, least: Any, most: Any) -> Array:

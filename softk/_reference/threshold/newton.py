@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
-from .limits import ROUNDINGS, STEPS, clip, limits, safe_denominator
+from .limits import ROUNDINGS, STEPS, clip, limits, safe_denominator, small_step
 from .problem import dot, total, totals
 
 
@@ -119,7 +119,7 @@ def search(
     xp = backend.xp
     bound = limits(xp, odds.dtype)
     smallest = float(xp.finfo(odds.dtype).smallest_normal)
-    tolerance = bound.eps**0.25  # two quadratically convergent steps follow a smaller step: the error is then eps
+    tolerance = small_step(bound)
     # Beyond the ceiling all tails are exponentials, for which one step is exact, and they do not underflow yet.
     ceiling = math.log(bound.farthest)
 

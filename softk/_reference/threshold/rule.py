@@ -64,11 +64,8 @@ from typing import Any
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
-from .limits import ROUNDINGS, clip, exponential, limits, negligible, safe_denominator
+from .limits import DOMINANT, ROUNDINGS, clip, exponential, limits, negligible, safe_denominator
 from .problem import dot, logits, selectable, sigmoid, total, weighted
-
-#: An item dominates where it has more than this part of p.
-DOMINANT = 0.75
 
 
 class Linearization:
