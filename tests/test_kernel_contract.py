@@ -166,6 +166,10 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (X, np.full((2, 1), 1.0) * np.arange(3.0), np.full((2, 3), 2.0), 0.1 * ONE, ITEMS, None),
         {"method": "newton", "tolerance": 1e-9, "limit": 30},
     ),
+    "assignment": (
+        (X[..., None] * np.arange(3.0), np.full((2, 1, 3), 2.0), 0.1 * ONE[..., None], ITEMS[..., None], None),
+        {"method": "newton", "tolerance": 1e-9, "limit": 30},
+    ),
     "neighbor_weights": ((POINTS[:4], POINTS, *KEYED), {"ranks": None}),
     "neighbor_votes": ((POINTS[:4], POINTS, POINTS[:, :2] ** 2, *KEYED), {"ranks": None}),
     "neighbor_likelihood": (
@@ -194,8 +198,9 @@ def solved_within(name: str, monkeypatch: pytest.MonkeyPatch, backend: Backend) 
 def test_the_forms_of_the_outputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and dtypes as a primitive says them are those that it computes, by name; so with the solver within."""
     backend = softk.backend.backend_of(X)
-    if name == "solve_plan":
-        asked = [call for call in solved_within("transport_plan", monkeypatch, backend) if call[0].name == name]
+    if name in ("solve_plan", "solve_assignment"):
+        whole = {"solve_plan": "transport_plan", "solve_assignment": "assignment"}[name]
+        asked = [call for call in solved_within(whole, monkeypatch, backend) if call[0].name == name]
     elif name == "solve_plan_by_sinkhorn":
         inputs, options = CASES["transport_plan"]
         monkeypatch.setitem(CASES, "transport_plan", (inputs, {**options, "method": "sinkhorn"}))

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
@@ -189,6 +190,10 @@ def _exact() -> AbstractContextManager[Any]:
     return context
 
 
+#: The name of what a checkpoint saves.
+_SOLUTION = "softk_solution"
+
+
 @cache
 def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: str) -> Callable[..., tuple[Array, ...]]:
     def forward(*inputs: Array | None) -> tuple[Array, ...]:
@@ -200,12 +205,14 @@ def _bound(primitive: Primitive, options: tuple[tuple[str, Any], ...], choice: s
     operator = jax.custom_jvp(forward)
     # JAX drops the rule of a custom_jvp, and then differentiates the operations within, where it splits the body of a
     # loop to find what is the same in each turn: reverse mode of `lax.scan` and `lax.map`. It splits no checkpoint.
-    # This one saves every result, so nothing is computed again.
-    everything = jax.checkpoint_policies.everything_saveable
-    kept: Callable[..., tuple[Array, ...]] = jax.checkpoint(operator, prevent_cse=False, policy=everything)
+    # This one saves the solution, from which the rule starts.
+    solution = jax.checkpoint_policies.save_only_these_names(_SOLUTION)
+    kept: Callable[..., tuple[Array, ...]] = jax.checkpoint(operator, prevent_cse=False, policy=solution)
 
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         outputs = kept(*primals)
+        results = len(primitive.results)
+        outputs = (*outputs[:results], *(checkpoint_name(value, _SOLUTION) for value in outputs[results:]))
         given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents)
         found = _tangents(primitive, primals, outputs, given)
         constants = outputs[primitive.moving :]

@@ -95,7 +95,7 @@ def _newton(backend: Backend, problem: Problem, limit: int) -> tuple[Array, ...]
         found = shares(backend, problem._replace(epsilon=temperature), reference, offset)
         change, surplus = step(backend, found, problem)
         size = _range(xp, change)
-        settled = xp.all(xp.abs(surplus) <= 4.0 * bound.eps * problem.masses, axis=-1, keepdims=True)
+        settled = xp.all(xp.abs(surplus) <= 16.0 * bound.eps * problem.masses, axis=-1, keepdims=True)
         final = temperature <= epsilon
         falls = ~final & ((size < 1.0) | settled)
         short = xp.where(falls | (size == 0.0), 1.0, xp.log1p(size) / safe_denominator(xp, size))
