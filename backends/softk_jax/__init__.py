@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any, Literal
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from softk.backend import Array, Backend, Primitive, Words, chosen_kernels, pick

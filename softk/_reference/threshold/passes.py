@@ -214,8 +214,8 @@ class Digesting:
         is_high, is_low = x >= bracket.high, (x <= bracket.low) & (x < bracket.high) & (x >= -largest)
         wide = xp.astype(xp.minimum(x, largest), xp.float64)
         tau = xp.astype(tau, xp.float64)
-        upper = (wide - _finite(backend, bracket.high)) / tau
-        lower = (_finite(backend, bracket.low) - wide) / tau
+        upper = logits(backend, wide, _finite(backend, bracket.high), tau)
+        lower = -logits(backend, wide, _finite(backend, bracket.low), tau)
         is_near_high, is_near_low = is_high & (upper <= bracket.above), is_low & (lower <= bracket.below)
 
         def side(distance: Array, chosen: Array, reach: Array) -> Side:
