@@ -85,8 +85,6 @@ def compiled(lib: Library, f: Any, tree: Any) -> Any:
 @pytest.mark.parametrize("kind", ["normal", "ties", "scales", "neighbors"])
 def test_values_and_pullback(lib: Library, kind: str, scope: Any, rng: Any) -> None:
     """Exactly the largest weights, and the cotangent in the larger set, on every library."""
-    if "jax" in lib.name and kind != "ties":
-        pytest.skip("compiling takes long")
     leaves, bars = weights_of(rng, kind), weights_of(rng)
     forward, backward = 0.2, 0.55
     small, large = (chosen(leaves, share, scope) for share in (forward, backward))
@@ -113,8 +111,6 @@ def test_values_and_pullback(lib: Library, kind: str, scope: Any, rng: Any) -> N
 @pytest.mark.parametrize("scope", SCOPES)
 def test_penalty(lib: Library, scope: Any, rng: Any) -> None:
     """The value by the formula, and the gradient by differences: with the sets fixed it is a quadratic function."""
-    if lib.name == "jax":
-        pytest.skip("compiling takes long; the variant under jit has everything")
     leaves, bars = weights_of(rng), weights_of(rng)
     shares = 0.2, 0.55
     sets = tuple(chosen(leaves, share, scope) for share in shares)

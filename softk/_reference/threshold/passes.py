@@ -61,7 +61,8 @@ class Problem(NamedTuple):
     def scores(self, backend: Backend) -> Array:
         """The scores in the working dtype, -inf for items that are removed."""
         xp = backend.xp
-        x = self.x if self.x.dtype == self.k.dtype else xp.astype(self.x, self.k.dtype)  # type: ignore[union-attr]
+        x: Any = self.x
+        x = x if x.dtype == self.k.dtype else xp.astype(x, self.k.dtype)
         return selectable(xp, x, self.where)
 
 
