@@ -426,6 +426,11 @@ class Backend:
         """The same values, detached from automatic differentiation."""
         return x
 
+    @property
+    def detaches(self) -> bool:
+        """Whether `constant` detaches. It does not in a library without automatic differentiation."""
+        return type(self).constant is not Backend.constant
+
     def repeat(self, step: Callable[[Any], tuple[Any, Array]], state: Any, limit: int) -> Any:
         """Apply ``step(state) -> (state, done)`` at most `limit` times.
 

@@ -458,6 +458,10 @@ def test_over_two_devices() -> None:
     with jax.set_mesh(explicit):
         given = jax.device_put((x, u), NamedSharding(explicit, P("e")))
         np.testing.assert_allclose(np.asarray(jax.jit(jax.grad(loss))(*given)), expected, rtol=0, atol=2e-6)
+    # The compiler places the arrays of this mesh, and it has one device only.
+    auto = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(auto):
+        assert 'custom_call_target="softk_' in jax.jit(jax.grad(loss)).lower(x, u).compile().as_text()
     print("same")
     """
     assert run(source, devices=2) == "same\n"

@@ -429,7 +429,7 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
         return f"the default device must be a CPU, got {jax.default_backend()}"
     given = [value for group in (inputs, *groups) for value in group if value is not None]
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(value).sharding.mesh for value in given)]
-    if any(str(kind) != "Auto" for mesh in meshes for kind in mesh.axis_types):
+    if any(kind.name != "Auto" for mesh in meshes for kind in mesh.axis_types):
         return "the arrays are sharded over a mesh with manual or explicit axes"
     return fault()
 

@@ -211,15 +211,15 @@ def linearize(x, weights, k, tau, reference, offset, bound, z, scaled):
     if weights is not None:
         exact = exact & is_rounding(delta, k, unit)
         delta = 0.0
-    middle = 0.5 * (above + below)
+    half_gap = 0.5 * (above + below)
     share = 0.0
-    if is_beside(exact, delta, middle, log_farthest):
+    if is_beside(exact, delta, half_gap, log_farthest):
         share = 0.5 * (above - below)
         nearest = min(above, below)
     else:
-        share = balance(delta, upper, lower, middle, log_farthest)
-        nearest = middle - math.fabs(share)
-    # A score at the farthest distance has no part in the derivative, though it be the nearest.
+        share = balance(delta, upper, lower, half_gap, log_farthest)
+        nearest = half_gap - math.fabs(share)
+    # An item at the farthest distance has no derivative, even if no other item is nearer.
     more = math.exp(-share - math.fabs(share)) if above < 0.5 * farthest else 0.0
     less = math.exp(share - math.fabs(share)) if below < 0.5 * farthest else 0.0
     normal = heaviest = 0.0

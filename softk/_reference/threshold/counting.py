@@ -44,7 +44,7 @@ def edges_by_counting(
     digit = DIGIT_OF_SHARDS[bits] if backend.has_shards else DIGIT
     first = bits - digit * ((bits - 1) // digit)  # 2 of 32 bits, 4 of 64
 
-    # The candidates of the first pass lie around 0: their distance from the lowest number exceeds the integers.
+    # The first digit has a sign, so the candidates of the first pass are multiples of its place on both sides of 0.
     start = xp.astype(xp.zeros_like(least + most), index)
     places, half = digit * ((bits - 1) // digit), 1 << (first - 1)
     candidates = [(j - half) << places for j in range(1, 1 << first)]

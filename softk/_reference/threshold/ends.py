@@ -176,6 +176,7 @@ def narrow_gap(backend: Backend, z: Array, gap: Gap) -> tuple[Array, Array]:
     half = 0.5 * (gap.high - gap.low)
     excess = formulas_of(backend).excess_of(half, widest_gap(bound))
     z = z - middle(gap)
-    # The same for all scores of one side that matter. A constant, because frameworks halve the derivative at a bound.
+    # By how much a score moves inwards: `excess`, for every score at a side of the gap or beyond it. It is a constant,
+    # because frameworks halve the derivative of a clip at its bounds.
     inner = backend.constant(clip(xp, z, -excess, excess))
     return xp.exp(clip(xp, z - inner, -bound.reach, bound.reach)), half - excess

@@ -66,31 +66,31 @@ def asinh(size: Number) -> Number:
     return xp.log1p(size + size * size / (1.0 + xp.sqrt(1.0 + size * size)))
 
 
-def balance(delta: Number, upper: Number, lower: Number, middle: Number, log_farthest: Number) -> Number:
+def balance(delta: Number, upper: Number, lower: Number, half_gap: Number, log_farthest: Number) -> Number:
     """Half the logarithm of B / A, from the mass: log B / A = 2 asinh(delta exp(N) / (2 sqrt(U L))) + log(U / L).
 
-    `upper` and `lower` are the tails U and L, each in units of its nearest item; `middle` is N, half the gap. The
+    `upper` and `lower` are the tails U and L, each in units of its nearest item; `half_gap` is N. The
     argument y of asinh may overflow in a wide gap. Above 1e9, asinh(y) is log(2 y): 1 / y^2 is negligible.
     """
     missing, both = xp.abs(delta), xp.sqrt(upper) * xp.sqrt(lower)
-    y = missing * (0.5 * xp.exp(xp.minimum(middle, log_farthest))) / both
-    log_twice = middle + xp.log(xp.where(missing > 0.0, missing, 1.0) / both)
+    y = missing * (0.5 * xp.exp(xp.minimum(half_gap, log_farthest))) / both
+    log_twice = half_gap + xp.log(xp.where(missing > 0.0, missing, 1.0) / both)
     share = xp.where(y < 1e9, asinh(xp.minimum(y, 1e9)), log_twice)
     return xp.where(delta < 0.0, -share, share) + 0.5 * xp.log(upper / lower)
 
 
-def is_beside(exact: Number, delta: Number, middle: Number, log_farthest: Number) -> Number:
-    """Whether one side of the gap is so near that the offset is accurate for it, and `balance` does not apply.
+def is_beside(exact: Number, delta: Number, half_gap: Number, log_farthest: Number) -> Number:
+    """Whether the threshold lies beside one side of the gap: `balance` is not used, because the offset is accurate.
 
-    This is so if the deficit is not exact, and if the other side of the gap is farther than a derivative sees.
+    This is so where the deficit is not exact, and where the gap is so wide that a derivative sees one side only.
     """
     # Not ~exact: within a kernel `exact` may be a Python bool, and ~ of that is an integer.
-    return (exact == False) | ((delta != 0.0) & (middle > log_farthest))  # noqa: E712
+    return (exact == False) | ((delta != 0.0) & (half_gap > log_farthest))  # noqa: E712
 
 
-def rate_of(normal: Number, farthest: Number) -> Number:
+def rate_of(scaled_sum: Number, farthest: Number) -> Number:
     """1 / V', clipped to the largest derivative."""
-    return xp.minimum(1.0 / normal, farthest)
+    return xp.minimum(1.0 / scaled_sum, farthest)
 
 
 _FORMULAS = (

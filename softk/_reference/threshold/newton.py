@@ -120,7 +120,7 @@ def search(
     bound = limits(xp, odds.dtype)
     smallest = float(xp.finfo(odds.dtype).smallest_normal)
     tolerance = small_step(bound)
-    # Beyond the ceiling all tails are exponentials, for which one step is exact, and they do not underflow yet.
+    # Offsets are clipped to the ceiling. All tails are exponentials there: one step is exact, and none underflows.
     ceiling = math.log(bound.farthest)
 
     def measure(offset: Array) -> tuple[Tails, Array]:
@@ -133,7 +133,8 @@ def search(
         _, size = measure(offset)
         least, most = xp.where(size > 0.0, offset, least), xp.where(size < 0.0, offset, most)
         small = ~(xp.abs(size) > tolerance)
-        half_width = 0.5 * (most - least)  # the offset is at one end, and goes at most to the middle
+        # The offset has just become an end of the bracket. A step goes at most to the middle.
+        half_width = 0.5 * (most - least)
         size = clip(xp, size, -half_width, half_width)
         offset = xp.where(done, offset, clip(xp, offset + size, -ceiling, ceiling))
         done = done | small
@@ -156,6 +157,7 @@ def correction(
     tails = sweep(backend, odds, level, weights, smaller)
     delta = k - tails.above
     value = backend.constant(deficit(backend, tails, offset, half, k, weights))
-    # delta less its value is 0. It carries the derivative, which is too small by the factor `wider` in a narrowed gap.
+    # `delta - constant(delta)` is 0 and has the derivative of delta. In a narrowed gap the threshold moves `wider`
+    # times as far for the same change of the mass.
     change = wider * (delta - backend.constant(delta))
     return (tails.lower - tails.upper - (value + change)) / safe_denominator(xp, tails.slope)

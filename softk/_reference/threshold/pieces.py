@@ -264,6 +264,10 @@ class PieceBackend(Backend):
     def differentiates_operations(self) -> bool:
         return self.inner.differentiates_operations
 
+    @property
+    def detaches(self) -> bool:
+        return self.inner.detaches
+
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         return self.inner.quiet(x.arrays[0] if isinstance(x, Pieces) else x)
 

@@ -178,20 +178,21 @@ class Linearization:
         delta = self.k - mass
         tail = self.weighted(tail)
         high, low = total(xp, xp.where(upper, tail, 0.0)), total(xp, xp.where(upper, 0.0, tail))
-        # Where nothing or everything is selected one side is empty, and no offset gives the mass k.
+        # Whether the ratio of the tails follows from the mass. Where nothing or everything is selected one side is
+        # empty, and no offset gives the mass k.
         exact = (high > 0.0) & (low > 0.0)
-        if self.weights is not None:  # delta is a rounding of sums, or so large that the offset is accurate
+        if self.weights is not None:  # delta is a difference of rounded sums: it is exact only where it counts as 0
             exact = exact & formulas.is_rounding(delta, self.k, ROUNDINGS * bound.eps)
             delta = xp.zeros_like(delta)
         high, low = xp.where(exact, high, 1.0), xp.where(exact, low, 1.0)
-        middle = 0.5 * (above + below)
-        share = formulas.balance(delta, high, low, middle, log_farthest)
-        # In a wider gap, and with weights, a delta that is not 0 is the mass of items near one side. The offset is then
-        # accurate for that side, and the other one may be at any distance.
-        beside = formulas.is_beside(exact, delta, middle, log_farthest)
+        half_gap = 0.5 * (above + below)
+        share = formulas.balance(delta, high, low, half_gap, log_farthest)
+        # Elsewhere |z| of the nearest items gives the ratio: the threshold lies beside one of them, and is accurate for
+        # that side. The other side may be at any distance.
+        beside = formulas.is_beside(exact, delta, half_gap, log_farthest)
         share = constant(xp.where(beside, 0.5 * (above - below), share))
-        nearest = constant(xp.where(beside, xp.minimum(above, below), middle - xp.abs(share)))
-        # The constants have no derivative. It is carried by these terms, whose values are 0.
+        nearest = constant(xp.where(beside, xp.minimum(above, below), half_gap - xp.abs(share)))
+        # `share` and `nearest` are constants. These terms have the value 0 and carry the derivative of each |z|.
         derivative_above, derivative_below = constant(above) - above, constant(below) - below
         factor_above = xp.exp(derivative_above - share - xp.abs(share))
         factor_below = xp.exp(derivative_below + share - xp.abs(share))
@@ -219,7 +220,7 @@ class Linearization:
         return values if self.weights is None else weighted(self.xp, self.weights, values)
 
     def p_times(self, factor: Array) -> Array:
-        """p times a per-slice factor. The sum of tiny weights may have no inverse, so it is divided by."""
+        """p times a per-slice factor. With weights every item is divided by V': 1 / V' overflows if all are tiny."""
         if self.weights is None:
             return self.scaled_slope * (factor / self.scaled_sum)
         return self.weighted(self.scaled_slope) / self.scaled_sum * factor
@@ -236,8 +237,8 @@ class Linearization:
         """v / V, the derivative of the mask in k."""
         return self.scaled_slope * self.inverse_scaled_sum()
 
-    def mask_over_sum_below(self) -> Array:
-        """m / V below the threshold, where it is v' / V' / (1 - m)."""
+    def far_side_over_sum(self) -> Array:
+        """m / V below the threshold, which is v' / V' / (1 - m) there, and (1 - m) / V above it."""
         return self.scaled_slope * (1.0 + self.xp.exp(-self.xp.abs(self.log_odds()))) * self.inverse_scaled_sum()
 
     def inverse_scaled_sum(self) -> Array:
@@ -306,7 +307,8 @@ class Linearization:
     ) -> tuple[Array, Array, Array]:
         """Tangents (dm, ds, dt) of the mask, the offset and the threshold. None is zero."""
         xp = self.xp
-        # tau w = dx - z dtau up to a per-slice constant `shift`, since z is measured from x_ref.
+        # z is measured from x_ref here, so tau_w is too large by shift * dtau for all items of a slice. That does not
+        # change dm, and is subtracted from ds and dt.
         tau_w = xp.zeros_like(self.x) if dx is None else self.zero_where_fixed(dx)
         shift = xp.zeros_like(self.offset)
         if dtau is not None:
@@ -336,7 +338,7 @@ class Linearization:
         upper = self.log_odds() > 0.0
         dh = dh - total(xp, xp.where(upper, self.mask() * da, 0.0))
         below = total(xp, xp.where(upper, 0.0, self.mask() * da))
-        below_over_sum = total(xp, xp.where(upper, 0.0, self.mask_over_sum_below() * da))
+        below_over_sum = total(xp, xp.where(upper, 0.0, self.far_side_over_sum() * da))
         dh_over_sum = self.over_sum() * dh - below_over_sum
         return dh - below, dh_over_sum, self.over_sum(self.tau) * dh - self.tau * below_over_sum
 
@@ -429,7 +431,7 @@ class Linearization:
         if not of_a:
             return hbar, None
         mask = self.mask()
-        below = mask * direct + self.mask_over_sum_below() * over_sum
+        below = mask * direct + self.far_side_over_sum() * over_sum
         return hbar, -xp.where(self.log_odds() > 0.0, mask * hbar, below)
 
     def vjp_of_mask(self, u: Array, g: Array) -> Array:
@@ -479,8 +481,7 @@ class Linearization:
     def missing_rate(self) -> Array | None:
         """Zero, with exp(-d) times the clipped part of 1 / V as its derivative in -dh. None if not needed."""
         watched = any(value is not None and self.backend.memory(value) is None for value in (self.k, self.weights))
-        kind = type(self.backend.inner if self.backend.is_split else self.backend)  # type: ignore[attr-defined]
-        if not watched or kind.constant is Backend.constant:
+        if not watched or not self.backend.detaches:
             return None
         xp, constant = self.xp, self.backend.constant
         farthest = limits(xp, self.x.dtype).farthest
@@ -520,8 +521,8 @@ class LogLinearization(Linearization):
         return xp.where(never, 0.0, slope)
 
     def dmask_dk(self) -> Array:
-        """(1 - m) / V above the threshold."""
-        return self.scaled_slope * (1.0 + self.xp.exp(-self.xp.abs(self.log_odds()))) * self.inverse_scaled_sum()
+        """(1 - m) / V above the threshold: the same function of |z| as m / V below it."""
+        return self.far_side_over_sum()
 
     def jvp_in_scores(self, w: Array) -> Array:
         """(1 - m) w."""
