@@ -24,6 +24,10 @@ class _Namespace:
         return mx.argsort(-x if descending else x, axis=axis)
 
     @staticmethod
+    def sum(x: Array, *, axis: Any = None, keepdims: bool = False, dtype: Any = None) -> Array:
+        return mx.sum(x if dtype is None else x.astype(dtype), axis=axis, keepdims=keepdims)
+
+    @staticmethod
     def exp(x: Array) -> Array:  # MLX's own has an error of up to 28 units in the last place, its expm1 of less than 1
         x = mx.clip(x, -1100.0, 1100.0)
         whole = mx.round(x * 1.4426950408889634)

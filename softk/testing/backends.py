@@ -29,9 +29,10 @@ OF_FOUR = {"float64": 1e-12, "float32": 1e-5}
 
 #: What is computed without a choice: every argument and every edge, but no problem of which there is a like.
 USUAL = (
-    *("plain", "weighted", "where", "where weighted", "smallest", "n = 2", "numbers", "numbers, fractional k"),
-    *("shared, weighted", "no batch", "deep batch", "n = 1", "rows of 33", "cauchy scores", "wide scores"),
-    *("infinite scores", "NaN", "nothing, everything, too much", "ties", "zeros of either sign", "all removed"),
+    *("plain", "weighted", "where", "where weighted", "smallest", "smallest, no weights", "n = 2", "numbers"),
+    *("numbers, fractional k", "shared, weighted", "no batch", "deep batch", "n = 1", "rows of 33"),
+    *("cauchy scores", "wide scores", "infinite scores", "NaN", "nothing, everything, too much"),
+    *("ties", "zeros of either sign", "all removed"),
     *("removed NaN", "fewer than k", "weights out of range", "weights of what is removed", "no slices"),
 )
 #: On which the library's own differentiation is asked.

@@ -230,6 +230,7 @@ def smooth() -> Iterator[Problem]:
     yield Problem("where", normal, _column(2.0, 9.5, 20.0), sizes, where=kept)
     yield Problem("where weighted", normal, _column(2.0, 9.5, 14.0), sizes, weights=frequencies, where=kept)
     yield Problem("smallest", normal, _column(2.0, 9.5, 30.0), sizes, weights=frequencies, mode="smallest")
+    yield Problem("smallest, no weights", gaps, _column(n - 11.0, 2.5, 30.0), sizes / 30.0, mode="smallest")
     yield Problem("n = 2", normal[:, :2], _column(1.0, 0.3, 1.9), sizes)
     yield Problem("n = 200", rng.normal(size=(2, 200)), _column(20.0, 133.3), _column(0.1, 0.3))
     yield Problem("n = 5000", rng.normal(size=(1, 5000)), _column(371.5), _column(0.1))
