@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import softk
 import softk_numba
 from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from softk.backend import Kernel, backend_of
 from softk.testing import check_kernel
 
 pytestmark = pytest.mark.kernels
@@ -41,3 +44,26 @@ def test_a_tensor_is_read_in_place(dtype: str) -> None:
     x = torch.zeros(3, 5, dtype=getattr(torch, dtype)).requires_grad_()
     assert launch.numpy_of(x).ctypes.data == x.data_ptr()
     assert launch.rows_of(x.T[:, None], 3).ctypes.data == x.data_ptr()
+
+
+@pytest.mark.parametrize("part", ["vjp", "jvp"])
+def test_the_derivative_of_a_quantile_is_that_of_two_thresholds(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both thresholds, and the derivative of both, are computed by kernels."""
+    used: list[tuple[str, str]] = []
+    backend = backend_of(np.ones(1))
+
+    def watched(kernel: Kernel) -> Kernel:
+        def compute(*args: Any, **options: Any) -> Any:
+            used.append((kernel.primitive.name, kernel.part))
+            return kernel.compute(*args, **options)
+
+        return replace(kernel, compute=compute)
+
+    monkeypatch.setattr(backend, "kernels", tuple(watched(kernel) for kernel in backend.kernels))
+    x = np.random.default_rng(0).standard_normal((3, 20))
+    if part == "vjp":
+        softk.vjp(softk.quantile, x, 0.3, epsilon=0.5)[1](np.ones(3))
+    else:
+        softk.jvp(softk.quantile, x, 0.3, epsilon=0.5, tangents={"x": x})
+    assert used.count(("topk_threshold", part)) == 2
+    assert used.count(("solve_threshold", "forward")) == 2
