@@ -102,8 +102,8 @@ def test_small_work_stays_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch)
     assert seen == [(threading.current_thread(), 0, 16)]
     assert not pool._pool.threads
     seen.clear()
-    pool.in_parallel(kernel, (), 512, 1000, None)
-    assert sorted(place[1:] for place in seen) == [(i * 512 // 8, (i + 1) * 512 // 8) for i in range(8)]
+    pool.in_parallel(kernel, (), 1024, 1000, None)
+    assert sorted(place[1:] for place in seen) == [(i * 1024 // 8, (i + 1) * 1024 // 8) for i in range(8)]
     assert len(pool._pool.threads) == 1
 
 

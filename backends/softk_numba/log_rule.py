@@ -162,7 +162,7 @@ def push_log_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound,
     number = x.dtype.type
     if plain and dtau == 0.0 and da.shape[0] == 0 and weights is None:
         inverse = number(1.0 / tau)
-        total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
+        total, product, ordinary, _ = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
         if ordinary:
             mean = product / total - dk * tau / total
             lowest = number(-0.5 * bound.farthest)

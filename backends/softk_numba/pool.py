@@ -21,8 +21,8 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
-#: The least work of a part, 100 to 200 microseconds: to wake a thread takes 20 to 50. A unit is one score.
-GRAIN = 65536
+#: The least work of a part, 100 to 200 microseconds. A thread begins 50 to 100 after it is asked. A unit is one score.
+GRAIN = 98304
 #: What a row costs beyond its scores, in the same unit.
 PER_ROW = 250
 #: Parts per thread, where they are large enough: a thread that starts late leaves some of its parts to the others.

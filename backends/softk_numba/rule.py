@@ -73,7 +73,7 @@ def sum_weighted_gains(weights, values, by_weight, gains):
 
 @compiled(EXACT)
 def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
-    """v of every item, V, the product with the values, and whether the row is ordinary."""
+    """v of every item, V, the product with the values, whether the row is ordinary, and the largest a v."""
     total = product = most = heaviest = 0.0
     for start in range(0, x.shape[0], BLOCK):
         stop = start + BLOCK
@@ -87,7 +87,28 @@ def gains_of(x, weights, values, by_weight, reference, inverse, offset, gains):
         product += found[1]
         most, heaviest = max(most, np.float64(found[2])), max(heaviest, np.float64(found[3]))
     ordinary = (most > LEAST_GAIN) & (heaviest < DOMINANT * total) & (total > 1e-30) & (total < 1e30)
-    return total, product, ordinary
+    return total, product, ordinary, heaviest
+
+
+@compiled(EXACT)
+def heaviest_score(x, weights, gains, heaviest, reference):
+    """The first score with the largest a v."""
+    number = gains.dtype.type
+    for i in range(x.shape[0]):
+        if (gains[i] if weights is None else number(weights[i] * gains[i])) >= heaviest:
+            return np.float64(x[i])
+    return reference
+
+
+@compiled(FAST)
+def moment_of(x, origin, xbar):
+    """The sum of (x - origin) xbar. An infinite score has no cotangent."""
+    none = xbar.dtype.type(0.0)
+    total = 0.0
+    for i in range(x.shape[0]):
+        value = np.float64(x[i]) if xbar[i] != none else origin
+        total += (value - origin) * np.float64(xbar[i])
+    return total
 
 
 @compiled(FAST)
@@ -297,17 +318,14 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
     n = x.shape[0]
     if plain:
         inverse = number(1.0 / tau)
-        total, product, ordinary = gains_of(x, weights, u, False, number(reference), inverse, number(offset), xbar)
+        total, product, ordinary, heaviest = gains_of(
+            x, weights, u, False, number(reference), inverse, number(offset), xbar
+        )
         if ordinary:
             mean = number((product - c) / total)
             more = (rest_of(u, weights, False, mean, xbar) - c) / total
             hbar = mean + more
-            heaviest, origin = -1.0, reference
-            if of_tau:
-                for i in range(n):
-                    weighted = np.float64(xbar[i]) * (1.0 if weights is None else weights[i])
-                    if weighted > heaviest:
-                        heaviest, origin = weighted, np.float64(x[i])
+            origin = heaviest_score(x, weights, xbar, heaviest, reference) if of_tau else reference
             if abar.shape[0] > 0:
                 for i in range(n):
                     abar[i] = (
@@ -319,10 +337,7 @@ def pull_row(x, weights, u, c, k, tau, reference, offset, bound, plain, of_tau, 
                 write_weighted_product(u, weights, mean, number(more), inverse, xbar)
             taubar = 0.0
             if of_tau:
-                for i in range(n):
-                    if xbar[i] != 0.0:
-                        taubar -= (np.float64(x[i]) - origin) / tau * xbar[i]
-                taubar -= c * ((origin - reference) / tau) / tau
+                taubar = -moment_of(x, origin, xbar) / tau - c * ((origin - reference) / tau) / tau
             return hbar, taubar
     z, scaled = np.empty(n), np.empty(n)
     nearest, normal, held = linearize(x, weights, k, tau, reference, offset, bound, z, scaled)
@@ -435,7 +450,7 @@ def push_row(x, weights, dx, dk, dtau, da, k, tau, reference, offset, bound, pla
     n = x.shape[0]
     if plain and dtau == 0.0 and da.shape[0] == 0:
         inverse = number(1.0 / tau)
-        total, product, ordinary = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
+        total, product, ordinary, _ = gains_of(x, weights, dx, True, number(reference), inverse, number(offset), moved)
         if ordinary:
             # v (w - <p, w>) + v / V dk, w = dx / tau
             mean = number(product / total)
@@ -492,7 +507,7 @@ def pull_threshold_row(x, weights, b, c, k, tau, reference, offset, bound, plain
     n = x.shape[0]
     if plain and not of_tau and abar.shape[0] == 0 and weights is None:
         inverse = number(1.0 / tau)
-        total, _, ordinary = gains_of(x, weights, x, False, number(reference), inverse, number(offset), xbar)
+        total, _, ordinary, _ = gains_of(x, weights, x, False, number(reference), inverse, number(offset), xbar)
         if ordinary:
             scale(xbar, number((b + c / tau) / total))
             return -(tau * b + c) / total, 0.0

@@ -24,6 +24,7 @@ from softk._reference.threshold.limits import MARGIN, STEPS
 
 from .cache import compiled
 from .operations import EXACT, FAST, FORMULAS, exponential, larger, smaller
+from .packing import gather
 
 step_size, rounded_deficit = FORMULAS.step_size, FORMULAS.deficit
 midpoint, excess_of = FORMULAS.midpoint, FORMULAS.excess_of
@@ -134,23 +135,6 @@ def sweep(odds, weights, level):
         curved += found[3]
     # At the root, whatever a lower tail loses here is negligible beside the deficit.
     return above, max(both - upper, 0.0), upper, both - curved
-
-
-@compiled(EXACT)
-def gather(x, weights, low, high, into, weights_into):
-    """Copy the scores in (low, high] and return their number."""
-    count = 0
-    number = x.dtype.type
-    rounded, high = number(low), number(high)
-    if rounded > low:  # a score that is equal to it is in the interval
-        rounded = np.nextafter(rounded, -number(math.inf))
-    for i in range(x.shape[0]):
-        value = x[i]
-        into[count] = value
-        if weights is not None:
-            weights_into[count] = weights[i]
-        count += 1 if (value > rounded) & (value <= high) else 0
-    return count
 
 
 # --- the scores at the gap
