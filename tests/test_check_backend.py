@@ -138,6 +138,16 @@ def test_a_wrong_native_derivative_is_found() -> None:
         check_backend(autograd, make=np.asarray, gradient=gradient, dtypes=("float64",), only=few)
 
 
+@pytest.mark.filterwarnings("ignore:Output seems independent of input")
+def test_a_conversion_without_a_derivative_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A framework whose `permute_dims` is not recorded: the rule is right, and the gradient along another axis is 0."""
+    tracer, adapter = pytest.importorskip("autograd.tracer"), pytest.importorskip("softk_autograd").backend
+    transpose = adapter.xp.permute_dims
+    monkeypatch.setattr(adapter.xp, "permute_dims", lambda x, axes: transpose(tracer.getval(x), axes), raising=False)
+    with pytest.raises(AssertionError, match="backend autograd: topk, x along axis 0: the library's derivative is off"):
+        check_backend(adapter, make=np.asarray, dtypes=("float64",), only=few)
+
+
 def test_a_differentiated_constant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     autograd = pytest.importorskip("softk_autograd").backend
     backend = copy.copy(autograd)

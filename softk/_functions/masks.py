@@ -103,7 +103,8 @@ def topk(
     weights : array, optional
         Item weights, at least 0, broadcasting to the shape of `x`: then ``sum(weights * mask) = k`` and `k` may be
         as large as their sum. An item of weight 0 gets a mask value but does not affect the threshold. The weight of an
-        item that is removed, or has the score ``-inf``, is ignored.
+        item that is removed, or has the score ``-inf``, may be any number or NaN. It does not affect the mask: a finite
+        one only counts in the sum that `k` may not exceed.
     where : array of bool, optional
         Items to choose from, broadcasting to the shape of `x`. The others are removed: they have mask 0 and gradient 0
         for any score. If fewer than `k` remain, all of them are selected.

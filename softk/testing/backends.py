@@ -83,7 +83,8 @@ def check_backend(
     """Hold an adapter to its contract, by the operators of the mask family.
 
     Masks, their logarithms and thresholds are compared with an oracle of high precision, as are their derivatives: by
-    `softk.vjp` and `softk.jvp` in every argument, and by the library's own differentiation where there is one. The
+    `softk.vjp` and `softk.jvp` in every argument, and by the library's own differentiation where there is one. That one
+    is also checked for other axes, dtypes and shapes, whose conversions the library differentiates itself. The
     hooks `constant`, `memory`, `holds`, `cache_key`, `repeat`, `map_rows`, `select`, `top_k`, `scatter`,
     `reduce_segments`, `device` and `quiet` must do what their documentation says.
 
@@ -163,6 +164,7 @@ def check_backend(
             check.native(problem, widest, second=second)
         if check.has_gradient():
             check.outputs(widest)
+            check.conversions(widest)
     return BackendReport(
         tuple(f"{problem.name}, {dtype}" for problem, dtype in taken),
         tuple(f"{problem.name}, {widest}" for problem in native),
@@ -493,6 +495,44 @@ class _Check:
 
         found = self.gradient(with_constant, self.make(x), self.make(u))
         self.near("the derivative of a result and a constant", self.values(found), by_mask, tolerance)
+
+    def conversions(self, dtype: str) -> None:
+        """The operations before and after a primitive have derivatives too: those of NumPy's arrays are the measure."""
+        rng = np.random.default_rng(8)
+        x = rng.normal(size=(3, 4, 2)).astype(dtype)
+        along, narrow = {"axis": 1, "epsilon": 0.5}, np.float32 if dtype == "float64" else np.float16
+        cases: tuple[tuple[str, Any, str, dict[str, Any], dict[str, Any]], ...] = (
+            ("along axis 0", topk, "x", {"x": x, "k": 1.5}, {"axis": 0, "epsilon": 0.5}),
+            ("along the axes (0, 2)", log_topk, "x", {"x": x, "k": 2.5}, {"axis": (0, 2), "epsilon": 0.5}),
+            ("along axis 1", threshold, "x", {"x": x, "k": 1.5}, {**along, "mode": "smallest"}),
+            ("along axis 1", threshold, "x", {"x": x, "k": 1.5}, {**along, "keepdims": True}),
+            ("of scores in a narrower dtype", threshold, "x", {"x": x.astype(narrow), "k": 1.5}, along),
+            ("for all slices", topk, "k", {"x": x, "k": np.asarray([1.5], dtype)}, along),
+            ("in a narrower dtype", topk, "k", {"x": x, "k": np.full((3, 1, 2), 1.5, narrow)}, along),
+            ("of each item", topk, "weights", {"x": x, "k": 1.5, "weights": np.ones((4, 1), dtype)}, along),
+        )
+        for where, function, name, given, options in cases:
+            # The operands of the primitive are of its own shape and dtype; here the user's are others.
+            self.where = f"backend {self.backend.name}: {function.__name__}, {name} {where}"
+            arguments = {
+                key: self.make(value) if isinstance(value, np.ndarray) else value for key, value in given.items()
+            }
+
+            def of(
+                value: Array, f: Any = function, name: str = name, rest: Any = arguments, options: Any = options
+            ) -> Any:
+                rest = {**rest, name: value}
+                return f(rest.pop("x"), rest.pop("k"), **rest, **options)
+
+            rest = {**given, **options}
+            out, pullback = vjp(function, rest.pop("x"), rest.pop("k"), **rest)
+            u = rng.normal(size=out.shape).astype(out.dtype)
+            wanted = pullback(u)[name]
+            found = self.gradient(of, arguments[name], self.make(u))
+            self.require(found is not None, "there is no derivative")
+            eps = float(np.finfo(wanted.dtype).eps)
+            bound = max(4.0 * eps, DERIVATIVES[dtype]) * float(np.max(np.abs(wanted)))
+            self.near("the library's derivative", self.values(found), wanted, bound)
 
 
 # --- the oracle, on a whole problem
