@@ -23,10 +23,6 @@ __all__ = ["BackendReport", "check_backend"]
 
 #: The dtypes that may be checked, the widest first.
 DTYPES = ("float64", "float32")
-#: How accurate a second derivative is, and a derivative of four scores, by dtype.
-SECOND = {"float64": 1e-9, "float32": 1e-3}
-OF_FOUR = {"float64": 1e-12, "float32": 1e-5}
-
 #: What is computed without a choice: every argument and every edge, but no problem of which there is a like.
 USUAL = (
     *("plain", "weighted", "where", "where weighted", "smallest", "smallest, no weights", "n = 2", "numbers"),
@@ -471,13 +467,13 @@ class _Check:
             "the second derivative",
             self.values(found),
             np.reshape(wanted, u.shape),
-            SECOND[dtype] * np.max(np.abs(np.reshape(wanted, u.shape)), axis=-1, keepdims=True),
+            DERIVATIVES[dtype] * np.max(np.abs(np.reshape(wanted, u.shape)), axis=-1, keepdims=True),
         )
 
     def outputs(self, dtype: str) -> None:
         """The state is differentiable, and the constants are not, whatever cotangent they are given."""
         self.where = f"backend {self.backend.name}, bind"
-        tolerance = OF_FOUR[dtype]
+        tolerance = DERIVATIVES[dtype]
         x = np.asarray([[0.2, 1.7, -0.5, 0.9]], dtype)
         oracle = Oracle(x[0], 1.5, 0.5)
         rest = self.make(np.asarray([[1.5]], dtype)), self.make(np.asarray([[0.25]], dtype)), None, None
