@@ -24,31 +24,46 @@ SEARCH = 0.5  # the share of the steps in which the scores are learned
 RATES = (3e-3, 1e-2, 3e-2)
 
 
-class Dense:
-    """All weights are used. Its second setting is the decay of the weights."""
+class Method:
+    """What all methods have: the weights, how many are kept, the steps, and a second setting beside the rate."""
 
-    title = "dense"
-    setting = "weight decay"
-    others: ClassVar[dict[str, Any]] = {"0": 0.0, "0.01": 0.01, "0.1": 0.1, "1": 1.0}
+    title: str
+    setting: str  # what the second setting is
+    others: ClassVar[dict[str, Any]]  # its values that are tried, by their names
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
-        self.weights, self.keep, self.steps, self.other = weights, keep, steps, other
+        self.weights, self.keep, self.other = weights, keep, other
         self.total = sum(value.numel() for value in weights.values())
+
+    def used(self, step: int) -> Tree:
+        """The weights that the network computes with in a step; those of step `steps` are the result."""
+        raise NotImplementedError
 
     def scores(self) -> list[torch.Tensor]:
         """What is trained beside the network."""
         return []
 
     def decay(self) -> float:
-        return float(self.other)
-
-    def used(self, step: int) -> Tree:
-        """The weights that the network computes with in a step; those of step `steps` are the result."""
-        return self.weights
+        """The decay of the weights."""
+        return 0.0
 
     def penalty(self) -> torch.Tensor | float:
         """What is added to the loss."""
         return 0.0
+
+
+class Dense(Method):
+    """All weights are used."""
+
+    title = "dense"
+    setting = "weight decay"
+    others: ClassVar[dict[str, Any]] = {"0": 0.0, "0.01": 0.01, "0.1": 0.1, "1": 1.0}
+
+    def used(self, step: int) -> Tree:
+        return self.weights
+
+    def decay(self) -> float:
+        return float(self.other)
 
 
 def masked(weights: Tree, masks: Tree) -> Tree:
@@ -62,7 +77,7 @@ def largest(scores: Tree, keep: int) -> Tree:
     return found
 
 
-class Random(Dense):
+class Random(Method):
     """A random choice of the weights, before the training: a control. Each layer has the same share.
 
     The sums in a layer of few weights are small at first, so the initial weights may be scaled up.
@@ -88,14 +103,11 @@ class Random(Dense):
             for value in weights.values():
                 value *= share**other
 
-    def decay(self) -> float:
-        return 0.0
-
     def used(self, step: int) -> Tree:
         return masked(self.weights, self.masks)
 
 
-class Magnitude(Dense):
+class Magnitude(Method):
     """The weights of the smallest magnitude are taken away, once or by the cubic schedule of Zhu and Gupta."""
 
     title = "magnitude"
@@ -115,9 +127,6 @@ class Magnitude(Dense):
         self.left = self.total
         self.masks = {name: torch.ones_like(value) for name, value in weights.items()}
 
-    def decay(self) -> float:
-        return 0.0
-
     def wanted(self, step: int) -> int:
         """How many weights are left at a step."""
         if step >= self.end:
@@ -136,7 +145,7 @@ class Magnitude(Dense):
         return masked(self.weights, self.masks)
 
 
-class TopKAST(Dense):
+class TopKAST(Method):
     """`softk.sparse.topkast`, with its regularizer."""
 
     title = "Top-KAST"
@@ -154,9 +163,6 @@ class TopKAST(Dense):
         backward, self.scope = other
         self.shares = keep / self.total, backward
 
-    def decay(self) -> float:
-        return 0.0
-
     def used(self, step: int) -> Tree:
         found: Tree = softk.sparse.topkast(self.weights, *self.shares, scope=self.scope)
         return found
@@ -165,7 +171,7 @@ class TopKAST(Dense):
         return PENALTY * softk.sparse.regularizer(self.weights, *self.shares, scope=self.scope)
 
 
-class Learned(Dense):
+class Learned(Method):
     """A score of each weight, learned through the soft mask of `softk.budget.topk`: one budget over all layers.
 
     The budget falls from all weights to those that are kept, and epsilon with it. Then the mask is hard and fixed.
@@ -189,9 +195,6 @@ class Learned(Dense):
     def scores(self) -> list[torch.Tensor]:
         return list(self.tree.values())
 
-    def decay(self) -> float:
-        return 0.0
-
     def used(self, step: int) -> Tree:
         if step < self.search:
             masks: Tree = softk.budget.topk(self.tree, self.budget(step), epsilon=self.epsilon(step))
@@ -201,7 +204,7 @@ class Learned(Dense):
         return masked(self.weights, self.masks)
 
 
-METHODS: dict[str, type[Dense]] = {kind.title: kind for kind in (Dense, Random, Magnitude, TopKAST, Learned)}
+METHODS: dict[str, type[Method]] = {kind.title: kind for kind in (Dense, Random, Magnitude, TopKAST, Learned)}
 
 
 class Setting(NamedTuple):
