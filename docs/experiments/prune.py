@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +45,9 @@ class Settings:
 
     steps: dict[str, int]  # of each data set
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    tuned: tuple[float, ...] = (0.9, 0.98)  # what settings are chosen at; the others take those of the next higher one
     rates: tuple[float, ...] = methods.RATES
-    others: int = 4  # how many second settings of each method are tried
+    others: int = 3  # how many second settings of each method are tried
     tuning_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
@@ -60,7 +61,7 @@ class Settings:
 
 
 FULL = Settings({name: data.steps for name, data in DATA.items()})
-QUICK = Settings({"digits": 20}, (0.9, 0.98), rates=(1e-2,), others=2, seeds=(0, 1))
+QUICK = Settings({"digits": 20}, (0.9, 0.98), (0.98,), rates=(1e-2,), others=2, seeds=(0, 1))
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -75,11 +76,20 @@ def kept(name: str, sparsity: float) -> int:
     return round((1.0 - sparsity) * weights_of(name))
 
 
-def cells(settings: Settings) -> Iterator[tuple[str, str, float]]:
-    """Data, method and sparsity: what settings are chosen for."""
+Cell = tuple[str, str, float]
+
+
+def cells(settings: Settings, sparsities: Sequence[float]) -> Iterator[Cell]:
+    """Data, method and sparsity: what is trained with all seeds, or what settings are chosen for."""
     for name in settings.steps:
         yield name, "dense", 0.0
-        yield from itertools.product([name], SPARSE, settings.sparsities)
+        yield from itertools.product([name], SPARSE, sparsities)
+
+
+def tuned_at(cell: Cell, settings: Settings) -> Cell:
+    """The cell whose setting this one takes."""
+    name, title, sparsity = cell
+    return name, title, min(one for one in (0.0, *settings.tuned) if one >= sparsity)
 
 
 def trials(title: str, settings: Settings) -> list[Setting]:
@@ -88,7 +98,7 @@ def trials(title: str, settings: Settings) -> list[Setting]:
     return [Setting(*pair) for pair in itertools.product(settings.rates, others)]
 
 
-def trained(cell: tuple[str, str, float], setting: Setting, seed: int, settings: Settings) -> Record:
+def trained(cell: Cell, setting: Setting, seed: int, settings: Settings) -> Record:
     """One training: on all training images, or with the tuning seed, to be judged by validation images, on a part."""
     name, title, sparsity = cell
     images = (load_to_choose if seed == settings.tuning_seed else load)(name)
@@ -110,11 +120,10 @@ def best(records: list[Record]) -> Record:
 
 def warm_up(settings: Settings) -> None:
     """One short training of each kind, so that no time has the compilation of kernels in it."""
-    for cell in cells(settings):
-        if cell[2] in (0.0, settings.sparsities[0]):
-            for setting in trials(cell[1], dataclasses.replace(settings, rates=settings.rates[:1])):
-                images, data = load_to_choose(cell[0]), DATA[cell[0]]
-                methods.train(cell[1], setting, kept(cell[0], cell[2]), data, images, settings.tuning_seed, 4)
+    for name, title, sparsity in cells(settings, settings.sparsities[:1]):
+        for setting in trials(title, dataclasses.replace(settings, rates=settings.rates[:1])):
+            keep, images = kept(name, sparsity), load_to_choose(name)
+            methods.train(title, setting, keep, DATA[name], images, settings.tuning_seed, 4)
 
 
 def measure(settings: Settings, part: Path) -> Record:
@@ -129,7 +138,7 @@ def measure(settings: Settings, part: Path) -> Record:
             result = found
     began = time.perf_counter()
 
-    def add(kind: str, tasks: list[tuple[tuple[str, str, float], Setting, int]]) -> None:
+    def add(kind: str, tasks: list[tuple[Cell, Setting, int]]) -> None:
         """Train what is not stored yet."""
         nonlocal began
         names = ("data", "method", "sparsity", "rate", "other", "seed")
@@ -144,9 +153,10 @@ def measure(settings: Settings, part: Path) -> Record:
                 began = now
                 report.save(part, result)
 
-    every = list(cells(settings))
-    add("trials", [(cell, setting, settings.tuning_seed) for cell in every for setting in trials(cell[1], settings)])
-    chosen = {cell: best(of(result["trials"], *cell)) for cell in every}
+    tried = [(cell, setting) for cell in cells(settings, settings.tuned) for setting in trials(cell[1], settings)]
+    add("trials", [(cell, setting, settings.tuning_seed) for cell, setting in tried])
+    every = list(cells(settings, settings.sparsities))
+    chosen = {cell: best(of(result["trials"], *tuned_at(cell, settings))) for cell in every}
     settled = {cell: Setting(record["rate"], record["other"]) for cell, record in chosen.items()}
     # The methods take turns, so that what disturbs the times disturbs those of all of them.
     add("runs", [(cell, settled[cell], seed) for seed in settings.seeds for cell in every])
@@ -240,15 +250,13 @@ def layers_table(result: Record) -> str:
 def chosen_table(result: Record) -> str:
     """What was chosen for each cell, and the validation accuracy of it and of the worst of the same method."""
     rows = []
-    every = [(name, "dense", 0.0) for name in result["settings"]["steps"]]
-    every += [(name, title, sparsity) for title in SPARSE for name, sparsity in rows_of(result)]
-    for name, title, sparsity in every:
+    for name, title, sparsity in dict.fromkeys((r["data"], r["method"], r["sparsity"]) for r in result["trials"]):
         found = of(result["trials"], name, title, sparsity)
         top, low = best(found), min(record["accuracy"] for record in found)
         other = f"{METHODS[title].setting}: {top['other']}"
         accuracies = [f"{100.0 * value:.1f}" for value in (top["accuracy"], low)]
-        rows.append([title, name, percent(sparsity), other, f"{top['rate']:g}", *accuracies])
-    header = ["method", "data", "zeros", "chosen", "learning rate", "validation accuracy", "of the worst trial"]
+        rows.append([name, title, percent(sparsity), other, f"{top['rate']:g}", *accuracies])
+    header = ["data", "method", "zeros", "chosen", "learning rate", "validation accuracy", "of the worst trial"]
     return report.table(header, rows, 4)
 
 

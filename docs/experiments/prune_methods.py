@@ -14,14 +14,14 @@ from torch.func import functional_call
 import softk
 
 BATCH = 64
-UPDATES = 50  # how often the gradual pruning takes weights away, at most
+UPDATES = 50  # about how often the gradual pruning takes weights away
 PENALTY = 1e-5  # the coefficient of Top-KAST's regularizer
 SCORE_RATE = 0.05  # the learning rate of the scores
 SOFTEST = 1.0  # the first epsilon of the learned scores
 SEARCH = 0.5  # the share of the steps in which the scores are learned
 
 #: The learning rates of the weights, for every method.
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Method:
@@ -57,7 +57,7 @@ class Dense(Method):
 
     title = "dense"
     setting = "weight decay"
-    others: ClassVar[dict[str, Any]] = {"0": 0.0, "0.01": 0.01, "0.1": 0.1, "1": 1.0}
+    others: ClassVar[dict[str, Any]] = {"0.01": 0.01, "0.1": 0.1, "1": 1.0}
 
     def used(self, step: int) -> Tree:
         return self.weights
@@ -85,12 +85,7 @@ class Random(Method):
 
     title = "random"
     setting = "initial weights times"
-    others: ClassVar[dict[str, Any]] = {
-        "1": 0.0,
-        "share^(-1/4)": -0.25,
-        "share^(-1/2)": -0.5,
-        "share^(-3/4)": -0.75,
-    }
+    others: ClassVar[dict[str, Any]] = {"share^(-1/2)": -0.5, "share^(-3/4)": -0.75, "share^(-1)": -1.0}
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
@@ -108,16 +103,15 @@ class Random(Method):
 
 
 class Magnitude(Method):
-    """The weights of the smallest magnitude are taken away, once or by the cubic schedule of Zhu and Gupta."""
+    """The weights of the smallest magnitude are taken away, by the cubic schedule of Zhu and Gupta."""
 
     title = "magnitude"
     setting = "pruning"
     #: The shares of the steps at which the pruning begins and ends.
     others: ClassVar[dict[str, Any]] = {
+        "from 0 to 1/4": (0.0, 0.25),
         "from 0 to 1/2": (0.0, 0.5),
         "from 0 to 3/4": (0.0, 0.75),
-        "from 1/4 to 3/4": (0.25, 0.75),
-        "once at 1/2": (0.5, 0.5),
     }
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
@@ -146,29 +140,22 @@ class Magnitude(Method):
 
 
 class TopKAST(Method):
-    """`softk.sparse.topkast`, with its regularizer."""
+    """`softk.sparse.topkast`, with its regularizer: the weights of all layers are ranked together."""
 
     title = "Top-KAST"
     setting = "share with a gradient"
-    #: The share of the weights that have a gradient, and whether all weights are ranked together.
-    others: ClassVar[dict[str, Any]] = {
-        "1/4, global": (0.25, "global"),
-        "1/2, global": (0.5, "global"),
-        "1, global": (1.0, "global"),
-        "1/2, by layer": (0.5, "tensor"),
-    }
+    others: ClassVar[dict[str, Any]] = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
-        backward, self.scope = other
-        self.shares = keep / self.total, backward
+        self.shares = keep / self.total, other
 
     def used(self, step: int) -> Tree:
-        found: Tree = softk.sparse.topkast(self.weights, *self.shares, scope=self.scope)
+        found: Tree = softk.sparse.topkast(self.weights, *self.shares)
         return found
 
     def penalty(self) -> torch.Tensor | float:
-        return PENALTY * softk.sparse.regularizer(self.weights, *self.shares, scope=self.scope)
+        return PENALTY * softk.sparse.regularizer(self.weights, *self.shares)
 
 
 class Learned(Method):
@@ -179,7 +166,7 @@ class Learned(Method):
 
     title = "learned"
     setting = "last epsilon"
-    others: ClassVar[dict[str, Any]] = {"1": 1.0, "0.3": 0.3, "0.1": 0.1, "0.03": 0.03}
+    others: ClassVar[dict[str, Any]] = {"0.3": 0.3, "0.1": 0.1, "0.03": 0.03}
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
