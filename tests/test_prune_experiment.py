@@ -121,7 +121,7 @@ def test_the_page_shows_the_numbers_that_are_stored(experiment: Any) -> None:
     assert result["settings"] == experiment.FULL.stored()
     for cell in experiment.cells(experiment.FULL, experiment.FULL.sparsities):
         assert [record["seed"] for record in experiment.of(result["runs"], *cell)] == [0, 1, 2, 3, 4]
-        assert len(experiment.of(result["trials"], *experiment.tuned_at(cell, experiment.FULL))) == 12
+        assert len(experiment.of(result["trials"], *experiment.tuned_at(cell, experiment.FULL))) == 16
     for name, part in experiment.parts(result).items():
         assert experiment.report.between(DOCS / "pruning.md", name) == part
     for record in result["trials"] + result["runs"]:

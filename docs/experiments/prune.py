@@ -47,7 +47,7 @@ class Settings:
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     tuned: tuple[float, ...] = (0.9, 0.98)  # what settings are chosen at; the others take those of the next higher one
     rates: tuple[float, ...] = methods.RATES
-    others: int = 3  # how many second settings of each method are tried
+    others: int = 4  # how many second settings of each method are tried
     tuning_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
@@ -203,6 +203,11 @@ def difference_table(result: Record) -> str:
     return report.table(["data", "zeros", *(f"{title} - {BASE}" for title in others)], rows)
 
 
+def signed(value: float) -> str:
+    """With one digit, and no sign before a zero."""
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
+
+
 def summary(result: Record) -> str:
     """Where the difference to magnitude pruning is more than twice its error."""
     lines = []
@@ -218,8 +223,8 @@ def summary(result: Record) -> str:
                 sides[means[-1] > 0.0].append(f"{name} at {percent(sparsity)}")
         above, below = (f"{len(side)} ({', '.join(side)})" if side else "none" for side in sides.values())
         lines.append(
-            f"- {title} - {BASE} lies between {min(means):+.1f} and {max(means):+.1f} points. Of {len(means)} rows it "
-            f"is more than two standard errors above 0 in {above}, and below in {below}."
+            f"- {title} - {BASE} lies between {signed(min(means))} and {signed(max(means))} points. Of {len(means)} "
+            f"rows it is more than two standard errors above 0 in {above}, and below in {below}."
         )
     return "\n".join(lines)
 
@@ -274,13 +279,17 @@ def parts(result: Record) -> dict[str, str]:
 
 
 def draw(path: Path, result: Record) -> None:
-    """Accuracy against sparsity, a panel for each data set, with standard errors."""
+    """Accuracy against sparsity, a panel for each data set, with standard errors.
+
+    The panels end a little below the methods that choose: random weights are much worse, and leave them.
+    """
     from matplotlib.figure import Figure
 
     names, sparsities = list(result["settings"]["steps"]), result["settings"]["sparsities"]
     figure = Figure(figsize=(1.0 + 4.4 * len(names), 4.4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
+        lowest = 100.0
         for i, title in enumerate(METHODS):
             found = [of(result["runs"], name, title, sparsity) for sparsity in sparsities]
             values = [100.0 * np.asarray([record["accuracy"] for record in records]) for records in found]
@@ -292,6 +301,9 @@ def draw(path: Path, result: Record) -> None:
             else:
                 style = {"color": COLORS[title], "marker": "o", "ms": 4.5, "lw": 1.5, "capsize": 2}
                 panel.errorbar(places, means, errors, label=title, **style)
+            if title != "random":
+                lowest = min(lowest, *(mean - error for mean, error in zip(means, errors, strict=True)))
+        panel.set_ylim(bottom=max(0.0, lowest - 3.0), top=min(100.0, panel.get_ylim()[1]))
         panel.set_xticks(range(len(sparsities)), [percent(s) for s in sparsities])
         panel.set(title=f"{name}, {weights_of(name)} weights", xlabel="zeros among the weights")
         panel.grid(axis="y", alpha=0.25)

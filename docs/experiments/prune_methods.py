@@ -57,7 +57,7 @@ class Dense(Method):
 
     title = "dense"
     setting = "weight decay"
-    others: ClassVar[dict[str, Any]] = {"0.01": 0.01, "0.1": 0.1, "1": 1.0}
+    others: ClassVar[dict[str, Any]] = {"0": 0.0, "0.01": 0.01, "0.1": 0.1, "1": 1.0}
 
     def used(self, step: int) -> Tree:
         return self.weights
@@ -85,7 +85,12 @@ class Random(Method):
 
     title = "random"
     setting = "initial weights times"
-    others: ClassVar[dict[str, Any]] = {"share^(-1/2)": -0.5, "share^(-3/4)": -0.75, "share^(-1)": -1.0}
+    others: ClassVar[dict[str, Any]] = {
+        "share^(-1/4)": -0.25,
+        "share^(-1/2)": -0.5,
+        "share^(-3/4)": -0.75,
+        "share^(-1)": -1.0,
+    }
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
@@ -109,6 +114,7 @@ class Magnitude(Method):
     setting = "pruning"
     #: The shares of the steps at which the pruning begins and ends.
     others: ClassVar[dict[str, Any]] = {
+        "from 0 to 1/8": (0.0, 0.125),
         "from 0 to 1/4": (0.0, 0.25),
         "from 0 to 1/2": (0.0, 0.5),
         "from 0 to 3/4": (0.0, 0.75),
@@ -144,11 +150,11 @@ class TopKAST(Method):
 
     title = "Top-KAST"
     setting = "share with a gradient"
-    others: ClassVar[dict[str, Any]] = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
+    others: ClassVar[dict[str, Any]] = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
-        self.shares = keep / self.total, other
+        self.shares = keep / self.total, max(keep / self.total, other)
 
     def used(self, step: int) -> Tree:
         found: Tree = softk.sparse.topkast(self.weights, *self.shares)
@@ -166,7 +172,7 @@ class Learned(Method):
 
     title = "learned"
     setting = "last epsilon"
-    others: ClassVar[dict[str, Any]] = {"0.3": 0.3, "0.1": 0.1, "0.03": 0.03}
+    others: ClassVar[dict[str, Any]] = {"1": 1.0, "0.3": 0.3, "0.1": 0.1, "0.03": 0.03}
 
     def __init__(self, weights: Tree, keep: int, steps: int, other: Any) -> None:
         super().__init__(weights, keep, steps, other)
