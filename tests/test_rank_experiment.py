@@ -159,7 +159,8 @@ def test_differences_are_paired(rank: Any) -> None:
             r["validation"], r["ndcg"], r["users"] = values[r["loss"], r["seed"]]
     result = {"runs": runs}
     assert rank.best_baseline(result, "m") == "softmax"
-    assert rank.best_baseline(result, "m", over_list=True) == "BPR"
+    assert rank.best_baseline(result, "m", rank.LOSSES["softk NDCG"]) == "BPR"
+    assert rank.best_baseline(result, "m", rank.LOSSES["softk recall@20"]) == "softmax"
     assert rank.differences(result, "m", "softk NDCG", "softmax", "ndcg") == pytest.approx([0.05, 0.06])
     by_user = np.asarray([0.05, 0.0, 0.15])
     wanted = by_user.std(ddof=1) / math.sqrt(3)
