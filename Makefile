@@ -24,7 +24,7 @@ VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_aut
 	tests/test_torch_func.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo knn beam prune quick test test-full reference fuzz lint docs lowest latest package bench bench-history clean
+.PHONY: help demo knn beam rank prune quick test test-full reference fuzz lint docs lowest latest package bench bench-history clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -38,6 +38,9 @@ knn: $(EXPERIMENTS)/ready ## the experiment with nearest neighbors
 
 beam: $(EXPERIMENTS)/ready ## the experiment with beam search
 	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/beam.py
+
+rank: $(EXPERIMENTS)/ready ## the experiment with ranking losses
+	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/rank.py
 
 prune: $(EXPERIMENTS)/ready ## the experiment with pruning
 	OMP_NUM_THREADS=1 $(EXPERIMENTS)/bin/python docs/experiments/prune.py
