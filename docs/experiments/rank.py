@@ -70,9 +70,9 @@ FULL = Settings(
 )
 QUICK = Settings(
     least=Least(film=60, user=40),
-    budget=Budget(epochs=2, patience=1, batch=32, positives=5, negatives=11),
+    budget=Budget(epochs=2, patience=1, batch=56, positives=5, negatives=11),
     temperatures=((1.0,), (0.1, 0.3)),
-    rates=(1e-2, 3e-2),
+    rates=(1e-2,),
     decays=(0.1, 1.0),
     seeds=(0, 1),
 )
@@ -267,9 +267,9 @@ def parts(result: Record) -> dict[str, str]:
         f"{data['users']} users and {data['films']} films; {data['train']} relevant pairs for training, "
         f"{data['validation']} for validation and {data['test']} for the test."
     )
-    trials = len(result["trials"]) // (len(MODELS) * len(LOSSES))
+    counts = [sum(r["model"] == model for r in result["trials"]) // len(LOSSES) for model in MODELS]
     grids = [
-        f"{trials} trials for each loss and model.",
+        f"Trials of each loss: {' and '.join(f'{n} with {m}' for n, m in zip(counts, MODELS, strict=True))}.",
         *(f"Temperatures with {m} {listed(t)}." for m, t in zip(MODELS, settings["temperatures"], strict=True)),
         f"Learning rates {listed(sorted(settings['rates']))}, first {settings['rates'][0]:g}.",
         f"Weight decays {listed(sorted(settings['decays']))}, first {settings['decays'][0]:g}.",
