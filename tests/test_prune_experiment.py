@@ -104,8 +104,8 @@ def test_an_interrupted_run_goes_on(experiment: Any, docs: Path, monkeypatch: py
     assert after["environment"] == before["environment"]
 
     # What was measured with other settings is not gone on from.
-    before["settings"]["batch"] = 1
-    part.write_text(json.dumps(before))
+    after["settings"]["batch"] = 1
+    part.write_text(json.dumps(after))
     with pytest.raises(KeyboardInterrupt):
         experiment.main(arguments)
 
@@ -233,6 +233,12 @@ def test_seeds_share_weights_and_batches(experiment: Any, monkeypatch: pytest.Mo
         assert all(torch.equal(a, b) for a, b in zip(seen[title], seen["dense"], strict=True))
         assert all(torch.allclose(a, b) for a, b in zip(first[title], first["dense"], strict=True))
     assert not torch.equal(seen["dense"][0], seen["dense"][1])
+
+
+def test_the_best_trial(experiment: Any) -> None:
+    """The highest accuracy; the cross-entropy decides between equal ones alone."""
+    trials = [{"accuracy": accuracy, "loss": loss} for accuracy, loss in ((0.9, 0.5), (0.8, 0.1), (0.9, 0.4))]
+    assert experiment.best(trials) is trials[2]
 
 
 def test_the_summary_counts_rows_beyond_two_errors(experiment: Any) -> None:
