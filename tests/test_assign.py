@@ -254,6 +254,63 @@ def test_the_shift_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
         test_derivatives_where_one_item_links_two_groups()
 
 
+#: Where groups are linked by shares of exp(-1000) and less, the mass that moves between them must still pass.
+NEARLY_HARD = [1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4]
+
+
+@cache
+def nearly_hard(dtype: str) -> dict[str, np.ndarray]:
+    """Slices of one problem at a falling epsilon; in the second half two blocks of groups come apart."""
+    rng, half = np.random.default_rng(3), np.kron(np.eye(2), np.ones((8, 2)))
+    scores = np.stack([rng.normal(size=(16, 4))] * 6 + [half + 1e-3 * rng.normal(size=(16, 4))] * 6)
+    named = {
+        "scores": scores,
+        "capacities": np.ones((12, 4)),
+        "epsilon": np.asarray(NEARLY_HARD * 2).reshape(12, 1, 1),
+        "weights": np.ones((12, 16)),
+    }
+    return {name: values.astype(dtype) for name, values in named.items()}
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_the_mass_that_moves_is_right_near_the_hard_limit(eager: Library, dtype: str, rng: Any) -> None:
+    """The columns of the tangent sum to that of the capacities, its rows to that of the weights; pullbacks agree."""
+    problem = nearly_hard(dtype)
+    given = {name: eager.array(values) for name, values in problem.items()}
+    args, rest = (given.pop("scores"), given.pop("capacities")), given
+    moved = {name: rng.normal(size=problem[name].shape).astype(dtype) for name in ("capacities", "weights")}
+    u = rng.normal(size=problem["scores"].shape).astype(dtype)
+    _, rate = softk.jvp(softk.assign, *args, tangents={k: eager.array(v) for k, v in moved.items()}, **rest)
+    assert np.all(eager.numpy(softk.assign(*args, **rest).converged))
+    rate = eager.numpy(rate).astype(float)
+    sums = moved["weights"].astype(float).sum(axis=-1, keepdims=True) / 4.0
+    lost = moved["capacities"].astype(float).mean(axis=-1, keepdims=True)
+    wanted = 4.0 * (moved["capacities"] - lost) + sums
+    np.testing.assert_allclose(rate.sum(axis=-1), moved["weights"], rtol=0, atol=200 * EPS[dtype])
+    np.testing.assert_allclose(rate.sum(axis=-2), wanted, rtol=0, atol=1000 * EPS[dtype])
+    _, pullback = softk.vjp(softk.assign, *args, **rest)
+    pulled = pullback(eager.array(u))
+    terms = [moved[name] * eager.numpy(pulled[name]).astype(float) for name in moved]
+    ours = sum(term.reshape(12, -1).sum(axis=-1) for term in terms)
+    np.testing.assert_allclose(ours, (u * rate).sum(axis=(-2, -1)), rtol=0, atol=4000 * EPS[dtype])
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_derivatives_in_the_sums_by_symmetry(eager: Library, dtype: str) -> None:
+    """The two groups of a problem that is its own mirror image share what moves, at every epsilon."""
+    scores, ones, u = (np.asarray(v, dtype=dtype) for v in ([[1, 0], [0, 1]], [1, 1], [[1, 0], [0, 0]]))
+    scores, ones, moved = eager.array(scores), eager.array(ones), eager.array(np.asarray([1, -1], dtype=dtype))
+    for epsilon in NEARLY_HARD:
+        _, rate = softk.jvp(softk.assign, scores, ones, epsilon=epsilon, tangents={"capacities": moved})
+        slack = {"rtol": 0, "atol": 10 * EPS[dtype]}
+        np.testing.assert_allclose(eager.numpy(rate), [[0.5, -0.5], [0.5, -0.5]], **slack)
+        _, pullback = softk.vjp(softk.assign, scores, ones, epsilon=epsilon, weights=ones)
+        pulled = pullback(eager.array(u))
+        if epsilon <= 0.03:
+            np.testing.assert_allclose(eager.numpy(pulled["weights"]), [0.75, 0.25], **slack)
+        np.testing.assert_allclose(eager.numpy(pulled["capacities"]), [0.25, -0.25], **slack)
+
+
 @pytest.mark.parametrize("name", ["torch", "jax", "autograd"])
 def test_native_gradients(name: str) -> None:
     """The frameworks' own autodiff gives the rule's cotangents, in all arguments at once."""

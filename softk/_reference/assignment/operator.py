@@ -102,7 +102,9 @@ def _vjp(
     _, capacities, epsilon, weights, _ = inputs
     given, rule = _rule(backend, inputs, outputs)
     masses = given.problem.masses
-    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(*cotangents, epsilon=needed[2])
+    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(
+        *cotangents, epsilon=needed[2], sums=needed[1] or needed[3]
+    )
     if epsilonbar is not None and not epsilon.ndim:
         epsilonbar = xp.sum(epsilonbar)
     # The masses are the capacities times total / whole, so the cotangents of both also have a term through the sums.

@@ -61,7 +61,7 @@ def column(xp: Any, values: Array) -> Array:
     return xp.sum(values, axis=-2, keepdims=True)
 
 
-def _index(backend: Backend, share: Array, dtype: Any = None) -> Array:
+def group_index(backend: Backend, share: Array, dtype: Any = None) -> Array:
     """The numbers of the groups, of as many axes as the shares."""
     groups = share.shape[-1]
     index = backend.xp.arange(groups, dtype=dtype, device=backend.device(share))
@@ -74,7 +74,7 @@ def excess(backend: Backend, found: Shares, problem: Problem) -> Array:
     An item counts for the group of its largest share. Its other shares are the tails, which move to their groups.
     """
     xp, weights = backend.xp, problem.weights
-    own = found.best == _index(backend, found.share, found.best.dtype)
+    own = found.best == group_index(backend, found.share, found.best.dtype)
     low = xp.where(own, 0.0, found.share)
     tails = xp.where(own, -xp.sum(low, axis=-1, keepdims=True), found.share)
     delta = column(xp, xp.where(own, weights, 0.0)) - problem.masses
@@ -92,7 +92,7 @@ class Laplacian:
 
     def __init__(self, backend: Backend, share: Array, weights: Array) -> None:
         self.backend, xp = backend, backend.xp
-        index = _index(backend, share)
+        index = group_index(backend, share)
         apart = xp.matrix_transpose(index) != index
         links = xp.matmul(xp.matrix_transpose(weights * share), share)
         links = xp.where(apart, links, 0.0)
