@@ -54,7 +54,7 @@ class Network:
 
     def __init__(self, backend: Backend, problem: Problem, found: Shares, offset: Array) -> None:
         self.backend, self.xp, self.problem, self.found = backend, backend.xp, problem, found
-        xp, weights = self.xp, problem.weights
+        xp, weights, self.groups = self.xp, problem.weights, group_index(backend, found.share, found.best.dtype)
         # The logarithm of a share that is 0. A sum of six of them is finite.
         none = limits(xp, weights.dtype).largest / -1024.0
         exponent = xp.where(problem.allowed, found.apart + offset, none)
@@ -63,7 +63,7 @@ class Network:
         self.links, self.logs = self.eliminated(self.all_links(logs, weighted))
         self.parts = [xp.exp(part) for part in self.logs]
         best = xp.broadcast_to(found.best, logs.shape)
-        own = best == group_index(backend, logs, best.dtype)
+        own = best == self.groups
         self.own = xp.astype(own, logs.dtype)
         # The product may be of a lower precision, which the logarithms of tiny links do not stand.
         link = xp.matmul(self.own, self.links)
@@ -86,26 +86,30 @@ class Network:
 
     def eliminated(self, links: Array) -> tuple[Array, list[Array]]:
         """The logarithms of the links, each as it is when the first of its groups is eliminated, and those of p."""
-        xp, groups = self.xp, links.shape[-1]
-        rows, parts = [], []
-        for k in range(groups):
-            row, links = links[..., :1, 1:], links[..., 1:, 1:]
-            zeros = xp.zeros_like(self.problem.masses[..., : k + 1])
-            rows.append(xp.concat([zeros, row], axis=-1))
-            if k < groups - 1:
-                parts.append(row - _log_sum(self.backend, row, -1))
-            if k < groups - 2:
-                grown = xp.matrix_transpose(row) + parts[-1]
-                most = xp.maximum(links, grown)
-                links = most + xp.log1p(xp.exp(xp.minimum(links, grown) - most))
-        upper = xp.concat(rows, axis=-2)
-        return upper + xp.matrix_transpose(upper), parts
+        xp = self.xp
+        # Below all links, for the groups that are eliminated. All arrays keep their shapes: compilers take long for
+        # loops of shapes that shrink.
+        gone = limits(xp, links.dtype).largest / -16.0
+        parts = []
+        for k in range(links.shape[-1] - 1):
+            row = xp.where(self.groups > k, links[..., k : k + 1, :], gone)
+            parts.append(row - _log_sum(self.backend, row, -1))
+            grown = xp.matrix_transpose(row) + parts[-1]
+            most = xp.maximum(links, grown)
+            grown = most + xp.log1p(xp.exp(xp.minimum(links, grown) - most))
+            links = xp.where(self.after(k), grown, links)
+        return links, parts
+
+    def after(self, k: int) -> Array:
+        """The pairs of groups after group k."""
+        after = self.groups > k
+        return after & self.xp.matrix_transpose(after)
 
     def back(self, k: int) -> Array:
-        """m / W (..., n, n) of the n groups after group k."""
-        xp, others = self.xp, self.links[..., k + 1 :, k + 1 :]
-        row = xp.matrix_transpose(self.links[..., k : k + 1, k + 1 :])
-        return xp.exp(xp.minimum(row + self.logs[k] - others, 0.0))
+        """m / W (..., K, K) of the pairs of groups after group k, and 0 for the others."""
+        xp = self.xp
+        grown = xp.matrix_transpose(self.links[..., k : k + 1, :]) + self.logs[k] - self.links
+        return xp.where(self.after(k), xp.exp(xp.minimum(grown, 0.0)), 0.0)
 
     def spread(self, gained: Array) -> Array:
         """The change of the plan (..., B, K) whose rows sum to 0 and whose columns sum to `gained` (..., 1, K)."""
@@ -122,36 +126,31 @@ class Network:
         return potentials
 
     def _spread(self, gained: Array) -> Array:
-        xp, groups = self.xp, gained.shape[-1]
-        passed = []
-        for k in range(groups - 1):
-            own, gained = gained[..., :1], gained[..., 1:]
-            passed.append(own)
-            gained = gained + self.parts[k] * own
-        flows = 0.0 * gained
-        for k in range(groups - 2, -1, -1):
-            row = self.parts[k] * passed[k] + xp.sum(self.back(k) * flows, axis=-2, keepdims=True)
-            first = xp.concat([0.0 * passed[k], row], axis=-1)
-            others = xp.concat([-xp.matrix_transpose(row), flows], axis=-1)
-            flows = xp.concat([first, others], axis=-2)
+        xp, groups = self.xp, self.groups
+        for k, part in enumerate(self.parts):
+            gained = gained + part * gained[..., k : k + 1]
+        flows = xp.zeros_like(self.links)
+        for k in range(len(self.parts) - 1, -1, -1):
+            row = self.parts[k] * gained[..., k : k + 1] + xp.sum(self.back(k) * flows, axis=-2, keepdims=True)
+            flows = xp.where(groups == k, -xp.matrix_transpose(row), flows)
+            flows = xp.where(xp.matrix_transpose(groups) == k, row, flows)
         moved = self.part * xp.matmul(self.own, xp.matrix_transpose(flows))
         return moved - self.found.share * xp.sum(moved, axis=-1, keepdims=True)
 
     def _gather(self, u: Array) -> Array:
-        xp, groups = self.xp, u.shape[-1]
+        xp, groups = self.xp, self.groups
         u = u - at(xp, u, self.found.best)
         moved = self.part * (u - xp.sum(self.found.share * u, axis=-1, keepdims=True))
         flows = xp.matmul(xp.matrix_transpose(self.own), moved)
         flows = xp.matrix_transpose(flows) - flows
-        kept = []
-        for k in range(groups - 1):
-            row, flows = flows[..., :1, 1:], flows[..., 1:, 1:]
-            kept.append(xp.sum(self.parts[k] * row, axis=-1, keepdims=True))
+        potentials = xp.zeros_like(self.problem.masses)
+        for k, part in enumerate(self.parts):
+            row = flows[..., k : k + 1, :]
+            potentials = xp.where(groups == k, xp.sum(part * row, axis=-1, keepdims=True), potentials)
             flows = flows + self.back(k) * (row - xp.matrix_transpose(row))
-        potentials = xp.zeros_like(self.problem.masses[..., :1])
-        for k in range(groups - 2, -1, -1):
-            own = kept[k] + xp.sum(self.parts[k] * potentials, axis=-1, keepdims=True)
-            potentials = xp.concat([own, potentials], axis=-1)
+        for k in range(len(self.parts) - 1, -1, -1):
+            handed = xp.sum(self.parts[k] * potentials, axis=-1, keepdims=True)
+            potentials = xp.where(groups == k, potentials + handed, potentials)
         return potentials
 
 
