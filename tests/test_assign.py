@@ -90,7 +90,7 @@ def test_the_reference_is_the_optimum() -> None:
         assert max(abs(reference._lack(reference.share))) <= 1e-50
         if problem["where"][i].all() and problem["epsilon"][i, 0, 0] >= 0.1:
             kept = np.ix_(problem["weights"][i] > 0, problem["capacities"][i] > 0)
-            logs = (np.log(reference.plan[kept]) - problem["scores"][i][kept] / problem["epsilon"][i])[:, :]
+            logs = np.log(reference.plan[kept]) - problem["scores"][i][kept] / problem["epsilon"][i]
             factors = (logs - logs[:1]) - (logs - logs[:1])[:, :1]
             np.testing.assert_allclose(factors, 0.0, atol=1e-11)
 
@@ -252,6 +252,63 @@ def test_the_shift_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assignment_rule, "ROUNDS", 1)
     with pytest.raises(AssertionError, match="off by"):
         test_derivatives_where_one_item_links_two_groups()
+
+
+#: Where groups are linked by shares of exp(-1000) and less, the mass that moves between them must still pass.
+NEARLY_HARD = [1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4]
+
+
+@cache
+def nearly_hard(dtype: str) -> dict[str, np.ndarray]:
+    """Slices of one problem at a falling epsilon; in the second half two blocks of groups come apart."""
+    rng, half = np.random.default_rng(3), np.kron(np.eye(2), np.ones((8, 2)))
+    scores = np.stack([rng.normal(size=(16, 4))] * 6 + [half + 1e-3 * rng.normal(size=(16, 4))] * 6)
+    named = {
+        "scores": scores,
+        "capacities": np.ones((12, 4)),
+        "epsilon": np.asarray(NEARLY_HARD * 2).reshape(12, 1, 1),
+        "weights": np.ones((12, 16)),
+    }
+    return {name: values.astype(dtype) for name, values in named.items()}
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_the_mass_that_moves_is_right_near_the_hard_limit(eager: Library, dtype: str, rng: Any) -> None:
+    """The columns of the tangent sum to that of the capacities, its rows to that of the weights; pullbacks agree."""
+    problem = nearly_hard(dtype)
+    given = {name: eager.array(values) for name, values in problem.items()}
+    args, rest = (given.pop("scores"), given.pop("capacities")), given
+    moved = {name: rng.normal(size=problem[name].shape).astype(dtype) for name in ("capacities", "weights")}
+    u = rng.normal(size=problem["scores"].shape).astype(dtype)
+    _, rate = softk.jvp(softk.assign, *args, tangents={k: eager.array(v) for k, v in moved.items()}, **rest)
+    assert np.all(eager.numpy(softk.assign(*args, **rest).converged))
+    rate = eager.numpy(rate).astype(float)
+    sums = moved["weights"].astype(float).sum(axis=-1, keepdims=True) / 4.0
+    lost = moved["capacities"].astype(float).mean(axis=-1, keepdims=True)
+    wanted = 4.0 * (moved["capacities"] - lost) + sums
+    np.testing.assert_allclose(rate.sum(axis=-1), moved["weights"], rtol=0, atol=200 * EPS[dtype])
+    np.testing.assert_allclose(rate.sum(axis=-2), wanted, rtol=0, atol=1000 * EPS[dtype])
+    _, pullback = softk.vjp(softk.assign, *args, **rest)
+    pulled = pullback(eager.array(u))
+    terms = [moved[name] * eager.numpy(pulled[name]).astype(float) for name in moved]
+    ours = sum(term.reshape(12, -1).sum(axis=-1) for term in terms)
+    np.testing.assert_allclose(ours, (u * rate).sum(axis=(-2, -1)), rtol=0, atol=4000 * EPS[dtype])
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_derivatives_in_the_sums_by_symmetry(eager: Library, dtype: str) -> None:
+    """The two groups of a problem that is its own mirror image share what moves, at every epsilon."""
+    scores, ones, u = (np.asarray(v, dtype=dtype) for v in ([[1, 0], [0, 1]], [1, 1], [[1, 0], [0, 0]]))
+    scores, ones, moved = eager.array(scores), eager.array(ones), eager.array(np.asarray([1, -1], dtype=dtype))
+    for epsilon in NEARLY_HARD:
+        _, rate = softk.jvp(softk.assign, scores, ones, epsilon=epsilon, tangents={"capacities": moved})
+        slack = {"rtol": 0, "atol": 10 * EPS[dtype]}
+        np.testing.assert_allclose(eager.numpy(rate), [[0.5, -0.5], [0.5, -0.5]], **slack)
+        _, pullback = softk.vjp(softk.assign, scores, ones, epsilon=epsilon, weights=ones)
+        pulled = pullback(eager.array(u))
+        if epsilon <= 0.03:
+            np.testing.assert_allclose(eager.numpy(pulled["weights"]), [0.75, 0.25], **slack)
+        np.testing.assert_allclose(eager.numpy(pulled["capacities"]), [0.25, -0.25], **slack)
 
 
 @pytest.mark.parametrize("name", ["torch", "jax", "autograd"])
@@ -417,7 +474,7 @@ def test_no_derivative_is_nan(eager: Library, rng: Any) -> None:
 def test_forbidden_pairs_that_admit_no_plan(method: Any) -> None:
     """The first group takes at most one item, but should take two. `converged` says so, and the error is the plan's."""
     scores = np.asarray([[0.3, 0.0], [-INF, 0.2], [-INF, 0.1], [-INF, 0.5]])
-    with pytest.warns(softk.ConvergenceWarning, match=r"softk\.assign has not converged.*error is 1"):
+    with pytest.warns(softk.ConvergenceWarning, match=r"softk\.assign has not converged.* is 1,.*forbidden"):
         found = softk.assign(scores, method=method)
     assert not found.converged
     np.testing.assert_allclose(found.plan.sum(axis=1), 1.0)
@@ -429,15 +486,11 @@ def test_huge_scores(lib: Library, dtype: str) -> None:
     """+-1e30 with epsilon 0.1: what is left is decided among the pairs that tie."""
     rng = np.random.default_rng(8)
     scores = np.where(rng.uniform(size=(9, 4)) > 0.5, 1e30, -1e30).astype(dtype)
-    found, scaled = solve(lib, scores), solve(lib, scores / dtype_one(dtype, 1e30), epsilon=1e-4)
+    found, scaled = solve(lib, scores), solve(lib, scores / np.dtype(dtype).type(1e30), epsilon=1e-4)
     assert found.converged
     np.testing.assert_allclose(found.plan, scaled.plan, atol=1e-6)
     reference = Assigned(scores / 1e30, epsilon=1e-4)
     np.testing.assert_allclose(found.plan, reference.plan, rtol=0, atol=PLAN * EPS[dtype])
-
-
-def dtype_one(dtype: str, value: float) -> Any:
-    return np.dtype(dtype).type(value)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -487,6 +540,74 @@ def test_too_few_iterations_are_not_converged(rng: Any) -> None:
         assert found.marginal_error == pytest.approx(np.max(np.abs(found.plan.sum(axis=0) - masses)))
 
 
+@pytest.mark.parametrize("weight", [1e-9, 1.0, 1e9])
+def test_the_tolerance_is_relative_to_the_weights(weight: float, rng: Any) -> None:
+    """The plan is in proportion to the weights, and whether it has converged does not depend on their unit."""
+    scores = rng.normal(size=(60, 30))
+    scores[:, 0] += 3.0
+    for method in ("newton", "sinkhorn"):
+        found = softk.assign(scores, epsilon=0.2, weights=np.full(60, weight), method=method)
+        assert found.converged
+        np.testing.assert_allclose(found.plan.sum(axis=0), 2.0 * weight, rtol=1e-7)
+        with pytest.warns(softk.ConvergenceWarning, match="in units of the mean weight"):
+            found = softk.assign(scores, epsilon=0.2, weights=np.full(60, weight), method=method, max_iterations=1)
+        assert not found.converged
+        error = np.max(np.abs(found.plan.sum(axis=0) - 2.0 * weight))
+        assert found.marginal_error == pytest.approx(error)
+
+
+def test_many_items_are_summed_accurately(lib: Library, rng: Any) -> None:
+    scores = rng.normal(size=(20_000, 4)).astype("float32")
+    found = solve(lib, scores, epsilon=0.05)
+    assert found.converged
+    assert found.marginal_error <= 16 * EPS["float32"] * 5000.0
+
+
+def test_the_cotangent_of_epsilon_at_huge_scores(eager: Library) -> None:
+    """A forbidden pair has no part in it, however far the others are from 0."""
+    scores = np.asarray([[-1e38, -0.5e38], [-0.9e38, -INF], [-0.3e38, -0.8e38]], dtype="float32")
+    given = (eager.array(scores), eager.array(np.asarray([2.0, 1.0], dtype="float32")))
+    _, pullback = softk.vjp(softk.assign, *given, epsilon=eager.array(np.asarray([[0.1]], dtype="float32")))
+    pulled = pullback(eager.array(np.asarray([[1.0, 2.0]] * 3, dtype="float32")))
+    for name, found in pulled.items():
+        assert np.all(np.isfinite(eager.numpy(found))), name
+
+
+@pytest.mark.parametrize("unit", [2.0**-130, 2.0**-100, 2.0**127])
+def test_capacities_of_any_size(eager: Library, unit: float, rng: Any) -> None:
+    """Their sum overflows, or they are subnormal numbers: only their ratios matter."""
+    if unit < 2.0**-126 and eager.name == "jax":
+        pytest.skip("JAX takes subnormal numbers for 0")
+    scores, u = (rng.normal(size=(6, 3)).astype("float32") for _ in range(2))
+    capacities, moved = (np.asarray(v, dtype="float32") for v in ([1.0, 1.0, 1.5], [1.0, -1.0, 0.5]))
+    wanted = solve(eager, scores, capacities, epsilon=0.3)
+    found = solve(eager, scores, unit * capacities, epsilon=0.3)
+    np.testing.assert_allclose(found.plan, wanted.plan, rtol=0, atol=1e-6)
+    given, ones = eager.array(scores), eager.array(capacities)
+    scaled = eager.array(np.float32(unit) * capacities)
+    rates = [
+        eager.numpy(softk.jvp(softk.assign, given, c, epsilon=0.3, tangents={"capacities": eager.array(d)})[1])
+        for c, d in ((ones, moved), (scaled, np.float32(unit) * moved))
+    ]
+    np.testing.assert_allclose(rates[1], rates[0], rtol=0, atol=1e-5)
+    if unit == 2.0**-100:  # those of the others overflow or are subnormal numbers
+        pulled = [softk.vjp(softk.assign, given, c, epsilon=0.3)[1](eager.array(u)) for c in (ones, scaled)]
+        ours = eager.numpy(pulled[1]["capacities"]).astype(float) * unit
+        np.testing.assert_allclose(ours, eager.numpy(pulled[0]["capacities"]), rtol=0, atol=1e-5)
+
+
+def test_a_warning_beside_a_slice_of_nan(rng: Any) -> None:
+    """The message has the error of the slice that has not converged. A NaN alone gives no warning."""
+    scores = rng.normal(size=(2, 20, 5))
+    scores[0, 0, 0] = NAN
+    with pytest.warns(softk.ConvergenceWarning, match=r"the mean weight is \d"):
+        found = softk.assign(scores, epsilon=1e-3, max_iterations=2)
+    assert found.converged.tolist() == [False, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not softk.assign(scores[0]).converged
+
+
 # --- errors
 
 
@@ -497,7 +618,7 @@ def test_errors() -> None:
     complains(ValueError, "scores", r"\(4, 0\)", "at least one", softk.assign, np.zeros((4, 0)))
     complains(TypeError, "scores", "int64", "floating", softk.assign, np.zeros((4, 2), dtype=np.int64))
     complains(ValueError, "capacities", r"\(4,\)", r"\(3,\).*\(2, 3\)", softk.assign, scores, np.ones(4))
-    complains(ValueError, "capacities", r"\(1,\)", r"\(3,\)", softk.assign, scores, np.ones(1))
+    complains(ValueError, "capacities", r"\(1,\)", r"one value per group.*\(3,\)", softk.assign, scores, np.ones(1))
     complains(TypeError, "capacities", "float", "array", softk.assign, scores, 2.0)
     complains(ValueError, "weights", r"\(3,\)", r"\(4,\).*\(2, 4\)", softk.assign, scores, weights=np.ones(3))
     complains(ValueError, "where", r"\(2,\)", r"\(2, 4, 3\)", softk.assign, scores, where=np.ones(2, dtype=bool))

@@ -35,8 +35,8 @@ def assign(
 
     The plan maximizes ``sum(plan * scores) - epsilon * sum(plan * (log(plan) - 1))`` among all plans whose row sums are
     the weights of the items and whose column sums are the capacities of the groups. It is
-    ``plan[i, j] = row[i] * exp(scores[i, j] / epsilon) * column[j]``, with the positive factors that these sums
-    determine.
+    ``plan[i, j] = row[i] * exp(scores[i, j] / epsilon) * column[j]`` with positive factors. The sums determine the
+    plan, and the factors up to a constant; if forbidden pairs divide items and groups into blocks, up to one per block.
 
     Parameters
     ----------
@@ -58,8 +58,9 @@ def assign(
         Newton's method on the K potentials, or Sinkhorn's algorithm in the log domain. By default Newton's method up to
         256 groups, and Sinkhorn's algorithm above.
     tolerance : float, optional
-        The marginal error that counts as converged, in units of weight. By default 1e-8 for float64 and 1e-4 for
-        float32, or 4 eps times the number of items if that is larger. `"sinkhorn"` stops when it is reached.
+        The marginal error that counts as converged, in units of the mean weight of the items whose weight is not 0. By
+        default 1e-8 for float64 and 1e-4 for float32, or 4 eps times the number of items if that is larger.
+        `"sinkhorn"` stops when it is reached.
     max_iterations : int, optional
         The largest number of iterations; by default 300 for `"newton"` and 1000 for `"sinkhorn"`.
 
@@ -68,7 +69,8 @@ def assign(
     Plan
         `plan` (..., B, K), with the dtype and device of `scores`. `potentials` (..., K), in the units of the scores:
         ``epsilon * log(column)``, with mean 0 over the groups of positive capacity, and -inf for the others. And
-        `marginal_error`, `iterations` and `converged`, one value per slice. The error is measured on the plan.
+        `marginal_error`, `iterations` and `converged`, one value per slice. The error is that of the column sums of the
+        plan, in units of weight, before the plan is rounded to 16 bits.
 
     Raises
     ------
@@ -80,13 +82,15 @@ def assign(
     Warns
     -----
     ConvergenceWarning
-        If a slice has not converged, as for `softk.transport`.
+        If a slice has not converged, as for `softk.transport`. A slice that is NaN gives no warning, but its
+        `converged` is false.
 
     Notes
     -----
     A slice is NaN if it has a NaN or ``+inf`` among its allowed scores, a negative or infinite weight or capacity, or
     capacities whose sum is 0. If the forbidden pairs admit no plan, the rows sum to the weights, the columns miss their
-    capacities, and `converged` is false.
+    capacities, and `converged` is false. Where the total weight is 0, the plan is 0, and has no derivative in the
+    weights: that along a direction is the plan for this direction, which is not linear in it.
 
     Derivatives of the plan flow to `scores`, `capacities`, `epsilon` and `weights`, by the implicit function theorem at
     the solution. They do not depend on how many iterations were made. If the plan has not converged, they are not those
@@ -129,9 +133,10 @@ def assign(
         }
     options = {"method": chosen, "tolerance": tolerance, "limit": limit}
 
-    def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
-        warn_unless_converged(pairs.backend, "softk.assign", error, tolerance, limit)
-        return Plan(plan, potentials, error, iterations, error <= tolerance)
+    def build(plan: Array, error: Array, relative: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
+        unit, advice = " in units of the mean weight", "; if the forbidden pairs admit no plan, allow more pairs"
+        warn_unless_converged(pairs.backend, "softk.assign", relative, tolerance, limit, unit, advice)
+        return Plan(plan, potentials, error, iterations, relative <= tolerance)
 
     def converted(values: Array) -> Array:
         return cast(pairs.xp, values, pairs.dtype)
@@ -141,6 +146,7 @@ def assign(
         Argument(None),  # the offsets and the references are internal
         Argument(None),
         pairs.diagnostic(pairs.dtype),
+        pairs.diagnostic(pairs.working),
         pairs.diagnostic(index_dtype(pairs.xp)),
         Argument(None, None, converted),
     )
@@ -190,7 +196,9 @@ class _Pairs(Slices):
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be real, got dtype {value.dtype}")
         if not shape or not fits(shape, target) or (name == "capacities" and shape[-1] != count):
-            raise ValueError(f"{name} must have the shape {(count,)}, or one that broadcasts to {target}, got {shape}")
+            per = "group" if name == "capacities" else "item"
+            allowed = f"one value per {per}, {(count,)}, or that for each slice, {target}"
+            raise ValueError(f"{name} must have a shape of {allowed}, got {shape}")
 
         def push(values: Array) -> Array:
             return xp.expand_dims(xp.broadcast_to(cast(xp, values, self.working), target), axis=axis)

@@ -33,13 +33,13 @@ class Plan(NamedTuple, Generic[ArrayT]):
     potentials : array
         The dual potentials of the anchors, in the units of the squared distance: the shape of `x` without the selected
         axis, then the anchors. The potential is 0 for the lowest anchor with a positive marginal, and -inf for anchors
-        whose marginal is 0.
+        whose marginal is 0. Those of `softk.assign` are of the groups, in the units of the scores, with mean 0.
     marginal_error : array
         The largest absolute difference between a column sum and its marginal, one value per slice.
     iterations : array
         The number of iterations, one integer per slice.
     converged : array of bool
-        Whether the marginal error is within the tolerance, one value per slice.
+        Whether the marginal error is within the tolerance, one value per slice. That of a slice of NaN is not.
     """
 
     plan: ArrayT
@@ -189,13 +189,19 @@ def check_iterations(given: Any, default: int) -> int:
     return int(limit)
 
 
-def warn_unless_converged(backend: Backend, called: str, error: Array, tolerance: float, limit: int) -> None:
-    """Give a warning, at the line of the user's call, if the error of a slice exceeds the tolerance."""
+def warn_unless_converged(
+    backend: Backend, called: str, error: Array, tolerance: float, limit: int, unit: str = "", advice: str = ""
+) -> None:
+    """Give a warning, at the line of the user's call, if the error of a slice exceeds the tolerance.
+
+    A slice that is NaN does not. `unit` says what the error is measured in, and `advice` what else may help.
+    """
     xp = backend.xp
     if peek(backend, xp.any(error > tolerance)):
+        largest = float(xp.max(xp.where(error > tolerance, error, 0.0)))
         warnings.warn(
-            f"{called} has not converged: the largest marginal error is {float(xp.max(error)):.3g}, the tolerance "
-            f"{tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon",
+            f"{called} has not converged: the largest marginal error{unit} is {largest:.3g}, the tolerance "
+            f"{tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon{advice}",
             ConvergenceWarning,
             stacklevel=5,
         )

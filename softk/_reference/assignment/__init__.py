@@ -14,6 +14,6 @@ therefore exact to rounding for any epsilon that is used in practice.
 **A graph Laplacian.** The derivative of the column sums in s is diag(c) - P^T diag(a) P. Off its diagonal it is -W with
 W_jl = sum_i a_i P_ij P_il, and its rows sum to 0. It is built from W, so that nothing cancels.
 
-`system` has the plan for given potentials and its Laplacian. `solve` finds the potentials. `rule` is the derivative.
-`operator` is the primitive.
+`system` has the plan for given potentials and its Laplacian. `solve` finds the potentials. `rule` is the derivative;
+`network` is its part in the sums of the plan. `operator` is the primitive.
 """

@@ -15,7 +15,7 @@ from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .rule import AssignmentRule
 from .solve import potentials
-from .system import Problem, column, shares
+from .system import Problem, column, mean_weight, shares
 
 Arrays = tuple[Array, ...]
 
@@ -26,10 +26,19 @@ class _Given(NamedTuple):
     problem: Problem
     taken: Array  # the groups that may take something (..., 1, K)
     able: Array  # the items that some group may take (..., B, 1)
-    scale: Array  # masses / capacities (..., 1, 1)
-    whole: Array  # the sum of the capacities (..., 1, 1)
+    unit: Array  # of the capacities, a power of 2 (..., 1, 1)
+    scale: Array  # masses / capacities, these in their unit (..., 1, 1)
+    whole: Array  # the sum of the capacities, in their unit (..., 1, 1)
+    part: Array  # the part of each group of the whole (..., 1, K)
     total: Array  # the sum of the weights (..., 1, 1)
     valid: Array  # (..., 1, 1)
+
+
+def _unit(xp: Any, largest: Array) -> Array:
+    """A power of 2 with which the sums of capacities up to this one neither overflow nor lose digits."""
+    power = 96 if xp.finfo(largest.dtype).bits <= 32 else 768
+    far = 2.0 ** (2 * power // 3)
+    return xp.where(largest > far, 2.0**power, xp.where(largest < 1.0 / far, 2.0**-power, xp.ones_like(largest)))
 
 
 def _given(xp: Any, inputs: tuple[Any, ...]) -> _Given:
@@ -45,14 +54,25 @@ def _given(xp: Any, inputs: tuple[Any, ...]) -> _Given:
     scores = xp.where(allowed, scores, 0.0)
     able = xp.any(allowed, axis=-1, keepdims=True)
     weights = xp.where(able, weights, 0.0)
-    whole, total = xp.sum(capacities, axis=-1, keepdims=True), xp.sum(weights, axis=-2, keepdims=True)
-    valid = xp.all((capacities >= 0.0) & (capacities < math.inf), axis=-1, keepdims=True) & (whole > 0.0)
+    valid = xp.all((capacities >= 0.0) & (capacities < math.inf), axis=-1, keepdims=True)
+    unit = _unit(xp, xp.max(xp.where(valid, capacities, 1.0), axis=-1, keepdims=True))
+    capacities = capacities / unit
+    whole, total = xp.sum(capacities, axis=-1, keepdims=True), column(xp, weights)
+    valid = valid & (whole > 0.0)
     valid = valid & xp.all((weights >= 0.0) & (weights < math.inf), axis=-2, keepdims=True)
     valid = valid & xp.all(xp.abs(scores) < math.inf, axis=(-2, -1), keepdims=True)
     valid = valid & (epsilon > 0.0) & (epsilon <= limits(xp, scores.dtype).largest)
     scale = total / xp.where(valid, whole, math.nan)
     return _Given(
-        Problem(scores, allowed, capacities * scale, weights, epsilon), taken, able, scale, whole, total, valid
+        Problem(scores, allowed, capacities * scale, weights, epsilon),
+        taken,
+        able,
+        unit,
+        scale,
+        whole,
+        capacities / safe_denominator(xp, whole),
+        total,
+        valid,
     )
 
 
@@ -64,12 +84,13 @@ def _forward(backend: Backend, inputs: tuple[Any, ...], *, method: str, toleranc
     offset = xp.where(given.valid, offset, math.nan)
     plan = xp.where(given.valid, problem.weights * shares(backend, problem, reference, offset).share, math.nan)
     error = xp.max(xp.abs(column(xp, plan) - problem.masses), axis=-1)
+    relative = error / mean_weight(xp, problem)[..., 0]
     # The free constant of the potentials is chosen such that their mean over the groups that take something is 0.
     dual = xp.where(given.taken, reference + problem.epsilon * offset, 0.0)
     number = xp.astype(xp.count_nonzero(given.taken, axis=-1, keepdims=True), dual.dtype)
     dual = dual - xp.sum(dual, axis=-1, keepdims=True) / safe_denominator(xp, number)
     dual = xp.where(given.taken, xp.where(given.valid, dual, math.nan), -math.inf)
-    return plan, offset, reference, error, count[..., 0], dual[..., 0, :]
+    return plan, offset, reference, error, relative, count[..., 0], dual[..., 0, :]
 
 
 def _rule(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> tuple[_Given, AssignmentRule]:
@@ -85,12 +106,12 @@ def _jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: I
     dmasses = None
     if dcapacities is not None:
         # A group of capacity 0 is left out of the problem, so its capacity has no derivative.
-        dcapacities = xp.where(given.taken, dcapacities, 0.0)
+        dcapacities = xp.where(given.taken, dcapacities, 0.0) / given.unit
         lost = xp.sum(dcapacities, axis=-1, keepdims=True) / safe_denominator(xp, given.whole)
         dmasses = given.scale * dcapacities - masses * lost
     if dweights is not None:
         dweights = xp.where(given.able, dweights, 0.0)
-        gained = masses * (xp.sum(dweights, axis=-2, keepdims=True) / safe_denominator(xp, given.total))
+        gained = given.part * column(xp, dweights)
         dmasses = gained if dmasses is None else dmasses + gained
     return rule.push(dscores, dmasses, depsilon, dweights)
 
@@ -101,21 +122,22 @@ def _vjp(
     xp = backend.xp
     _, capacities, epsilon, weights, _ = inputs
     given, rule = _rule(backend, inputs, outputs)
-    masses = given.problem.masses
-    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(*cotangents, epsilon=needed[2])
+    scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(
+        *cotangents, epsilon=needed[2], sums=needed[1] or needed[3]
+    )
     if epsilonbar is not None and not epsilon.ndim:
         epsilonbar = xp.sum(epsilonbar)
     # The masses are the capacities times total / whole, so the cotangents of both also have a term through the sums.
-    taken = xp.sum(massesbar * masses, axis=-1, keepdims=True)
+    taken = xp.sum(massesbar * given.part, axis=-1, keepdims=True)
     if capacities is None:
         capacitiesbar = None
     else:
-        capacitiesbar = given.scale * massesbar - taken / safe_denominator(xp, given.whole)
+        capacitiesbar = given.scale * (massesbar - taken) / given.unit
         capacitiesbar = xp.where(given.taken, capacitiesbar, 0.0)
     if weights is None:
         weightsbar = None
     else:
-        weightsbar = weightsbar + taken / safe_denominator(xp, given.total)
+        weightsbar = weightsbar + taken
         weightsbar = xp.where(given.able, weightsbar, 0.0)
     return scoresbar, capacitiesbar, epsilonbar, weightsbar, None
 
@@ -124,7 +146,7 @@ def _forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Form, ...]
     scores = inputs[0]
     *batch, items, groups = scores.shape
     row, one = Form((*batch, 1, groups), scores.dtype), Form((*batch, 1), scores.dtype)
-    return Form((*batch, items, groups), scores.dtype), row, row, one, one, Form((*batch, groups), scores.dtype)
+    return Form((*batch, items, groups), scores.dtype), row, row, one, one, one, Form((*batch, groups), scores.dtype)
 
 
 assignment = Primitive(
@@ -135,6 +157,6 @@ assignment = Primitive(
     _vjp,
     results=("plan",),
     state=("offset",),
-    constants=("reference", "marginal_error", "iterations", "potentials"),
+    constants=("reference", "marginal_error", "relative_error", "iterations", "potentials"),
     axes=2,
 )

@@ -17,12 +17,16 @@ of 0, plus sbar times their shift: these are small where zbar is not.
 Both directions solve one system: shift y by a number per group such that the columns of a F sum to a target. Near the
 hard limit one item dominates the link of two groups, and y plus the shift nearly cancels there. The sum is then exact.
 Its remainder is shifted once more, which removes the rounding error of the first shift.
+
+There the changes dc - sum_i da_i P_i of the sums must pass links that L rounds to 0. The plan's change for these, and
+the cotangents of the masses and the weights, are those of `network`.
 """
 
 from __future__ import annotations
 
 from softk.backend import Array, Backend
 
+from .network import Network
 from .system import Laplacian, Problem, at, column, shares
 
 #: The shifts of the exponents, each of which corrects the one before.
@@ -43,9 +47,13 @@ class AssignmentRule:
     """
 
     def __init__(self, backend: Backend, problem: Problem, reference: Array, offset: Array) -> None:
-        self.xp, self.problem = backend.xp, problem
-        self.apart, self.share, self.best = shares(backend, problem, reference, offset)
+        self.backend, self.xp, self.problem, self.offset = backend, backend.xp, problem, offset
+        self.apart, self.share, self.best = self.found = shares(backend, problem, reference, offset)
         self.laplacian = Laplacian(backend, self.share, problem.weights)
+
+    def network(self) -> Network:
+        """It costs much more than the Laplacian, so it is only made for derivatives in the masses and the weights."""
+        return Network(self.backend, self.problem, self.found, self.offset)
 
     def flow(self, y: Array) -> Array:
         """F(y), the change of the shares."""
@@ -74,27 +82,39 @@ class AssignmentRule:
         xp, problem = self.xp, self.problem
         # At a small epsilon y may overflow before the shift is added, so it is computed in a smaller unit.
         unit = xp.where(problem.epsilon < 2.0**-40, xp.sqrt(problem.epsilon), 1.0)
-        y, target = xp.zeros_like(self.share), xp.zeros_like(problem.masses)
+        y, none = xp.zeros_like(self.share), xp.zeros_like(problem.masses)
         if dscores is not None:
             y = y + xp.where(problem.allowed, dscores, 0.0) * (unit / problem.epsilon)
         if depsilon is not None:
             y = y - self.apart * (depsilon * (unit / problem.epsilon))
-        if dmasses is not None:
-            target = target + unit * dmasses
+        y, shift = self.settle(y, none)
+        dplan, doffset = problem.weights * self.flow(y) / unit, shift / unit
+        if dmasses is None and dweights is None:
+            return dplan, doffset
+        gained = none if dmasses is None else dmasses
         if dweights is not None:
-            target = target - unit * column(xp, dweights * self.share)
-        y, shift = self.settle(y, target)
-        dplan = problem.weights * self.flow(y) / unit
-        return (dplan if dweights is None else dplan + dweights * self.share), shift / unit
+            gained = gained - column(xp, dweights * self.share)
+            dplan = dplan + dweights * self.share
+        doffset = doffset + self.settle(xp.zeros_like(self.share), unit * gained)[1] / unit
+        return dplan + self.network().spread(gained), doffset
 
-    def pull(self, u: Array | None, c: Array | None, *, epsilon: bool) -> tuple[Array, Array, Array | None, Array]:
-        """Cotangents of the scores, masses (..., 1, K), epsilon (..., 1, 1) if needed, and weights (..., B, 1)."""
+    def pull(
+        self, u: Array | None, c: Array | None, *, epsilon: bool, sums: bool
+    ) -> tuple[Array, Array, Array | None, Array]:
+        """Cotangents of the scores, masses (..., 1, K), epsilon (..., 1, 1) if needed, and weights (..., B, 1).
+
+        Those of the masses and the weights are accurate near the hard limit only if `sums` is true.
+        """
         xp, problem = self.xp, self.problem
         u = xp.zeros_like(self.share) if u is None else u
         none = xp.zeros_like(problem.masses)
         y, shift = self.settle(u, none if c is None else -c)
         zbar = problem.weights * self.flow(y)
         scoresbar = xp.where(problem.allowed, zbar / problem.epsilon, 0.0)
+        if sums:
+            shift = -self.network().gather(u)
+            if c is not None:
+                shift = shift + self.settle(xp.zeros_like(u), -c)[1]
         weightsbar = xp.sum(self.share * (u + shift), axis=-1, keepdims=True)
         epsilonbar = None
         if epsilon:

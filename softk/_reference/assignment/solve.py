@@ -21,7 +21,7 @@ from typing import Any
 from softk._reference.threshold.limits import CORRECTIONS, limits, safe_denominator
 from softk.backend import Array, Backend, Form, Primitive
 
-from .system import Problem, at, column, shares, step, two_sum
+from .system import Problem, at, column, mean_weight, shares, step, two_sum
 
 #: The largest number of Newton steps, over all temperatures. In measurements down to an epsilon of 1e-6 of the spread
 #: of the scores, 140 sufficed; each factor of 4 between the spread and epsilon needs at least one.
@@ -67,6 +67,11 @@ def _range(xp: Any, values: Array) -> Array:
     return xp.max(values, axis=-1, keepdims=True) - xp.min(values, axis=-1, keepdims=True)
 
 
+def _damped(xp: Any, size: Array, whole: Array) -> Array:
+    """The part of a Newton step of this range with which the dual ascends, and all of it where `whole` is true."""
+    return xp.where(whole | (size == 0.0), 1.0, xp.log1p(size) / safe_denominator(xp, size))
+
+
 def _in_two_parts(xp: Any, problem: Problem, reference: Array, rest: Array) -> tuple[Array, Array]:
     """The rounded sum of reference and rest, and its rounding error. The sum is 0 for the first group that takes mass.
 
@@ -98,9 +103,8 @@ def _newton(backend: Backend, problem: Problem, limit: int) -> tuple[Array, ...]
         settled = xp.all(xp.abs(surplus) <= 16.0 * bound.eps * problem.masses, axis=-1, keepdims=True)
         final = temperature <= epsilon
         falls = ~final & ((size < 1.0) | settled)
-        short = xp.where(falls | (size == 0.0), 1.0, xp.log1p(size) / safe_denominator(xp, size))
         cooler = xp.where(falls, xp.maximum(epsilon, temperature / FALL), temperature)
-        sum_, rest = _in_two_parts(xp, problem, reference, temperature * (offset + short * change))
+        sum_, rest = _in_two_parts(xp, problem, reference, temperature * (offset + _damped(xp, size, falls) * change))
         stalled = xp.where(final & settled & (size > 0.5 * previous), stalled + 1.0, stalled)
         state = (
             xp.where(done, reference, sum_),
@@ -121,19 +125,20 @@ def _newton(backend: Backend, problem: Problem, limit: int) -> tuple[Array, ...]
     for _ in range(CORRECTIONS):
         change, _ = step(backend, shares(backend, problem, reference, offset), problem)
         size = _range(xp, change)
-        offset = offset + change * xp.where(size < 1.0, 1.0, xp.log1p(size) / safe_denominator(xp, size))
+        offset = offset + change * _damped(xp, size, size < 1.0)
     return reference, offset, count
 
 
 def _sinkhorn(backend: Backend, problem: Problem, tolerance: float, limit: int) -> tuple[Array, ...]:
     xp = backend.xp
     reference = xp.zeros_like(problem.masses)
+    least = tolerance * mean_weight(xp, problem)
 
     def move(state: tuple[Array, ...]) -> tuple[Any, Array]:
         reference, offset, count, done = state
         share = shares(backend, problem, reference, offset).share
         error = xp.abs(column(xp, problem.weights * share) - problem.masses)
-        done = done | ~(xp.max(error, axis=-1, keepdims=True) > tolerance)
+        done = done | ~(xp.max(error, axis=-1, keepdims=True) > least)
         sum_, rest = _in_two_parts(xp, problem, reference, problem.epsilon * (offset + _ratio(backend, problem, share)))
         state = (
             xp.where(done, reference, sum_),

@@ -6,8 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 from softk._reference.plan.linear import solve_definite
-from softk._reference.threshold.limits import limits, safe_denominator
+from softk._reference.threshold.limits import clip, limits, safe_denominator
 from softk.backend import Array, Backend
+
+#: How many items are added one after the other.
+BLOCK = 64
 
 
 class Problem(NamedTuple):
@@ -28,6 +31,13 @@ class Shares(NamedTuple):
     best: Array  # the group of the largest share of each item (..., B, 1)
 
 
+def mean_weight(xp: Any, problem: Problem) -> Array:
+    """The mean weight (..., 1, 1) of the items that have a weight, in which errors are measured; 1 if none has one."""
+    number = xp.count_nonzero(problem.weights, axis=-2, keepdims=True)
+    number = xp.astype(xp.where(number == 0, 1, number), problem.weights.dtype)
+    return safe_denominator(xp, xp.sum(problem.weights, axis=-2, keepdims=True) / number)
+
+
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """The rounded sum of two numbers, and its rounding error (Knuth)."""
     total = a + b
@@ -43,7 +53,9 @@ def shares(backend: Backend, problem: Problem, reference: Array, offset: Array) 
     lost = backend.constant(lost)
     largest = xp.argmax(xp.where(allowed, total, -math.inf), axis=-1, keepdims=True)
     apart = (total - at(xp, total, largest)) + (lost - at(xp, lost, largest))
-    apart = xp.maximum(apart / problem.epsilon, -limits(xp, total.dtype).farthest)
+    farthest = limits(xp, total.dtype).farthest
+    # A forbidden pair counts as 0, so its exponent may be above the largest of the others, and overflow.
+    apart = xp.where(allowed, clip(xp, apart / problem.epsilon, -farthest, farthest), 0.0)
     exponent = xp.where(allowed, apart + offset, -math.inf)
     top = xp.max(exponent, axis=-1, keepdims=True)
     share = xp.exp(exponent - backend.constant(xp.where(top == -math.inf, 0.0, top)))
@@ -57,11 +69,21 @@ def at(xp: Any, values: Array, group: Array) -> Array:
 
 
 def column(xp: Any, values: Array) -> Array:
-    """The sum over the items, shape (..., 1, K)."""
-    return xp.sum(values, axis=-2, keepdims=True)
+    """The sum over the items, shape (..., 1, K).
+
+    Libraries add along this axis one after the other, and the rounding errors of many items add up. The sums of blocks
+    are therefore added.
+    """
+    *batch, items, groups = values.shape
+    if items <= 2 * BLOCK:
+        return xp.sum(values, axis=-2, keepdims=True)
+    whole = items - items % BLOCK
+    blocks = xp.reshape(values[..., :whole, :], (*batch, whole // BLOCK, BLOCK, groups))
+    rest = xp.sum(values[..., whole:, :], axis=-2, keepdims=True)
+    return column(xp, xp.sum(blocks, axis=-2)) + rest
 
 
-def _index(backend: Backend, share: Array, dtype: Any = None) -> Array:
+def group_index(backend: Backend, share: Array, dtype: Any = None) -> Array:
     """The numbers of the groups, of as many axes as the shares."""
     groups = share.shape[-1]
     index = backend.xp.arange(groups, dtype=dtype, device=backend.device(share))
@@ -74,7 +96,7 @@ def excess(backend: Backend, found: Shares, problem: Problem) -> Array:
     An item counts for the group of its largest share. Its other shares are the tails, which move to their groups.
     """
     xp, weights = backend.xp, problem.weights
-    own = found.best == _index(backend, found.share, found.best.dtype)
+    own = found.best == group_index(backend, found.share, found.best.dtype)
     low = xp.where(own, 0.0, found.share)
     tails = xp.where(own, -xp.sum(low, axis=-1, keepdims=True), found.share)
     delta = column(xp, xp.where(own, weights, 0.0)) - problem.masses
@@ -92,7 +114,7 @@ class Laplacian:
 
     def __init__(self, backend: Backend, share: Array, weights: Array) -> None:
         self.backend, xp = backend, backend.xp
-        index = _index(backend, share)
+        index = group_index(backend, share)
         apart = xp.matrix_transpose(index) != index
         links = xp.matmul(xp.matrix_transpose(weights * share), share)
         links = xp.where(apart, links, 0.0)
