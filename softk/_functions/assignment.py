@@ -92,6 +92,9 @@ def assign(
     capacities, and `converged` is false. Where the total weight is 0, the plan is 0, and has no derivative in the
     weights: that along a direction is the plan for this direction, which is not linear in it.
 
+    A finite score forbids nothing, however low it is. Newton's method needs finite differences of the scores, and its
+    default of 300 iterations may not suffice if they spread over more than 1e60 times `epsilon`.
+
     Derivatives of the plan flow to `scores`, `capacities`, `epsilon` and `weights`, by the implicit function theorem at
     the solution. They do not depend on how many iterations were made. If the plan has not converged, they are not those
     of a solution.
