@@ -596,6 +596,27 @@ def test_capacities_of_any_size(eager: Library, unit: float, rng: Any) -> None:
         np.testing.assert_allclose(ours, eager.numpy(pulled[0]["capacities"]), rtol=0, atol=1e-5)
 
 
+def test_derivatives_without_weight(eager: Library, rng: Any) -> None:
+    """The plan is 0; its derivatives in the weights are those for equal weights, all others are 0."""
+    scores, u, moved = rng.normal(size=(5, 3)), rng.normal(size=(5, 3)), rng.uniform(size=5)
+    args = (eager.array(scores), eager.array(np.asarray([1.0, 2.0, 1.0])))
+    tangents = {"weights": eager.array(moved)}
+    rates, pulled = [], []
+    for weight in (0.0, 1.0):
+        given = {"epsilon": eager.array([[0.3]]), "weights": eager.array(np.full(5, weight))}
+        value, rate = softk.jvp(softk.assign, *args, **given, tangents=tangents)
+        pulled.append(softk.vjp(softk.assign, *args, **given)[1](eager.array(u)))
+        rates.append(eager.numpy(rate))
+        if not weight:
+            assert np.all(eager.numpy(value.plan) == 0.0)
+            assert value.converged
+    np.testing.assert_allclose(rates[0], rates[1], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(rates[0].sum(axis=0), moved.sum() * np.asarray([0.25, 0.5, 0.25]), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(*(eager.numpy(found["weights"]) for found in pulled), rtol=0, atol=1e-13)
+    for name in ("scores", "capacities", "epsilon"):
+        assert np.all(eager.numpy(pulled[0][name]) == 0.0)
+
+
 def test_a_warning_beside_a_slice_of_nan(rng: Any) -> None:
     """The message has the error of the slice that has not converged. A NaN alone gives no warning."""
     scores = rng.normal(size=(2, 20, 5))

@@ -89,8 +89,11 @@ def assign(
     -----
     A slice is NaN if it has a NaN or ``+inf`` among its allowed scores, a negative or infinite weight or capacity, or
     capacities whose sum is 0. If the forbidden pairs admit no plan, the rows sum to the weights, the columns miss their
-    capacities, and `converged` is false. Where the total weight is 0, the plan is 0, and has no derivative in the
-    weights: that along a direction is the plan for this direction, which is not linear in it.
+    capacities, and `converged` is false. Where the total weight is 0, the plan is 0, and its derivative in the weights
+    is the limit for equal weights.
+
+    A finite score forbids nothing, however low it is. Newton's method needs finite differences of the scores, and its
+    default of 300 iterations may not suffice if they spread over more than 1e60 times `epsilon`.
 
     Derivatives of the plan flow to `scores`, `capacities`, `epsilon` and `weights`, by the implicit function theorem at
     the solution. They do not depend on how many iterations were made. If the plan has not converged, they are not those

@@ -30,7 +30,7 @@ class _Given(NamedTuple):
     scale: Array  # masses / capacities, these in their unit (..., 1, 1)
     whole: Array  # the sum of the capacities, in their unit (..., 1, 1)
     part: Array  # the part of each group of the whole (..., 1, K)
-    total: Array  # the sum of the weights (..., 1, 1)
+    live: Array  # whether an item has a weight (..., 1, 1)
     valid: Array  # (..., 1, 1)
 
 
@@ -62,16 +62,19 @@ def _given(xp: Any, inputs: tuple[Any, ...]) -> _Given:
     valid = valid & xp.all((weights >= 0.0) & (weights < math.inf), axis=-2, keepdims=True)
     valid = valid & xp.all(xp.abs(scores) < math.inf, axis=(-2, -1), keepdims=True)
     valid = valid & (epsilon > 0.0) & (epsilon <= limits(xp, scores.dtype).largest)
-    scale = total / xp.where(valid, whole, math.nan)
+    # Without weight the plan is 0. Its derivative in the weights is the limit for equal weights.
+    live = total != 0.0
+    weights = xp.where(live, weights, xp.astype(able, weights.dtype))
+    scale = xp.where(live, total, column(xp, weights)) / xp.where(valid, whole, math.nan)
     return _Given(
         Problem(scores, allowed, capacities * scale, weights, epsilon),
         taken,
         able,
         unit,
-        scale,
+        xp.where(live, scale, 0.0),
         whole,
         capacities / safe_denominator(xp, whole),
-        total,
+        live,
         valid,
     )
 
@@ -83,7 +86,8 @@ def _forward(backend: Backend, inputs: tuple[Any, ...], *, method: str, toleranc
     reference, offset, count = potentials(backend, problem, method=method, tolerance=tolerance, limit=limit)
     offset = xp.where(given.valid, offset, math.nan)
     plan = xp.where(given.valid, problem.weights * shares(backend, problem, reference, offset).share, math.nan)
-    error = xp.max(xp.abs(column(xp, plan) - problem.masses), axis=-1)
+    plan = xp.where(given.live, plan, 0.0 * plan)
+    error = xp.max(xp.abs(column(xp, plan) - xp.where(given.live, problem.masses, 0.0)), axis=-1)
     relative = error / mean_weight(xp, problem)[..., 0]
     # The free constant of the potentials is chosen such that their mean over the groups that take something is 0.
     dual = xp.where(given.taken, reference + problem.epsilon * offset, 0.0)
@@ -102,7 +106,9 @@ def _jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: I
     xp = backend.xp
     dscores, dcapacities, depsilon, dweights, _ = tangents
     given, rule = _rule(backend, inputs, outputs)
-    masses = given.problem.masses
+    masses = xp.where(given.live, given.problem.masses, 0.0)
+    dscores = None if dscores is None else xp.where(given.live, dscores, 0.0)
+    depsilon = None if depsilon is None else xp.where(given.live, depsilon, 0.0)
     dmasses = None
     if dcapacities is not None:
         # A group of capacity 0 is left out of the problem, so its capacity has no derivative.
@@ -125,6 +131,8 @@ def _vjp(
     scoresbar, massesbar, epsilonbar, weightsbar = rule.pull(
         *cotangents, epsilon=needed[2], sums=needed[1] or needed[3]
     )
+    scoresbar = xp.where(given.live, scoresbar, 0.0)
+    epsilonbar = None if epsilonbar is None else xp.where(given.live, epsilonbar, 0.0)
     if epsilonbar is not None and not epsilon.ndim:
         epsilonbar = xp.sum(epsilonbar)
     # The masses are the capacities times total / whole, so the cotangents of both also have a term through the sums.
