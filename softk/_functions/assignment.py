@@ -137,8 +137,8 @@ def assign(
     options = {"method": chosen, "tolerance": tolerance, "limit": limit}
 
     def build(plan: Array, error: Array, relative: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
-        unit, advice = " in units of the mean weight", "; if the forbidden pairs admit no plan, allow more pairs"
-        warn_unless_converged(pairs.backend, "softk.assign", relative, tolerance, limit, unit, advice)
+        advice = "; if the forbidden pairs admit no plan, allow more pairs"
+        warn_unless_converged(pairs.backend, "softk.assign", relative, tolerance, limit, advice)
         return Plan(plan, potentials, error, iterations, relative <= tolerance)
 
     def converted(values: Array) -> Array:

@@ -92,8 +92,9 @@ def transport(
         Newton's method on the m - 1 thresholds between neighboring anchors, or Sinkhorn's algorithm in the log domain,
         which the paper uses, for comparison.
     tolerance : float, optional
-        The marginal error that counts as converged, in units of weight. By default 1e-8 for float64 and 1e-4 for
-        float32, or 4 eps times the number of scores if that is larger. `"sinkhorn"` stops when it is reached.
+        The marginal error that counts as converged, in units of the mean weight of the scores whose weight is not 0. By
+        default 1e-8 for float64 and 1e-4 for float32, or 4 eps times the number of scores if that is larger.
+        `"sinkhorn"` stops when it is reached.
     max_iterations : int, optional
         The largest number of iterations; by default 40 for `"newton"` and 1000 for `"sinkhorn"`.
 
@@ -157,15 +158,16 @@ def transport(
         }
     options = {"method": method, "tolerance": tolerance, "limit": limit}
 
-    def build(plan: Array, error: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
-        warn_unless_converged(slices.backend, "softk.transport", error, tolerance, limit)
-        return Plan(plan, potentials, error, iterations, error <= tolerance)
+    def build(plan: Array, error: Array, relative: Array, iterations: Array, potentials: Array) -> Plan[ArrayT]:
+        warn_unless_converged(slices.backend, "softk.transport", relative, tolerance, limit)
+        return Plan(plan, potentials, error, iterations, relative <= tolerance)
 
     restores = (
         slices.item_by_row(),
         Argument(None),  # the offsets and the references are internal
         Argument(None),
         slices.diagnostic(slices.dtype),
+        slices.diagnostic(slices.working),
         slices.diagnostic(index_dtype(slices.xp)),
         Argument(None, None, lambda values: xp.astype(values, slices.dtype)),
     )
@@ -190,18 +192,18 @@ def check_iterations(given: Any, default: int) -> int:
 
 
 def warn_unless_converged(
-    backend: Backend, called: str, error: Array, tolerance: float, limit: int, unit: str = "", advice: str = ""
+    backend: Backend, called: str, error: Array, tolerance: float, limit: int, advice: str = ""
 ) -> None:
     """Give a warning, at the line of the user's call, if the error of a slice exceeds the tolerance.
 
-    A slice that is NaN does not. `unit` says what the error is measured in, and `advice` what else may help.
+    That of a slice of NaN does not. `advice` says what else may help.
     """
     xp = backend.xp
     if peek(backend, xp.any(error > tolerance)):
         largest = float(xp.max(xp.where(error > tolerance, error, 0.0)))
         warnings.warn(
-            f"{called} has not converged: the largest marginal error{unit} is {largest:.3g}, the tolerance "
-            f"{tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon{advice}",
+            f"{called} has not converged: the largest marginal error in units of the mean weight is {largest:.3g}, the "
+            f"tolerance {tolerance:.3g}; raise max_iterations (now {limit}), tolerance or epsilon{advice}",
             ConvergenceWarning,
             stacklevel=5,
         )

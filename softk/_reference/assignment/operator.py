@@ -11,11 +11,12 @@ import math
 from typing import Any, NamedTuple
 
 from softk._reference.threshold.limits import limits, safe_denominator
+from softk._reference.threshold.problem import mean_weight
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .rule import AssignmentRule
 from .solve import potentials
-from .system import Problem, column, mean_weight, shares
+from .system import Problem, column, shares
 
 Arrays = tuple[Array, ...]
 
@@ -88,7 +89,7 @@ def _forward(backend: Backend, inputs: tuple[Any, ...], *, method: str, toleranc
     plan = xp.where(given.valid, problem.weights * shares(backend, problem, reference, offset).share, math.nan)
     plan = xp.where(given.live, plan, 0.0 * plan)
     error = xp.max(xp.abs(column(xp, plan) - xp.where(given.live, problem.masses, 0.0)), axis=-1)
-    relative = error / mean_weight(xp, problem)[..., 0]
+    relative = error / mean_weight(xp, problem.weights, -2)[..., 0]
     # The free constant of the potentials is chosen such that their mean over the groups that take something is 0.
     dual = xp.where(given.taken, reference + problem.epsilon * offset, 0.0)
     number = xp.astype(xp.count_nonzero(given.taken, axis=-1, keepdims=True), dual.dtype)

@@ -19,9 +19,10 @@ import math
 from typing import Any
 
 from softk._reference.threshold.limits import CORRECTIONS, limits, safe_denominator
+from softk._reference.threshold.problem import mean_weight
 from softk.backend import Array, Backend, Form, Primitive
 
-from .system import Problem, at, column, mean_weight, shares, step, two_sum
+from .system import Problem, at, column, shares, step, two_sum
 
 #: The largest number of Newton steps, over all temperatures. In measurements down to an epsilon of 1e-6 of the spread
 #: of the scores, 140 sufficed; each factor of 4 between the spread and epsilon needs at least one.
@@ -132,7 +133,7 @@ def _newton(backend: Backend, problem: Problem, limit: int) -> tuple[Array, ...]
 def _sinkhorn(backend: Backend, problem: Problem, tolerance: float, limit: int) -> tuple[Array, ...]:
     xp = backend.xp
     reference = xp.zeros_like(problem.masses)
-    least = tolerance * mean_weight(xp, problem)
+    least = tolerance * mean_weight(xp, problem.weights, -2)
 
     def move(state: tuple[Array, ...]) -> tuple[Any, Array]:
         reference, offset, count, done = state

@@ -31,13 +31,6 @@ class Shares(NamedTuple):
     best: Array  # the group of the largest share of each item (..., B, 1)
 
 
-def mean_weight(xp: Any, problem: Problem) -> Array:
-    """The mean weight (..., 1, 1) of the items that have a weight, in which errors are measured; 1 if none has one."""
-    number = xp.count_nonzero(problem.weights, axis=-2, keepdims=True)
-    number = xp.astype(xp.where(number == 0, 1, number), problem.weights.dtype)
-    return safe_denominator(xp, xp.sum(problem.weights, axis=-2, keepdims=True) / number)
-
-
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """The rounded sum of two numbers, and its rounding error (Knuth)."""
     total = a + b

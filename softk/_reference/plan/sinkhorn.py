@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from softk._reference.threshold.limits import limits
+from softk._reference.threshold.problem import mean_weight
 from softk.backend import Array, Backend, Form, Primitive
 
 from .system import Boundaries, Task, log_odds, plan
@@ -24,7 +25,7 @@ def sinkhorn(backend: Backend, task: Task, masses: Array, anchors: Array, tolera
     masses, anchors : array
         Shape (..., m).
     tolerance : float
-        The iteration stops when the error of every mass is at most this.
+        The iteration stops when the error of every mass is at most this, in units of the mean weight.
     limit : int
         The largest number of iterations.
     """
@@ -44,11 +45,12 @@ def _iterate(backend: Backend, inputs: tuple[Any, ...], *, tolerance: float, lim
     xp, task = backend.xp, Task(*given)
     z = log_odds(backend, task, reference)
     taken, least = masses > 0.0, float(xp.finfo(z.dtype).smallest_normal)
+    enough = tolerance * mean_weight(xp, task.weights, -1)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         offset, count, done = state
         found = xp.sum(task.weights * plan(xp, z - offset), axis=-1, keepdims=True)
-        done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= tolerance)
+        done = done | (xp.max(xp.abs(found - masses), axis=-2, keepdims=True) <= enough)
         rise = xp.log(xp.where(taken, masses, 1.0)) - xp.log(xp.maximum(found, least))
         rise = xp.where(taken, rise, math.log(least))  # a finite number for log(0), since inf - inf is NaN
         move = rise[..., 1:, :] - rise[..., :-1, :]

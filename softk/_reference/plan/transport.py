@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from softk._reference.threshold.limits import limits, safe_denominator
-from softk._reference.threshold.problem import effective_weights, selectable
+from softk._reference.threshold.problem import effective_weights, mean_weight, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .newton import newton
@@ -94,6 +94,7 @@ def _transport_forward(
         reference, offset, count = sinkhorn(backend, task, masses, anchors, tolerance, limit)
     share = task.weights * plan(xp, log_odds(backend, task, reference) - offset)
     error = xp.max(xp.abs(xp.sum(share, axis=-1) - masses), axis=-1, keepdims=True)
+    relative = error / mean_weight(xp, task.weights, -1)[..., 0]
     # (2 x y - y^2 + g) / epsilon differs by z between neighboring anchors, which gives the differences of g. The free
     # constant of g is chosen such that g = 0 at the lowest anchor of a positive marginal.
     apart = anchors[..., :-1] - anchors[..., 1:]
@@ -103,7 +104,7 @@ def _transport_forward(
     rise = xp.where(taken[..., 1:], rise, 0.0)
     potentials = running(xp, xp.expand_dims(rise, axis=-1), reverse=True)[..., 0]
     potentials = problem.order.restored(xp.where(taken, potentials, -math.inf))
-    return problem.order.restored_rows(share), offset, reference, error, count[..., 0], potentials
+    return problem.order.restored_rows(share), offset, reference, error, relative, count[..., 0], potentials
 
 
 def _transport_rule(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> tuple[_Transport, PlanLinearization]:
@@ -178,7 +179,7 @@ def _transport_forms(xp: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[
     *batch, n = x.shape
     m = anchors.shape[-1]
     row, one = Form((*batch, m - 1, 1), x.dtype), Form((*batch, 1), x.dtype)
-    return Form((*batch, m, n), x.dtype), row, row, one, one, Form((*batch, m), x.dtype)
+    return Form((*batch, m, n), x.dtype), row, row, one, one, one, Form((*batch, m), x.dtype)
 
 
 transport_plan = Primitive(
@@ -189,5 +190,5 @@ transport_plan = Primitive(
     _transport_vjp,
     results=("plan",),
     state=("offset",),
-    constants=("reference", "marginal_error", "iterations", "potentials"),
+    constants=("reference", "marginal_error", "relative_error", "iterations", "potentials"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .limits import clip, limits, negligible
+from .limits import clip, limits, negligible, safe_denominator
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
@@ -39,6 +39,13 @@ def effective_weights(xp: Any, x: Array, weights: Array | None) -> Array:
     if weights is None:
         return xp.astype(~(x == -math.inf), x.dtype)
     return xp.where(x == -math.inf, 0.0, weights)
+
+
+def mean_weight(xp: Any, weights: Array, axis: int) -> Array:
+    """The mean along an axis of the weights that are not 0, with the axis kept; 1 if all are 0."""
+    number = xp.count_nonzero(weights, axis=axis, keepdims=True)
+    number = xp.astype(xp.where(number == 0, 1, number), weights.dtype)
+    return safe_denominator(xp, xp.sum(weights, axis=axis, keepdims=True) / number)
 
 
 def weighted(xp: Any, weights: Array, values: Array) -> Array:
