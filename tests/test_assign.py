@@ -649,3 +649,18 @@ def test_errors() -> None:
     complains(ValueError, "method", "fast", "newton.*sinkhorn", softk.assign, scores, method="fast")
     complains(ValueError, "tolerance", "0.0", "positive", softk.assign, scores, tolerance=0.0)
     complains(ValueError, "max_iterations", "0", "positive", softk.assign, scores, max_iterations=0)
+
+
+def test_derivatives_are_those_of_newton_with_sinkhorn_too(rng: Any) -> None:
+    """The rule needs the potentials alone, however they were found."""
+    scores, u = rng.normal(size=(2, 12, 4))
+    capacities, weights = rng.uniform(0.5, 2.0, 4), rng.uniform(0.5, 2.0, 12)
+    found = []
+    for method in ("newton", "sinkhorn"):
+        options = {"epsilon": 0.5, "weights": weights, "method": method, "tolerance": 1e-14, "max_iterations": 5000}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", softk.ConvergenceWarning)
+            _, pullback = softk.vjp(softk.assign, scores, capacities, **options)
+        found.append(pullback(u))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=0, atol=1e-11)

@@ -331,6 +331,21 @@ def test_a_list_depends_on_itself_alone(name: str, axis: int, rng: Any) -> None:
 
 
 @each_case
+def test_lists_without_items(name: str, rng: Any) -> None:
+    """A list from which `where` removes everything has the value 0 and no gradient. There may be no lists at all."""
+    torch = pytest.importorskip("torch")
+    given = {key: torch.tensor(value) for key, value in problem(rng, name).items()}
+    given["where"][0] = False
+    leaf = given["scores"].requires_grad_()
+    out = call(name, **given)
+    (gradient,) = torch.autograd.grad(out, leaf, torch.tensor(rng.standard_normal(4)))
+    assert out[0].item() == 0.0
+    assert torch.all(gradient[0] == 0.0)
+    assert torch.all(torch.isfinite(gradient))
+    assert call(name, **{key: value[:0] for key, value in given.items()}).shape == (0,)
+
+
+@each_case
 def test_a_bad_value_makes_its_list_nan(name: str, rng: Any) -> None:
     """No other: a score, a relevance, an epsilon and a k."""
     given = problem(rng, name)
