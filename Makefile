@@ -65,7 +65,7 @@ endif
 test-full: $(VENV)/ready ## all tests, with the larger grids
 	$(RUN) pytest -n 2 $(FILE)
 
-reference: $(VENV)/ready ## all tests of `make test` without kernels
+reference: docs ## all tests of `make test` without kernels
 	SOFTK_KERNELS=none $(RUN) pytest -n 2 --dist worksteal -m "not full" $(FILE)
 
 fuzz: $(VENV)/ready ## ten million random problems against a root in a higher precision; PROBLEMS=1e5 for fewer
