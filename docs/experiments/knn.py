@@ -6,10 +6,8 @@ docs/_static/. Until the end the numbers stand in docs/experiments/knn.part.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -26,7 +24,6 @@ from report import Record, mean_and_error
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
 SEEDS = range(5)
 PACKAGES = ("numpy", "scikit-learn", "torch")
 COLORS = {"raw": "#888888", "PCA": "#efb118", "NCA": "#4269d0", "softk": "#ff5a3c"}
@@ -236,22 +233,16 @@ def measure(quick: bool, part: Path) -> Record:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, or go on measuring, then write and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one split of the smallest data and one epoch of one seed")
-    parser.add_argument("--docs", type=Path, default=HERE.parent, help="where to write (default: docs)")
-    options = parser.parse_args(argv)
-    part = options.docs / "experiments" / "knn.part.json"
+    quick, docs = report.command(argv, __doc__, "one split of the smallest data and one epoch of one seed")
     torch.set_num_threads(1)  # the arrays are small: a second thread costs more than it brings
     with threadpool_limits(1):
-        result = measure(options.quick, part)
-    shown = parts(result)
-    report.write(options.docs / "knn.md", shown)
-    pictures = options.docs / "_static"
-    pictures.mkdir(exist_ok=True)
-    draw_linear(pictures / "knn_linear.png", result["linear"])
-    draw_network(pictures / "knn_network.png", result["network"])
-    os.replace(part, part.with_name("knn.json"))
-    print("\n\n".join(shown.values()))
+        result = measure(quick, report.unfinished(docs, "knn"))
+
+    def draw(folder: Path) -> None:
+        draw_linear(folder / "knn_linear.png", result["linear"])
+        draw_network(folder / "knn_network.png", result["network"])
+
+    report.publish(docs, "knn", "knn.md", parts(result), draw)
     return 0
 
 

@@ -8,12 +8,10 @@ run goes on.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,6 @@ from prune_network import DATA, Network, load, load_to_choose
 from report import Record, mean_and_error
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
 PACKAGES = ("numpy", "numba", "scikit-learn", "torch")
 BASE = "magnitude"  # what the others are compared with
 SPARSE = [title for title in METHODS if title != "dense"]
@@ -326,22 +323,12 @@ def draw(path: Path, result: Record) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, or go on measuring, then write and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two sparsities and a few steps on the smaller data")
-    parser.add_argument("--docs", type=Path, default=HERE.parent, help="where to write (default: docs)")
-    options = parser.parse_args(argv)
-    settings = QUICK if options.quick else FULL
-    part = options.docs / "experiments" / "prune.part.json"
+    quick, docs = report.command(argv, __doc__, "two sparsities and a few steps on the smaller data")
+    settings = QUICK if quick else FULL
     torch.set_num_threads(1)  # the arrays are small: a second thread costs more than it brings
     warm_up(settings)
-    result = measure(settings, part)
-    shown = parts(result)
-    report.write(options.docs / "pruning.md", shown)
-    pictures = options.docs / "_static"
-    pictures.mkdir(exist_ok=True)
-    draw(pictures / "pruning.png", result)
-    os.replace(part, part.with_name("prune.json"))
-    print("\n\n".join(shown.values()))
+    result = measure(settings, report.unfinished(docs, "prune"))
+    report.publish(docs, "prune", "pruning.md", parts(result), lambda folder: draw(folder / "pruning.png", result))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ SEARCH = 0.5  # the share of the steps in which the scores are learned
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
-class Method:
+class Method(ABC):
     """What all methods have: the weights, how many are kept, the steps, and a second setting beside the rate."""
 
     title: str
@@ -35,9 +36,9 @@ class Method:
         self.weights, self.keep, self.other = weights, keep, other
         self.total = sum(value.numel() for value in weights.values())
 
+    @abstractmethod
     def used(self, step: int) -> Tree:
         """The weights that the network computes with in a step; those of step `steps` are the result."""
-        raise NotImplementedError
 
     def scores(self) -> list[torch.Tensor]:
         """What is trained beside the network."""

