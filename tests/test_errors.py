@@ -890,7 +890,12 @@ def test_the_defaults_of_epsilon_are_those_of_the_guide() -> None:
     table = (Path(__file__).parent.parent / "docs" / "guide.md").read_text().split("## The default of epsilon")[1]
     rows = [row.split("|") for row in table.split("\n## ")[0].splitlines() if row.startswith("| `")]
     told = {name: row[2].strip() for row in rows for name in re.findall(r"`([\w.]+)`", row[1])}
-    modules = (softk, softk.budget, softk.neighbors, softk.attention, softk.losses, softk.sampling, softk.beam)
+    modules = [softk, softk.budget, softk.neighbors, softk.attention, softk.losses, softk.sampling, softk.beam]
+    for package, name in (("torch", "softk_torch.distributed"), ("jax", "softk_jax.sharded")):
+        if importlib.util.find_spec(package) is not None:
+            modules.append(importlib.import_module(name))
+        else:
+            told = {function: default for function, default in told.items() if not function.startswith(name)}
     for module in modules:
         prefix = "" if module is softk else module.__name__.removeprefix("softk.") + "."
         for name in module.__all__:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,20 @@ def _arguments(given: str, shape: tuple[int, ...], dtype: str, rng: np.random.Ge
 # --- at the peak
 
 
+def _peak(both: Callable[[], tuple[Any, Any]]) -> int:
+    """Bytes at the peak of a call beyond those before it and beyond its results."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        mask, cotangents = both()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert cotangents["x"].shape == mask.shape
+    return peak - before - mask.nbytes - sum(value.nbytes for value in cotangents.values())
+
+
 @CASES
 @pytest.mark.parametrize(
     ("k", "dtype"),
@@ -57,17 +72,8 @@ def test_peak(k: float, dtype: str, given: str, kernels: str, rng: np.random.Gen
             return mask, pullback(u)
 
     both()  # the first call may compile
-    gc.collect()
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        held = both()
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    mask, cotangents = held
-    assert cotangents["x"].shape == x.shape
-    arrays = (peak - before - mask.nbytes - sum(value.nbytes for value in cotangents.values())) / x.nbytes
+    # What other threads of the test process allocate meanwhile is counted too: the smallest of three peaks is taken.
+    arrays = min(_peak(both) for _ in range(3)) / x.nbytes
     assert arrays <= PEAK[kernels][given] + SMALL, f"{arrays:.3f} arrays at the peak"
 
 
