@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from softk._reference.threshold.sparse import masked, penalty
 
-from .budget import Leaf, TreeCall, compute_alike
 from .call import Call, operator_from
 from .checks import is_number
+from .leaves import Leaf, TreeCall, compute_alike
 from .trees import Rebuild, flatten
 
 __all__ = ["regularizer", "topkast"]
