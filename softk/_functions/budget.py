@@ -8,6 +8,7 @@ from softk._reference.threshold.split import in_pieces
 from softk.backend import Array
 
 from .arguments import static_ranks
+from .bounds import Bounds
 from .call import Argument, Call, operator_from
 from .checks import Mode, check_flag, check_mass, check_mode, check_temperature, require_whole
 from .leaves import Leaf, TreeCall, compute_alike
@@ -17,7 +18,15 @@ __all__ = ["threshold", "topk"]
 
 
 def _described(
-    kind: str, tree: Any, k: Any, epsilon: Any, mode: Any, weights: Any, where: Any
+    kind: str,
+    tree: Any,
+    k: Any,
+    epsilon: Any,
+    mode: Any,
+    weights: Any,
+    where: Any,
+    least: Any = None,
+    most: Any = None,
 ) -> tuple[list[Leaf], dict[str, Any], Rebuild]:
     """What both functions share: the leaves, the parts of a `TreeCall`, and what puts results in the leaves' places."""
     smallest = check_mode(mode)
@@ -34,11 +43,14 @@ def _described(
                 for path, part in zip(paths, matched(name, other, paths, "tree"), strict=True)
             }
             trees[name] = list(items[name]), rebuild
+    bounds = None if least is None and most is None else Bounds(least, most, paths)
     slices = []
     for i, (path, leaf) in enumerate(leaves.items()):
         others = {name: value for of in items.values() for name, value in [list(of.items())[i]] if value is not None}
         if i == 0:
             others |= {"k": k, "epsilon": epsilon}
+        if bounds is not None:
+            others |= bounds.arrays(i)
         slices.append(Leaf(path, leaf, others, smallest=smallest, like=like))
     first = slices[0]
     xp, backend = first.xp, first.backend
@@ -48,6 +60,11 @@ def _described(
         raise ValueError(f"tree must have at least one score, got only arrays without any, such as {paths[0]}")
     k = check_mass(xp, k, n, first.working, weights is not None, "the number of scores in the tree")
     check_temperature(xp, epsilon, first.working)
+    if bounds is not None:
+        bounds.group(slices)
+        bounds.require_room(k, weighted=weights is not None)
+        if kind == "hard_mask":
+            bounds.require_whole(slices)
     bits = 64 if kind == "hard_mask" else xp.finfo(first.working).bits
     with backend.quiet():
         arguments = {path: one.leaf_scores().of(leaf) for one, (path, leaf) in zip(slices, leaves.items(), strict=True)}
@@ -62,13 +79,17 @@ def _described(
                     arguments[label] = one.leaf_weights(label, items[name][label])
                 else:
                     arguments[label] = one.leaf_where(items[name][label])
-    call = {
+    call: dict[str, Any] = {
         "backend": backend,
         "primitive": in_pieces(kind, (None,) * len(slices)),
         "options": {"ranks": None if weights is not None else static_ranks(backend, k, bits)},
         "arguments": arguments,
+        "restores": tuple(one.leaf_mask() for one in slices),
         "trees": trees,
     }
+    if bounds is not None:
+        with backend.quiet():
+            call = bounds.applied(call, slices, rebuild, hard=kind == "hard_mask")
     return slices, call, rebuild
 
 
@@ -82,6 +103,8 @@ def topk(
     mode: Mode = "largest",
     weights: Any = None,
     where: Any = None,
+    least: Any = None,
+    most: Any = None,
     hard: bool = False,
 ) -> Call[Any]:
     """Soft indicator of the k largest scores of all arrays of a tree together.
@@ -106,9 +129,15 @@ def topk(
         ``sum(weights * mask)`` over the whole tree is `k`. A leaf of None has the weights 1.
     where : tree of bool, optional
         Items to choose from, in the same way. A leaf of None chooses from all of its items.
+    least, most : number or tree, optional
+        A floor and a cap of what each group of items gets of the budget. A number holds for every leaf, and a leaf is
+        one group. A tree has the structure of `tree`. Its leaves are None, numbers, or arrays that broadcast to the
+        shape of the scores with size 1 along the axes of a group. For a leaf of shape (h, n), an array of shape (h, 1)
+        has one bound per row, and each row is a group. A group with fewer items than its floor is selected whole.
     hard : bool, optional
         Return the exact indicator of the k largest scores, with the derivative of the soft mask. Ties go to the leaf
-        that comes first, and in it to the lowest index. `k` must be a whole number, and `weights` are not supported.
+        that comes first, and in it to the lowest index. `k`, `least` and `most` must be whole numbers, and `weights`
+        are not supported.
 
     Returns
     -------
@@ -120,7 +149,9 @@ def topk(
     TypeError
         If a leaf is not an array, or of another library or device than the first one.
     ValueError
-        As `softk.topk`; also if the tree has no scores, or `weights` or `where` have another structure.
+        As `softk.topk`; also if the tree has no scores, if `weights`, `where`, `least` or `most` have another
+        structure, or if floors and caps that are numbers leave no room for `k`. Where those in arrays leave no room,
+        the masks are NaN.
 
     See Also
     --------
@@ -134,9 +165,17 @@ def topk(
     Leaves of at most 65,536 scores are joined, and a tree without larger ones is computed by the kernels. Larger leaves
     are not copied: the reference implementation computes them from sums over each leaf, in at most 24 passes.
 
+    With `least` or `most` all leaves are joined by a copy. Every group has the soft mask of its own items, with a mass
+    ``min(max(f, least), most)``. Here f is the mass that the group has at a threshold that is common to all groups, and
+    the masses sum to `k`. This is the optimum of the entropic problem with these constraints. The groups at a bound are
+    found in a few soft top-k's, at most one per group. Their bounds, too, have derivatives.
+
     References
     ----------
     Xie et al., "Differentiable Top-k with Optimal Transport", NeurIPS 2020, sections 3.1 and 3.2.
+
+    Bitran and Hax, "Disaggregation and Resource Allocation Using Convex Knapsack Problems with Bounded Variables",
+    Management Science 27, 1981, for `least` and `most`.
 
     Examples
     --------
@@ -146,14 +185,20 @@ def topk(
     >>> masks = softk.budget.topk(tree, 2, epsilon=0.5)
     >>> masks["hidden"].round(3).tolist(), masks["out"].round(3).tolist()
     ([[0.04, 0.944], [0.003, 0.408]], [0.605])
+
+    Every row gets at least one half, and together they get 3:
+
+    >>> x = np.asarray([[3.0, 2.0, 1.0], [-3.0, -4.0, -5.0]])
+    >>> softk.budget.topk(x, 3, least=np.asarray([[0.5], [0.5]])).round(3).tolist()
+    [[1.0, 1.0, 0.5], [0.5, 0.0, 0.0]]
     """
     check_flag("hard", hard)
-    slices, call, rebuild = _described("hard_mask" if hard else "mask", tree, k, epsilon, mode, weights, where)
+    kind = "hard_mask" if hard else "mask"
+    _, call, rebuild = _described(kind, tree, k, epsilon, mode, weights, where, least, most)
     if hard:
         require_whole(call["arguments"]["k"].given, weights, k)
     return TreeCall(
         **call,
-        restores=tuple(one.leaf_mask() for one in slices),
         build=lambda *masks: rebuild(iter(masks)),
         results=rebuild,
     )
@@ -207,4 +252,5 @@ def threshold(
     slices, call, _ = _described("threshold", tree, k, epsilon, mode, weights, where)
     first = slices[0]
     is_mixed = any(one.dtype != first.dtype for one in slices)
-    return TreeCall(**call, restores=(first.one_number(first.working if is_mixed else first.dtype),))
+    call["restores"] = (first.one_number(first.working if is_mixed else first.dtype),)
+    return TreeCall(**call)

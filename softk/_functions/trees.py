@@ -12,30 +12,34 @@ from typing import Any
 
 from softk.backend import is_array
 
-from .checks import kind_of
+from .checks import is_number, kind_of
 
 Rebuild = Callable[[Iterator[Any]], Any]
 
 
-def flatten(name: str, tree: Any) -> tuple[dict[str, Any], Rebuild]:
-    """The leaves by their paths, such as ``tree['bias'][0]``, and a function that puts other leaves in their places."""
+def flatten(name: str, tree: Any, *, numbers: bool = False) -> tuple[dict[str, Any], Rebuild]:
+    """The leaves by their paths, such as ``tree['bias'][0]``, and a function that puts other leaves in their places.
+
+    `numbers` allows leaves that are numbers.
+    """
     leaves: dict[str, Any] = {}
-    return leaves, _walk(name, tree, leaves)
+    return leaves, _walk(name, tree, leaves, numbers)
 
 
-def _walk(path: str, tree: Any, leaves: dict[str, Any]) -> Rebuild:
+def _walk(path: str, tree: Any, leaves: dict[str, Any], numbers: bool) -> Rebuild:
     if tree is None:
         return lambda _: None
-    if is_array(tree):
+    if is_array(tree) or (numbers and is_number(tree)):
         leaves[path] = tree
         return next
     children = _children(tree)
     if children is None:
         raise TypeError(
-            f"{path} must be an array, None, or a dict, list, tuple or named tuple of them, got {kind_of(tree)}"
+            f"{path} must be an array{', a number' if numbers else ''}, None, or a dict, list, tuple or named tuple of "
+            f"them, got {kind_of(tree)}"
         )
     parts, build = children
-    walked = [_walk(f"{path}{label}", child, leaves) for label, child in parts]
+    walked = [_walk(f"{path}{label}", child, leaves, numbers) for label, child in parts]
     return lambda values: build([one(values) for one in walked])
 
 
@@ -60,15 +64,17 @@ def _children(tree: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], A
     return [(jax.tree_util.keystr(key), child) for key, child in parts], structure.unflatten
 
 
-def matched(name: str, tree: Any, paths: list[str], root: str) -> list[Any]:
+def matched(name: str, tree: Any, paths: list[str], root: str, *, numbers: bool = False) -> list[Any]:
     """The leaves of a tree with the structure of another one, whose paths begin with `root`. A leaf may be None.
+
+    `numbers` is as for `flatten`.
 
     Raises
     ------
     ValueError
         If the tree lacks a leaf, or has another one.
     """
-    leaves, _ = flatten(name, tree)
+    leaves, _ = flatten(name, tree, numbers=numbers)
     wanted = [name + path.removeprefix(root) for path in paths]
     unknown = [path for path in leaves if path not in wanted]
     if unknown:
