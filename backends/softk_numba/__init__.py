@@ -20,11 +20,13 @@ from typing import Any
 from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
 from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
-from softk.backend import Backend, Kernel, is_in_host_memory
+from softk.backend import Backend, Kernel, Part, Primitive, is_in_host_memory
 
 __all__ = ["KERNELS"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+#: Those of the kernels for sorting and ranking.
+WIDE = ("float32", "float64")
 
 Inputs = tuple[Any, ...]
 
@@ -55,6 +57,14 @@ def _unavailable() -> str | None:
         _warned.append(True)
         warnings.warn(f"softk computes by array operations, which are slower. {reason}", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def computes(primitive: Primitive, part: Part, dtype: str) -> bool:
+    """Whether a kernel computes a part for scores of a dtype: for a compiler, whose arrays are not in memory yet."""
+    found = next((one for one in KERNELS if one.primitive is primitive and one.part == part), None)
+    if found is None or _absent() is not None:
+        return False
+    return dtype in (DTYPES if found.refuses in (_refuses, _refuses_rule) else WIDE)
 
 
 def _note() -> str | None:
@@ -143,7 +153,7 @@ def _push_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
 
 def _refuses_ladder(backend: Backend, inputs: Inputs, *, rows: int, **options: Any) -> str | None:
     reason = _refuses(backend, inputs)
-    if reason is None and "float16" in str(inputs[0].dtype):
+    if reason is None and str(inputs[0].dtype).rpartition(".")[2] not in WIDE:
         return f"the scores must be of float32 or float64, got {inputs[0].dtype}"
     return reason
 

@@ -2,16 +2,15 @@
 
 One `torch.autograd.Function` serves every primitive, with its rule in both directions and its batching. `torch.compile`
 cannot trace a Function that has a jvp, so it is called through a function marked ``allow_in_graph``, which the compiler
-keeps whole and differentiates by the rule. ``torch.compile(torch.func.grad(f))`` and ``torch.export`` ignore the rule
-and differentiate the operations of the forward pass: those end in two Newton corrections from a detached root, which
-is right to second order.
+keeps whole and differentiates by the rule. In its graph a part that a kernel computes is one operation (`graphs`).
+``torch.export`` ignores the rule and differentiates the operations of the forward pass: those end in two Newton
+corrections from a detached root, which is right to second order.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from ast import literal_eval
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,6 +27,8 @@ import softk_triton
 from softk._reference.threshold.formulas import formulas_of
 from softk._reference.threshold.sparse import masked, penalty
 from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Ragged, Words, pick
+
+from . import graphs
 
 __all__ = ["TorchBackend", "backend"]
 
@@ -92,10 +93,8 @@ class TorchBackend(Backend):
         return x.shape, x.dtype, torch.is_inference_mode_enabled()
 
     def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
-        # A solver is one operation of a graph, in which it stops when it is done. An exported program runs where softk
-        # may not be, and gets the operations.
-        if primitive.vjp is None and _is_for_a_graph(groups[0]) and not torch.compiler.is_exporting():
-            return tuple(_solve_in_graph(primitive.name, repr(options), list(groups[0])))
+        if graphs.is_one_operation(primitive, part, groups[0], options):
+            return graphs.compute(primitive, part, *groups, **options)
         return super().run(primitive, part, *groups, **options)
 
     def constant(self, x: Array) -> Array:
@@ -177,27 +176,6 @@ def _is_watched(x: torch.Tensor) -> bool:
         return True
     forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
     return forward and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _is_for_a_graph(inputs: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether a compiler records a call, or a tracer whose tensors are of its own types."""
-    types = (torch.Tensor, type(None))
-    return torch.compiler.is_compiling() or any(type(value) not in types for value in inputs)
-
-
-@torch.library.custom_op(
-    "softk::solve", mutates_args=(), schema="(str name, str options, Tensor?[] inputs) -> Tensor[]"
-)
-def _solve_in_graph(name: str, options: str, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """A primitive without a derivative. A graph must know how its results lie in memory, and that none is a view."""
-    found = Backend.run(backend, PRIMITIVES[name], "forward", tuple(inputs), **literal_eval(options))
-    return [value.clone(memory_format=torch.contiguous_format) for value in found]
-
-
-@_solve_in_graph.register_fake
-def _(name: str, options: str, inputs: list[Any]) -> list[torch.Tensor]:
-    forms = PRIMITIVES[name].forms(xp, tuple(inputs), **literal_eval(options))
-    return [torch.empty(form.shape, dtype=form.dtype, device=inputs[0].device) for form in forms]
 
 
 def _bound(name: str, options: tuple[tuple[str, Any], ...], *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

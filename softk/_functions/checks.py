@@ -140,9 +140,10 @@ def counted_number(k: Any, n: int | None, eps: float) -> Any:
     symbolic = not isinstance(k, numbers.Real)
     if symbolic:
         return k
-    if isinstance(k, numbers.Integral) or (n is not None and 0 <= k <= n and k == math.floor(k)):
+    if isinstance(k, numbers.Integral):
         return k
-    if n is not None and abs(k - n) <= ROUNDINGS * eps * n:
+    # A whole k is exact. Only near n it is asked for, because a compiler makes a graph of its own for whole numbers.
+    if n is not None and abs(k - n) <= ROUNDINGS * eps * n and not (0 <= k <= n and k == math.floor(k)):
         return n
     # Only a negative k is set to 0. A positive k stays as it is, however small.
     return 0.0 if 0.0 < -k <= ROUNDINGS * eps * (1 if n is None else n) else k
