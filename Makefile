@@ -20,8 +20,8 @@ QUICK_FILES := tests/test_contract.py tests/test_identities.py tests/test_house.
 QUICK := test_mask or test_threshold or test_derivatives_of_every_slice or independent or test_identities or test_house
 
 # What `make lowest` and `make latest` run: every library, with other versions than the pinned ones.
-VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_autograd.py tests/test_dask.py \
-	tests/test_torch_func.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
+VERSION_FILES := tests/test_contract.py tests/test_derivatives.py tests/test_autograd.py tests/test_dask.py tests/test_mlx.py \
+	tests/test_ndonnx.py tests/test_torch_func.py tests/test_jax_transforms.py tests/test_sklearn.py tests/test_self_check.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo knn beam rank prune quick test test-full reference fuzz lint docs lowest latest package bench bench-history clean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 
@@ -15,69 +15,116 @@ import numpy as np
 from .candidates import SINKHORN
 
 Record = dict[str, Any]
+OURS = "softk.topk"
 COLORS = {"NumPy": "#2171b5", "PyTorch": "#d94801", "JAX jit": "#238b45"}
 NAMES = {"NumPy": "NumPy", "PyTorch": "PyTorch", "JAX jit": "JAX"}
 GREY = "#636363"
-STYLES = {"softk.topk": ("-", 2.2, "o"), "softmax": ("--", 1.2, ""), SINKHORN: (":", 1.6, "")}
-
-
+STYLES = {OURS: "-", "softmax": "--", SINKHORN: ":", "OTT topk_mask": "-.", "POT solve_batch": "-."}
+WIDTHS = {"NumPy": 4.2, "PyTorch": 2.5, "JAX jit": 1.2}
+"""Of the lines of softk. A narrow line is drawn over a wide one, so both are seen where they coincide."""
+MARKERS = {"NumPy": "o", "PyTorch": "s", "JAX jit": "^"}
 SHOWN = "NumPy"
 """The framework whose Sinkhorn iterations are drawn. The tables have those of the others."""
 
 
+class End(NamedTuple):
+    """The right end of a line, and its label."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+
+
 def series(records: list[Record], group: str, axis: str) -> dict[tuple[str, str], list[tuple[float, Record]]]:
-    """The measured records of each (framework, candidate), sorted along an axis."""
+    """The measured records of each (framework, candidate) that is drawn, sorted along an axis."""
     found: dict[tuple[str, str], list[tuple[float, Record]]] = {}
     for record in records:
         usable = record["group"] == group and record["status"] == "measured" and record["dtype"] == "float32"
         if usable and record["both"] is not None:
             name = record["candidate"].removesuffix(" (SciPy)")
             found.setdefault((record["framework"], name), []).append((record[axis], record))
-    return {key: sorted(values, key=lambda pair: pair[0]) for key, values in found.items()}
+    return {
+        (framework, name): sorted(points, key=lambda pair: pair[0])
+        for (framework, name), points in found.items()
+        if framework in COLORS and name in STYLES and (name != SINKHORN or framework == SHOWN)
+    }
 
 
-def label_ends(axes: plt.Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Label the right ends of the lines, given as (x, y, text, color), without overlap."""
+def draw_line(axes: plt.Axes, framework: str, name: str, where: list[float], values: list[float]) -> End:
+    """Draw the line of a candidate. Returns its end."""
+    color = GREY if name == SINKHORN else COLORS[framework]
+    width = WIDTHS[framework] if name == OURS else 1.4
+    marked = {"marker": MARKERS[framework], "ms": width + 3.0} if name == OURS else {}
+    axes.plot(where, values, ls=STYLES[name], lw=width, color=color, zorder=3.0 - 0.1 * width, **marked)
+    who = {OURS: "softk", "softmax": "softmax", SINKHORN: SINKHORN}.get(name)
+    return End(where[-1], values[-1], name if who is None else f"{who}, {NAMES[framework]}", color)
+
+
+def label_ends(axes: plt.Axes, ends: list[End]) -> None:
+    """Label the right ends of the lines without overlap. A thin line leads from each end to its label.
+
+    A line that ends early is labeled above its end.
+    """
+    last = max((end.x for end in ends), default=0.0)
+    for end in ends:
+        if end.x < last:
+            place = {"xytext": (0, 7), "textcoords": "offset points", "va": "bottom", "ha": "right"}
+            axes.annotate(end.text, (end.x, end.y), **place, color=end.color, fontsize=8.5)
+    ends = [end for end in ends if end.x == last]
+    if not ends:
+        return
     axes.figure.canvas.draw()
     height = axes.get_window_extent().height
     gap = 13.5 / height * axes.figure.dpi / 100  # of the axes' height
     low, high = np.log10(axes.get_ylim())
-    places = [(np.log10(y) - low) / (high - low) for _, y, _, _ in ends]
+    places = np.asarray([(np.log10(end.y) - low) / (high - low) for end in ends])
     order = np.argsort(places)
-    moved = np.asarray(places)[order]
+    moved = places[order]
     for _ in range(200):
-        distance = np.diff(moved)
-        tight = np.flatnonzero(distance < gap)
+        tight = np.flatnonzero(np.diff(moved) < gap)
         if not tight.size:
             break
         for i in tight:
             push = (gap - (moved[i + 1] - moved[i])) / 2
             moved[i], moved[i + 1] = moved[i] - push, moved[i + 1] + push
     for place, index in zip(moved, order, strict=True):
-        _, _, text, color = ends[index]
+        end = ends[index]
         axes.annotate(
-            text, (1.015, place), xycoords="axes fraction", color=color, fontsize=8.5, va="center", clip_on=False
+            end.text,
+            (end.x, end.y),
+            (1.05, place),
+            textcoords="axes fraction",
+            color=end.color,
+            fontsize=8.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": end.color, "lw": 0.7, "relpos": (0.0, 0.5), "shrinkB": 5.0},
         )
 
 
-def times(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]]]) -> list[Any]:
-    """Draw medians with quartile bands. Returns (x, y, text, color) of each line, for its label."""
+def times(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]]]) -> list[End]:
+    """Draw medians with quartile bands. Returns the ends of the lines."""
     ends = []
     for (framework, name), points in found.items():
-        if framework not in COLORS or name not in STYLES or len(points) < 2:
+        if len(points) < 2:
             continue
-        if name == SINKHORN and framework != SHOWN:
-            continue
-        style, width, marker = STYLES[name]
         where = [place for place, _ in points]
-        middle = [1e3 * record["both"]["median"] for _, record in points]
-        color = GREY if name == SINKHORN else COLORS[framework]
-        axes.plot(where, middle, ls=style, lw=width, marker=marker, ms=4, color=color)
-        if name == "softk.topk":
-            low, high = ([1e3 * record["both"][q] for _, record in points] for q in ("q1", "q3"))
-            axes.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
-        text = {"softk.topk": "softk", "softmax": "softmax", SINKHORN: SINKHORN}[name]
-        ends.append((where, middle, f"{text}, {NAMES[framework]}", color))
+        low, middle, high = ([1e3 * record["both"][q] for _, record in points] for q in ("q1", "median", "q3"))
+        ends.append(draw_line(axes, framework, name, where, middle))
+        if name == OURS:
+            axes.fill_between(where, low, high, color=COLORS[framework], alpha=0.18, lw=0)
+    return ends
+
+
+def errors(axes: plt.Axes, found: dict[tuple[str, str], list[tuple[float, Record]]]) -> list[End]:
+    """Draw the errors of the mask of the candidates that solve the same problem. Returns the ends of the lines."""
+    ends = []
+    for (framework, name), points in found.items():
+        soft = [(place, (record["errors"] or {}).get("mask")) for place, record in points if record["kind"] == "soft"]
+        drawn = [(place, value) for place, value in soft if value]
+        if len(drawn) > 1:
+            where, values = (list(column) for column in zip(*drawn, strict=True))
+            ends.append(draw_line(axes, framework, name, where, values))
     return ends
 
 
@@ -101,52 +148,23 @@ def draw_lengths(records: list[Record], path: Path) -> None:
     axes.set(xlabel="n, scores in the slice", ylabel="forward + backward, milliseconds")
     axes.set_title("One slice, k = n / 100, ε = 0.1, float32", loc="left", fontsize=11)
     dress(axes)
-    # A line that ends early is labeled at its end.
-    last = max((where[-1] for where, _, _, _ in ends), default=1)
-    for where, middle, text, color in ends:
-        if where[-1] < last:
-            place = {"xytext": (0, 7), "textcoords": "offset points", "va": "bottom", "ha": "right"}
-            axes.annotate(text, (where[-1], middle[-1]), **place, color=color, fontsize=8.5)
-    label_ends(axes, [(w[-1], m[-1], text, color) for w, m, text, color in ends if w[-1] == last])
+    label_ends(axes, ends)
     finish(figure, path)
 
 
 def draw_epsilons(records: list[Record], path: Path) -> None:
     """Draw the time and the mask error of all solvers of the same problem against epsilon."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     found = series(records, "epsilon", "epsilon")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="ε, in standard deviations of the scores")
-    ends = times(left, found)
+        dress(axes)
+    timed, wrong = times(left, found), errors(right, found)
     left.set(ylabel="forward + backward, milliseconds")
     left.set_title("Time: (128, 1000), k = 10, float32", loc="left", fontsize=11)
-    wrong = []
-    peers = {"OTT topk_mask": "OTT topk_mask", "POT solve_batch": "POT solve_batch"}
-    for (framework, name), points in found.items():
-        where, missed = [], []
-        for place, record in points:
-            value = (record["errors"] or {}).get("mask") if record["kind"] == "soft" else None
-            if value:
-                where.append(place)
-                missed.append(value)
-        ours = name == "softk.topk"
-        if len(where) < 2 or not (ours or name in peers or (name == SINKHORN and framework == SHOWN)):
-            continue
-        color = GREY if name == SINKHORN else COLORS.get(framework, GREY)
-        style = "-" if ours else ":" if name in STYLES else "-."
-        right.plot(where, missed, ls=style, lw=2.2 if ours else 1.4, marker="o" if ours else "", ms=4, color=color)
-        text = f"softk, {NAMES[framework]}" if ours else peers.get(name, SINKHORN)
-        wrong.append((where[-1], missed[-1], text, color))
-    for (framework, name), points in found.items():
-        if name in peers and len(points) > 1:
-            where = [place for place, _ in points]
-            middle = [1e3 * record["both"]["median"] for _, record in points]
-            left.plot(where, middle, ls="-.", lw=1.4, color=COLORS[framework])
-            ends.append((where, middle, peers[name], COLORS[framework]))
     right.set(ylabel="largest error of the mask", ylim=(1e-8, 3.0))
     right.set_title("Error: against the float64 truth", loc="left", fontsize=11)
-    dress(left)
-    dress(right)
-    label_ends(left, [(w[-1], m[-1], text, color) for w, m, text, color in ends])
+    label_ends(left, timed)
     label_ends(right, wrong)
     finish(figure, path)

@@ -236,21 +236,22 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
     path.write_text(between(path.read_text(), page(result)))
 
 
-def between(text: str, measured: str) -> str:
+def between(text: str, measured: str, unfolded: int = UNFOLDED) -> str:
     """Replace the text between the markers of a page."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{folded(measured)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{folded(measured, unfolded)}\n{END}{after}"
 
 
-def folded(text: str) -> str:
-    """Fold the long tables of a page, so that a reader opens those of interest."""
+def folded(text: str, unfolded: int = UNFOLDED) -> str:
+    """Fold the tables of a page that have more rows than that, so that a reader opens those of interest."""
 
     def fold(match: re.Match[str]) -> str:
         rows = match[0].count("\n") - 2
-        if rows <= UNFOLDED:
+        if rows <= unfolded:
             return match[0]
-        return f"<details>\n<summary>Table, {rows} rows</summary>\n\n{match[0]}\n</details>\n"
+        count = "1 row" if rows == 1 else f"{rows} rows"
+        return f"<details>\n<summary>Table, {count}</summary>\n\n{match[0]}\n</details>\n"
 
     return TABLE.sub(fold, text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +30,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates"]
@@ -49,9 +50,19 @@ def leave_out(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any
     return True if isinstance(obj, type(softk.Plan.plan)) or name.startswith("set_") else None
 
 
+#: A picture of the README with a variant for dark pages: the variant, the text in its place, and the picture.
+PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]*)">\s*<img alt="([^"]*)" src="([^"]*)">\s*</picture>')
+
+
+def by_theme(app: Any, path: Any, page: str, content: list[str]) -> None:
+    """Show one of the two pictures: the theme of the site has a switch, which a `<picture>` does not follow."""
+    content[0] = PICTURE.sub(r"![\2](\3){.only-light} ![\2](\1){.only-dark}", content[0])
+
+
 def setup(app: Any) -> None:
-    """Choose the members that the pages of classes list."""
+    """Choose the members that the pages of classes list, and the pictures of the theme."""
     app.connect("autodoc-skip-member", leave_out)
+    app.connect("include-read", by_theme)
 
 
 figures.main()

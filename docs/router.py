@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ import softk
 EXPERTS, CHOSEN, WIDTH, OUTPUTS = 8, 2, 16, 4
 STEPS, BATCH, LAST_EPSILON = 500, 128, 0.05
 PICTURE = Path(__file__).parent / "_build" / "router.png"
+LIGHT = ("default", ("#7f7f7f", "#e08214", "#2166ac"))
+DARK = (str(Path(__file__).with_name("dark.mplstyle")), ("#9198a1", "#f0883e", "#58a6ff"))
+"""For light and for dark pages, the style of matplotlib and the colors of the routers."""
 SETTINGS = {
     "softmax over the chosen": ((0.03, 0.1, 0.3), (0.0, 0.1, 1.0)),  # weight of the load-balancing loss
     "straight-through": ((0.03, 0.1, 0.3), (0.5, 2.0, 8.0)),  # temperature of the softmax
@@ -208,14 +211,24 @@ def table(curves: dict[str, tuple[list[int], np.ndarray]]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, curves: dict[str, tuple[list[int], np.ndarray]]) -> None:
-    """Plot the test losses against the steps, each seed and their mean."""
+def draw(path: Path, curves: dict[str, tuple[list[int], np.ndarray]], *, dark: bool = False) -> None:
+    """Plot the test losses against the steps, each seed and their mean, for a light or a dark page."""
+    from matplotlib import style
+
+    look, colors = DARK if dark else LIGHT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with style.context(look):
+        plot(curves, colors).savefig(path, dpi=130, metadata={"Software": None})
+
+
+def plot(curves: dict[str, tuple[list[int], np.ndarray]], colors: tuple[str, ...]) -> Any:
+    """The figure of the test losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.4))
     figure.set_layout_engine("constrained")
     panel = figure.subplots()
-    for (name, (times, losses)), color in zip(curves.items(), ("#7f7f7f", "#e08214", "#2166ac"), strict=True):
+    for (name, (times, losses)), color in zip(curves.items(), colors, strict=True):
         panel.semilogy(times, losses.T, color=color, lw=0.7, alpha=0.35)
         mean = losses.mean(axis=0)
         panel.semilogy(times, mean, color=color, lw=2.2)
@@ -226,8 +239,7 @@ def draw(path: Path, curves: dict[str, tuple[list[int], np.ndarray]]) -> None:
     panel.set_xlim(0, times[-1])
     panel.set_title(f"A router that sends each token to {CHOSEN} experts of {EXPERTS}", fontsize=11)
     panel.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,8 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     curves = compare(options.seeds, options.steps, lambda text: print(text, flush=True))
     print(table(curves))
+    dark = options.output.with_stem(f"{options.output.stem}_dark")
     draw(options.output, curves)
-    print(f"picture: {options.output}; {time.perf_counter() - start:.0f} s")
+    draw(dark, curves, dark=True)
+    print(f"pictures: {options.output} and {dark}; {time.perf_counter() - start:.0f} s")
     return 0
 
 

@@ -185,6 +185,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
     page.write_text(f"# before\n{BEGIN}\nold\n{END}\nafter\n")
     monkeypatch.setattr(command, "PAGE", page)
     monkeypatch.setattr(command, "RESULTS", results)
+    monkeypatch.setattr(command, "PICTURE", page.with_name("benchmark_gpu.png"))
     return page, results
 
 
@@ -214,7 +215,7 @@ def test_a_quick_run_on_the_processor(kept: tuple[Path, Path], tmp_path: Path) -
     text = (tmp_path / "out" / page.name).read_text()
     assert text.startswith("# before\n")
     assert "old" not in text
-    assert report.page(result) in text
+    assert folded(report.page(result), 0) in text
     for name in frameworks:
         assert f"## {report.NAMES[name]}, float32" in text
     assert "| CuPy |" in text
@@ -330,8 +331,10 @@ def test_redrawn_from_what_is_stored(kept: tuple[Path, Path], tmp_path: Path) ->
     given.write_text(json.dumps(stored()))
     assert command.main(["--redraw", str(given), "--output", str(tmp_path / "out")]) == 0
     text = page.read_text()
-    assert text == f"# before\n{BEGIN}\n\n{report.page(stored())}\n{END}\nafter\n"
+    assert text == f"# before\n{BEGIN}\n\n{folded(report.page(stored()), 0)}\n{END}\nafter\n"
     assert (tmp_path / "out" / page.name).read_text() == text
+    for folder in (page.parent, tmp_path / "out"):
+        assert (folder / "benchmark_gpu.png").stat().st_size > 10_000
     for path in (results, tmp_path / "out" / results.name):
         assert json.loads(path.read_text()) == stored()
     assert command.main(["--redraw"]) == 0
@@ -349,7 +352,7 @@ def test_the_page_shows_what_is_stored() -> None:
     result = json.loads(command.RESULTS.read_text()) if command.RESULTS.exists() else None
     assert result is None or not result["quick"]
     measured = text.split(BEGIN)[1].split(END)[0]
-    assert measured == f"\n\n{folded(report.page(result))}\n"
+    assert measured == f"\n\n{folded(report.page(result), 0)}\n"
     if result is None:
         assert "No device has been measured yet" in measured
         assert f"`{report.COMMAND}`" in measured

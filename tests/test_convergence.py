@@ -1,4 +1,4 @@
-"""The table of Newton against Sinkhorn: what it shows is what the solver does."""
+"""The tables of Newton against Sinkhorn show what the solvers do; the times of first calls are printed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import convergence
+from benchmarks import assignment, compilation, convergence
 
 
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,36 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert newton <= long <= max(short, 1e-8)
     assert float(rows[-1][6]) > 1e-2
     assert (tmp_path / "_static" / "convergence.png").stat().st_size > 1000
+
+
+def test_table_of_assignments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assignment, "CASES", [(4, 0.3), (4, 0.001)])
+    monkeypatch.setattr(assignment, "LIMIT", 20)
+    page = tmp_path / "assign.md"
+    page.write_text("before\n" + "old\n".join(assignment.MARKS) + "\nafter\n")
+    monkeypatch.setattr("sys.argv", ["assignment", "--items", "40", "--page", str(page)])
+    assignment.main()
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert capsys.readouterr().out.strip() in text
+    assert "old" not in text
+    easy, hard = ([float(cell) for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("| 4 "))
+    assert easy[:2] == [4.0, 0.3]
+    assert max(easy[4], easy[7], hard[4]) <= 1e-7
+    assert hard[5] == 20
+    assert hard[7] > 1e-3
+
+
+def test_times_of_first_calls(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["compilation"])
+    monkeypatch.setattr(compilation, "alone", lambda kind, name: float(len(kind)))
+    compilation.main()
+    printed = capsys.readouterr().out
+    for name in (*compilation.PROGRAMS, *compilation.KERNELS):
+        assert f" {name} " in printed
+    monkeypatch.setattr("sys.argv", ["compilation", "--kernel", "topk"])
+    compilation.main()
+    assert float(capsys.readouterr().out) > 0.0

@@ -194,3 +194,12 @@ def test_equal_samples_are_told() -> None:
     with pytest.warns(UserWarning, match="all samples of X are equal"):
         found = SoftNeighborsEmbedding(2, max_iter=2).fit(np.ones((20, 3)), np.arange(20) % 2)
     assert np.all(np.isfinite(found.transform(np.ones((2, 3)))))
+
+
+@pytest.mark.parametrize(
+    ("foreign", "meant"),
+    [("k", "use n_neighbors="), ("eps", "use epsilon="), ("tol", "its arguments are n_components, n_neighbors")],
+)
+def test_the_argument_that_is_meant(foreign: str, meant: str) -> None:
+    allowed = rf"^SoftNeighborsEmbedding\(\) has no argument '{foreign}'; {meant}"
+    complains(TypeError, foreign, foreign, allowed, SoftNeighborsEmbedding, **{foreign: 1})

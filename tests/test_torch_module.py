@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,39 @@ def test_scores_learn_to_select_the_given_items(rng: Any) -> None:
         optimizer.step()
     chosen = model(features) > 0.5
     assert (chosen == wanted).double().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("kind", "foreign", "meant"),
+    [
+        *((name, "tau", "epsilon=, which is twice the temperature") for name in softk_torch.__all__[:-2]),
+        *((name, "axis", "use dim=") for name in ("TopK", "SubsetSampler", "NDCG", "Recall", "TopKCrossEntropy")),
+        *((name, "where", "pass it in the call of the module") for name in ("TopK", "SubsetSampler", "Spearman")),
+        ("TopK", "largest", 'use mode="largest" or mode="smallest"'),
+        ("TopK", "weights", "pass it in the call of the module"),
+        ("TopKAttention", "dropout_p", "use dropout="),
+        ("Precision", "top_k", "use k="),
+        ("AveragePrecision", "size", "its arguments are dim, epsilon, reduction"),
+    ],
+)
+def test_the_argument_that_is_meant(kind: str, foreign: str, meant: str) -> None:
+    module = getattr(softk_torch, kind)
+    with pytest.raises(TypeError, match=rf"^{kind}\(\) has no argument '{foreign}'; .*{re.escape(meant)}"):
+        module(**{foreign: 1})
+
+
+def test_too_many_places() -> None:
+    with pytest.raises(TypeError, match=r"^TopK\(\) takes only k by position, got 2 .*dim=, mode=, epsilon=, hard="):
+        TopK(2, -1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
+        TopK()
+
+
+def test_a_subclass_has_arguments_of_its_own() -> None:
+    class Half(TopK):  # type: ignore[misc, valid-type]
+        def __init__(self, size: int, **options: Any) -> None:
+            super().__init__(size // 2, **options)
+
+    assert Half(8, epsilon=0.5).k == 4
+    with pytest.raises(TypeError, match=r"^TopK\(\) has no argument 'tau'"):
+        Half(8, tau=0.5)

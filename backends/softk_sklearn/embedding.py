@@ -17,10 +17,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import softk
+from softk._functions.signatures import explained_class
 
 INITS = ("auto", "pca", "lda", "identity", "random")
 
 
+@explained_class
 class SoftNeighborsEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):
     """Supervised linear embedding in which the k nearest neighbors of a sample tend to be of its class.
 

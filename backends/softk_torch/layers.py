@@ -10,12 +10,14 @@ import torch
 import softk
 import softk.attention
 import softk.sampling
+from softk._functions.signatures import explained_class
 
 from .parameters import hold, require_dim, require_numbers, scores_of_size, show
 
 __all__ = ["SubsetSampler", "TopK", "TopKAttention"]
 
 
+@explained_class
 class TopK(torch.nn.Module):
     """`softk.topk` as a module with optionally learnable k and epsilon.
 
@@ -119,6 +121,7 @@ class TopK(torch.nn.Module):
         return parts + (f", hard={self.hard!r}" if self.hard else "")
 
 
+@explained_class
 class TopKAttention(torch.nn.Module):
     """`softk.attention.attend` as a module with dropout and optionally learnable k and epsilon.
 
@@ -230,6 +233,7 @@ class TopKAttention(torch.nn.Module):
         return parts + (", enable_gqa=True" if self.enable_gqa else "")
 
 
+@explained_class
 class SubsetSampler(torch.nn.Module):
     """`softk.sampling.subset` as a module with optionally learnable k and epsilon.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from softk import losses
+from softk._functions.signatures import explained_class
 
 from .parameters import hold, show
 
@@ -67,6 +68,7 @@ class _ByRank(_Criterion):
         super().__init__(dim=dim, epsilon=epsilon, reduction=reduction)
 
 
+@explained_class
 class NDCG(_Criterion):
     """`softk.losses.ndcg` as a module. It is to be maximized.
 
@@ -123,6 +125,7 @@ class NDCG(_Criterion):
         super().__init__(k=k, gains=gains, dim=dim, epsilon=epsilon, reduction=reduction)
 
 
+@explained_class
 class Recall(_AtK):
     """`softk.losses.recall` as a module. It is to be maximized.
 
@@ -158,6 +161,7 @@ class Recall(_AtK):
     function = staticmethod(losses.recall)
 
 
+@explained_class
 class Precision(_AtK):
     """`softk.losses.precision` as a module. It is to be maximized.
 
@@ -190,6 +194,7 @@ class Precision(_AtK):
     function = staticmethod(losses.precision)
 
 
+@explained_class
 class AveragePrecision(_ByRank):
     """`softk.losses.average_precision` as a module. It is to be maximized.
 
@@ -222,6 +227,7 @@ class AveragePrecision(_ByRank):
     function = staticmethod(losses.average_precision)
 
 
+@explained_class
 class ReciprocalRank(_ByRank):
     """`softk.losses.reciprocal_rank` as a module. It is to be maximized.
 
@@ -254,6 +260,7 @@ class ReciprocalRank(_ByRank):
     function = staticmethod(losses.reciprocal_rank)
 
 
+@explained_class
 class Spearman(_ByRank):
     """`softk.losses.spearman` as a module. It is to be maximized.
 
@@ -286,6 +293,7 @@ class Spearman(_ByRank):
     function = staticmethod(losses.spearman)
 
 
+@explained_class
 class TopKCrossEntropy(_Criterion):
     """`softk.losses.cross_entropy` as a module. It is to be minimized.
 

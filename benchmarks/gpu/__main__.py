@@ -22,13 +22,14 @@ from benchmarks import processes
 from benchmarks.machine import ROOT, processor, versions
 from benchmarks.report import between, write_json
 
-from . import report
+from . import plots, report
 from .cases import DTYPES, plan
 from .drivers import NAMES
 from .worker import OVER, describe
 
 PAGE = ROOT / "docs" / "benchmarks-gpu.md"
 RESULTS = ROOT / "benchmarks" / "results_gpu.json"
+PICTURE = ROOT / "docs" / "_static" / "benchmark_gpu.png"
 RESERVES = {"torch": 150.0, "cupy": 75.0, "jax": 150.0}
 """Seconds reserved for each framework; earlier frameworks must not use them."""
 DESCRIPTION = 120.0
@@ -195,25 +196,32 @@ def with_others(
 
 
 def copy(result: dict[str, Any] | None, folder: Path) -> None:
-    """Write the page and its JSON file to a folder."""
+    """Write the page, its picture and its JSON file to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PAGE.name).write_text(between(PAGE.read_text(), report.page(result)))
+    (folder / PAGE.name).write_text(filled(PAGE.read_text(), result))
     if result is not None:
+        plots.draw(result["records"], folder / PICTURE.name)
         write_json(folder / RESULTS.name, result)
 
 
+def filled(text: str, result: dict[str, Any] | None) -> str:
+    """The page with the results, all tables folded."""
+    return between(text, report.page(result), unfolded=0)
+
+
 def publish(result: dict[str, Any] | None, output: Path | None) -> None:
-    """Print the tables and write them with the JSON file. A quick run writes only to the output folder."""
+    """Print the tables and write them with picture and JSON file. A quick run writes only to the output folder."""
     print(report.page(result))
     if output is not None:
         copy(result, output)
         print(f"written: {output}")
     if result is None or not result["quick"]:
-        PAGE.write_text(between(PAGE.read_text(), report.page(result)))
+        PAGE.write_text(filled(PAGE.read_text(), result))
         print(f"written: {PAGE}")
     if result is not None and not result["quick"]:
+        plots.draw(result["records"], PICTURE)
         write_json(RESULTS, result)
-        print(f"written: {RESULTS}")
+        print(f"written: {PICTURE}, {RESULTS}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _EPSILON = ("eps", "reg", "regularization", "regularization_strength", "softness
 #: An argument name of other libraries -> candidates here: the argument, and how to write it. The message suggests the
 #: first candidate that the function has.
 NAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    **dict.fromkeys(("dim", "dims", "axes", "reduction_dimension"), (("axis", "axis="),)),
+    **dict.fromkeys(("axis", "dim", "dims", "axes", "reduction_dimension"), (("axis", "axis="), ("dim", "dim="))),
     "largest": (("mode", 'mode="largest" or mode="smallest"'), ("descending", "descending=")),
     "descending": (("mode", 'mode="largest" or mode="smallest"'),),
     "reverse": (("descending", "descending="), ("mode", 'mode="largest" or mode="smallest"')),
@@ -33,9 +33,11 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mask", "attn_mask"),
         (("bias", "where=, of bool, or bias=, of floats"), ("where", "where=, True for what may be chosen")),
     ),
-    "dropout_p": (("dropout", "dropout=, a function of the weights"),),
-    **dict.fromkeys(("K", "n", "num", "top_k", "num_neighbors", "n_neighbors"), (("k", "k="),)),
-    **dict.fromkeys(("k", "K", "num_beams", "beam_size", "beam_width"), (("k", "k="), ("beams", "beams="))),
+    "dropout_p": (("query", "dropout=, a function of the weights"), ("dropout", "dropout=")),
+    **dict.fromkeys(
+        ("k", "K", "n", "num", "top_k", "num_neighbors", "n_neighbors", "num_beams", "beam_size", "beam_width"),
+        (("k", "k="), ("beams", "beams="), ("n_neighbors", "n_neighbors=")),
+    ),
     **dict.fromkeys(("p", "probs", "quantiles"), (("q", "q="),)),
 }
 #: Arguments of other libraries that no function has here -> the explanation in the message.
@@ -49,13 +51,37 @@ ABSENT = {
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap the function so that a wrong or missing argument raises a TypeError that says what is right."""
+    check = _checker(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        check(args, kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def explained_class(kind: type[R]) -> type[R]:
+    """Let the constructor of the class raise such an error. The class itself is changed."""
+    check, construct = _checker(kind), kind.__init__
+
+    @wraps(construct)
+    def checked(self: R, *args: Any, **kwargs: Any) -> None:
+        check(args, kwargs)
+        construct(self, *args, **kwargs)
+
+    kind.__init__ = checked  # type: ignore[method-assign, assignment]
+    return kind
+
+
+def _checker(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+    """A function of the arguments of a call that raises the errors of `explained`."""
     parameters = signature(function).parameters.values()
     needs_epsilon = any(one.name == "epsilon" and one.default is Parameter.empty for one in parameters)
     named = frozenset(one.name for one in parameters if one.kind is not Parameter.POSITIONAL_ONLY)
     places = sum(one.kind is not Parameter.KEYWORD_ONLY for one in parameters)
 
-    @wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) > places:
             raise TypeError(_too_many(function, len(args)))
         for keyword in kwargs:
@@ -67,9 +93,8 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
                 "because the result does not show whether it fits the scores; a tenth of their standard deviation is "
                 "a good start"
             )
-        return function(*args, **kwargs)
 
-    return checked
+    return check
 
 
 def plain_tuple(kind: type[R]) -> type[R]:
@@ -92,6 +117,8 @@ def _unexpected(function: Callable[..., Any], keyword: str) -> str:
         if name in parameters:
             return f"{_called(function)} has no argument {keyword!r}; use {given}"
     text = f"{_called(function)} has no argument {keyword!r}"
+    if keyword in getattr(getattr(function, "forward", None), "__annotations__", ()):
+        return f"{text}; pass it in the call of the module"
     if keyword in ABSENT:
         return f"{text}; {ABSENT[keyword]}"
     first, *rest = parameters.values()
