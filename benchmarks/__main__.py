@@ -93,7 +93,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes without torch.compile, to test that it runs")
     parser.add_argument("--minutes", type=float, default=35.0, help="time limit of the measurement (default: 35)")
-    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
+    parser.add_argument(
+        "--frameworks",
+        nargs="+",
+        choices=FRAMEWORKS,
+        default=list(FRAMEWORKS),
+        help="those to measure (default: all); the page keeps the stored results of the others",
+    )
     parser.add_argument("--threads", nargs="+", choices=("all", "one"), default=["all", "one"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for PyTorch and JAX (default: cpu)")
     parser.add_argument("--output", type=Path, help="folder for the results, instead of the documentation")
@@ -133,9 +139,20 @@ def main(argv: list[str] | None = None) -> int:
     others = busy_seconds() - busy - (own_seconds() - own)
     share = others / ((time.monotonic() - start) * result["environment"]["cores"])
     result["environment"]["others"] = None if math.isnan(share) else max(0.0, share)
+    stored = (options.output or ROOT / "benchmarks") / "results.json"
+    if stored.exists():
+        result = merged(result, json.loads(stored.read_text()), options.frameworks)
     publish(result, options)
     ours = report.of(result["records"], candidate="softk.topk")
     return 1 if not ours or report.of(ours, status="failed") else 0
+
+
+def merged(result: dict[str, Any], stored: dict[str, Any], frameworks: list[str]) -> dict[str, Any]:
+    """The results of a run of some frameworks, and those that are stored for the others."""
+    others = {name: title for name, title in report.TITLES.items() if name not in frameworks}
+    kept = [record for record in stored["records"] if record["framework"] in (*others, *others.values())]
+    earlier = {title: stored.get("earlier", {}).get(title, stored["environment"]) for title in others.values()}
+    return {**result, "records": [*kept, *result["records"]], "earlier": earlier}
 
 
 def publish(result: dict[str, Any], options: argparse.Namespace) -> None:

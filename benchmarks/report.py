@@ -13,7 +13,8 @@ from .candidates import INDICES, SELECT
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-ORDER = ("NumPy", "PyTorch", "torch.compile", "JAX jit")
+#: The frameworks, in the order of the tables.
+TITLES = {"numpy": "NumPy", "torch": "PyTorch", "compiled": "torch.compile", "jax": "JAX jit"}
 NOTHING = "-"
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 UNFOLDED = 16  # rows of a table that a page shows at once
@@ -97,12 +98,12 @@ def headline(records: list[Record]) -> str:
     rows = []
     for key in order:
         cells = []
-        for framework in ORDER:
+        for framework in TITLES.values():
             found = keys[key].get(framework)
             both = found["both"] if found else None
             cells.append(NOTHING if both is None else f"{ratio(both)} ({milliseconds(both['median'])} ms)")
         rows.append([key[4], key[1], key[0], *cells])
-    return table(["shape", "dtype", "threads", *ORDER], rows, text=3)
+    return table(["shape", "dtype", "threads", *TITLES.values()], rows, text=3)
 
 
 def selection(records: list[Record]) -> str:
@@ -120,7 +121,7 @@ def selection(records: list[Record]) -> str:
 def details(records: list[Record]) -> str:
     """The table of all candidates on one case."""
     rows = []
-    for framework in ORDER:
+    for framework in TITLES.values():
         for record in of(records, framework=framework):
             if record["status"] == "measured":
                 both = spread(record["both"])
@@ -141,7 +142,9 @@ def epsilons(records: list[Record]) -> str:
     for record in of(records, group="epsilon", status="measured", kind="soft"):
         cells = [spread(record["both"]), *(error(record, name) for name in ("mass", "mask", "gradient"))]
         rows.append([record["candidate"], record["framework"], record["dtype"], f"{record['epsilon']:g}", *cells])
-    rows.sort(key=lambda row: (row[2], ORDER.index(row[1]), row[0] != "softk.topk", row[0], -float(row[3])))
+    rows.sort(
+        key=lambda row: (row[2], list(TITLES.values()).index(row[1]), row[0] != "softk.topk", row[0], -float(row[3]))
+    )
     header = ["candidate", "framework", "dtype", "epsilon", "forward + backward, ms"]
     return table([*header, "mass error", "mask error", "derivative error"], rows, text=3)
 
@@ -213,6 +216,8 @@ def page(result: dict[str, Any]) -> str:
     """All results, as sections of a page."""
     records = result["records"]
     parts = ["## Machine", machine(result["environment"])]
+    for title, environment in result.get("earlier", {}).items():
+        parts.append(f"{title} was measured in an earlier run: {machine(environment)}")
     parts += ["## softk over softmax", "Forward + backward, epsilon 0.1.", headline(records)]
     parts += ["## softk.select over torch.topk", "Forward, epsilon 0.1.", selection(records)]
     shapes = of(records, group="shapes", dtype="float32", threads="all")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plots, report, timing, truth
+from benchmarks.__main__ import merged
 from benchmarks.candidates import PEERS, Candidate, Prepared
 from benchmarks.candidates_numpy import candidates
 from benchmarks.cases import Case, plan, quick_plan
@@ -139,6 +140,21 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
     assert len(tables) > 20
     report.write_page(path, result)
     assert path.read_text() == text
+
+
+def test_a_run_of_some_frameworks_keeps_the_others(result: dict[str, Any]) -> None:
+    other = {"framework": "JAX jit", "candidate": "softk.topk"}
+    stored = {**result, "environment": {**result["environment"], "date": "1999-12-31"}, "records": [other]}
+    found = merged(result, stored, ["numpy"])
+    assert [record for record in found["records"] if record["framework"] == "JAX jit"] == [other]
+    assert {record["framework"] for record in found["records"]} == {"NumPy", "JAX jit"}
+    assert found["earlier"]["JAX jit"]["date"] == "1999-12-31"
+    assert "JAX jit was measured in an earlier run: 1999-12-31: an abacus" in report.page(
+        {**result, **found, "records": []}
+    )
+    again = merged({**result, "records": []}, found, ["numpy", "torch"])
+    assert again["earlier"]["JAX jit"]["date"] == "1999-12-31"
+    assert again["records"] == [other]
 
 
 def test_json(result: dict[str, Any], tmp_path: Path) -> None:
