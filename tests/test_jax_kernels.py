@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import softk
+from softk._reference.plan.sorting import sorted_plan
+from softk._reference.threshold.masks import mask as mask_primitive
 
 from . import closed_form
 
@@ -82,7 +84,10 @@ def assert_same(f: Callable[[], Any], tolerance: float) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (one.shape, one.dtype) == (two.shape, two.dtype)
-        closed_form.assert_close(np.asarray(one, float), np.asarray(two, float), tolerance)
+        one, two = np.asarray(one, float), np.asarray(two, float)
+        finite = np.isfinite(two)
+        np.testing.assert_array_equal(one[~finite], two[~finite])
+        closed_form.assert_close(np.where(finite, one, 0.0), np.where(finite, two, 0.0), tolerance)
 
 
 def targets(f: Callable[..., Any], *given: Any) -> list[str]:
@@ -255,6 +260,10 @@ def transforms(f: Callable[..., Any], u: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
+#: The transforms of sorting and ranking that are in the wider run only: each takes seconds to compile.
+WIDE = {"grad", "jacrev", "reverse of forward", "reverse of reverse", "while", "vmap over k", "vmap of hessian"}
+
+
 @pytest.mark.parametrize("name", list(transforms(masks(), 0.0)))
 @pytest.mark.parametrize("weighted", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_transforms(name: str, weighted: bool, rng: Any) -> None:
@@ -320,31 +329,204 @@ def test_without_jit(rng: Any) -> None:
         np.testing.assert_array_equal(masks()(*values), expected)
 
 
+# --- sorting and ranking
+
+#: The functions whose primitives have the kernels of a ladder.
+LADDERS: dict[str, Callable[..., Any]] = {
+    "sorted_topk": lambda x, **options: tuple(softk.sorted_topk(x, 3, **options)),
+    "smallest": lambda x, **options: softk.sorted_topk(x, 4, mode="smallest", **options)[0],
+    "sort": softk.sort,
+    "few anchors": lambda x, **options: softk.sort(x, num_anchors=5, **options),
+    "rank": softk.rank,
+    "ranks of few anchors": lambda x, **options: softk.rank(x, num_anchors=5, descending=True, **options),
+}
+#: Of their derivatives, relative to the largest. The kernels compute in float64, the reference in float32.
+LADDER = {"float32": 1e-4, "float64": 1e-10}
+
+
+def ladder_problem(rng: Any, dtype: str = "float32") -> tuple[Any, Any]:
+    """Scores and an epsilon of each row."""
+    x = rng.standard_normal((2, ROWS, N))
+    return jnp.asarray(x, dtype), jnp.asarray(rng.uniform(0.2, 1.0, (2, ROWS, 1)), dtype)
+
+
+@pytest.mark.parametrize("name", list(LADDERS))
+def test_ladder_kernels_run(name: str, rng: Any) -> None:
+    x, epsilon = ladder_problem(rng)
+
+    def f(x: Any, epsilon: Any) -> Any:
+        return LADDERS[name](x, epsilon=epsilon)
+
+    def both(x: Any, epsilon: Any) -> Any:
+        found, pull = jax.vjp(f, x, epsilon)
+        return found, pull(jax.tree.map(jnp.ones_like, found))
+
+    given = x, epsilon
+    assert targets(f, *given) == ["ladder_float32"]
+    assert targets(jax.vmap(f), *given) == ["ladder_float32"]
+    assert targets(both, *given) == ["ladder_float32", "pull_ladder_float32"]
+    assert targets(lambda *given: jax.jvp(f, given, given), *given) == [
+        "ladder_float32"
+    ]  # tangents are the reference's
+    assert by_reference(targets, both, *given) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.full)])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("name", list(LADDERS))
+def test_ladders(name: str, removed: bool, dtype: str, rng: Any) -> None:
+    """Values and derivatives against the reference, and against the same kernels on NumPy."""
+    x, epsilon = ladder_problem(rng, dtype)
+    kept = jnp.asarray(rng.random(x.shape) < 0.7) if removed else None
+    x = x if kept is None else jnp.where(kept, x, math.nan)
+
+    def f(x: Any, epsilon: Any) -> Any:
+        return LADDERS[name](x, epsilon=epsilon, where=kept)
+
+    u = jax.tree.map(lambda value: random(rng, value), jax.eval_shape(f, x, epsilon))
+
+    def both() -> Any:
+        def whole(x: Any, epsilon: Any, u: Any) -> Any:
+            found, pull = jax.vjp(f, x, epsilon)
+            return found, pull(u)
+
+        return jax.jit(whole)(x, epsilon, u)  # a new function, which JAX traces with the kernels in force
+
+    assert_same(both, LADDER[dtype])
+    assert_same(lambda: jax.jvp(f, (x, epsilon), (random(np.random.default_rng(1), x), 0.3 * epsilon)), LADDER[dtype])
+    by_numpy = {"sorted_topk": softk.sorted_topk, "rank": softk.rank, "sort": softk.sort}.get(name)
+    if by_numpy is not None:
+        where = None if kept is None else np.asarray(kept)
+        count = (3,) if name == "sorted_topk" else ()
+        found, pull = softk.vjp(by_numpy, np.asarray(x), *count, epsilon=np.asarray(epsilon), where=where)
+        expected = pull(jax.tree.map(np.asarray, u))
+        mine, cotangents = both()
+        for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(tuple(found) if count else found), strict=True):
+            np.testing.assert_array_equal(one, two)
+        for one, key in zip(cotangents, ("x", "epsilon"), strict=True):
+            closed_form.assert_close(np.asarray(one, float), np.asarray(expected[key], float), MASK[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["sorted_topk", "sort", "rank"])
+def test_slices_out_of_the_ordinary(name: str, dtype: str) -> None:
+    """Infinities, nothing to choose from, temperatures at the ends of the range, and NaN, beside a usual slice.
+
+    The kernels leave some of float64 to the reference.
+    """
+    usual = [1.0, 0.0, -1.0, 0.5]
+    rows = [
+        (usual, 0.3),
+        ([math.inf, 0.0, -math.inf, 0.5], 0.3),
+        ([math.inf, math.inf, math.inf, math.inf], 0.3),
+        ([-math.inf] * 4, 0.3),
+        ([-math.inf, -math.inf, -math.inf, 0.5], 0.3),
+        ([math.nan, 0.0, -1.0, 0.5], 0.3),
+        ([0.5] * 4, 0.3),
+        (usual, 1e-38),
+        (usual, 1e38 if dtype == "float32" else 1e200),
+        (usual, 0.0),
+        (usual, -1.0),
+        (usual, math.nan),
+    ]
+    x = jnp.asarray([row for row, _ in rows], dtype)
+    epsilon = jnp.asarray([[value] for _, value in rows], dtype)
+
+    def f(x: Any, epsilon: Any) -> Any:
+        return LADDERS[name](x, epsilon=epsilon)
+
+    u = jax.tree.map(lambda value: random(np.random.default_rng(0), value), jax.eval_shape(f, x, epsilon))
+
+    def both() -> Any:
+        found, pull = jax.vjp(jax.jit(lambda *given: f(*given)), x, epsilon)
+        return found, pull(u)
+
+    found, expected = both(), by_reference(both)
+    alone = [f(x[i], epsilon[i]) for i in (0, 1)]
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(two))
+        for i in range(len(rows)):
+            size = np.max(np.abs(two[i]), initial=1.0, where=np.isfinite(two[i]))
+            np.testing.assert_allclose(one[i], two[i], rtol=0.0, atol=2e-5 * float(size), err_msg=str(rows[i]))
+    for i, single in enumerate(alone):  # slices do not affect each other
+        for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(single), strict=True):
+            np.testing.assert_allclose(one[i], two, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sorted_topk", "rank"])
+def test_ladders_without_x64(name: str, rng: Any) -> None:
+    with jax.enable_x64(False):
+        x, epsilon = ladder_problem(rng)
+        u = jax.tree.map(lambda value: random(rng, value), jax.eval_shape(lambda: LADDERS[name](x, epsilon=epsilon)))
+
+        def both() -> Any:
+            found, pull = jax.vjp(lambda x, epsilon: LADDERS[name](x, epsilon=epsilon), x, epsilon)
+            return found, pull(u)
+
+        assert_same(both, LADDER["float32"])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [name if name not in WIDE else pytest.param(name, marks=pytest.mark.full) for name in transforms(masks(), 0.0)],
+)
+def test_transforms_of_ladders(transform: str, rng: Any) -> None:
+    values = problem(rng)
+    x, k, epsilon = values["x"][0, :6], values["k"][0, 0], values["epsilon"][0, 0]
+    u = random(rng, x)
+
+    def f(x: Any, k: Any, epsilon: Any) -> Any:
+        return softk.rank(x, epsilon=epsilon) + softk.sorted_topk(k * x, 2, epsilon=epsilon).assignment.sum(-2)
+
+    assert_same(lambda: transforms(f, u)[transform](x, k, epsilon), 2e-4)
+
+
 # --- where the reference serves
+
+
+def refusal(primitive: Any, part: str, *groups: Any, **options: Any) -> str | None:
+    """Why the kernel of a part does not serve."""
+    (kernel,) = (one for one in backend.kernels if one.primitive is primitive and one.part == part)
+    reason: str | None = kernel.refuses(backend, *groups, **options)
+    return reason
 
 
 def test_what_is_refused(rng: Any) -> None:
     x, one = jnp.ones((2, 3), "float32"), jnp.ones((2, 1), "float32")
 
     def refused(x: Any) -> Any:
-        return kernels._refuses(backend, (x, one, one, None, None), ranks=None)
+        return refusal(mask_primitive, "forward", (x, one, one, None, None), ranks=None)
 
     assert refused(x) is None
     assert "must be scores" in refused(x[:, :0])
     assert "must be of one of" in refused(x.astype("int32"))
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, n"), "float32")
     assert "must not be symbolic" in refused(symbolic)
-    assert (
-        kernels._refuses_rule(backend, (x, one, one, None, None), (x, one, one), (None,) * 5) == "there is no tangent"
-    )
+    given = (x, one, one, None, None), (x, one, one)
+    assert refusal(mask_primitive, "jvp", *given, (None,) * 5) == "there is no tangent"
+
+
+def test_what_the_kernels_for_sorting_refuse(rng: Any) -> None:
+    x, one, row = jnp.ones((2, 3), "float32"), jnp.ones((2, 1), "float32"), jnp.ones((2, 2, 1), "float32")
+    inputs, outputs = (x, one, jnp.float32(1.0), None), (None, None, row, row)
+    assert refusal(sorted_plan, "forward", inputs, rows=2, ranks=None) is None
+    assert refusal(sorted_plan, "jvp", inputs, outputs, (x, None, None, None)) is None
+    assert refusal(sorted_plan, "jvp", inputs, outputs, (None,) * 4) == "there is no tangent"
+    for dtype in ("float16", "bfloat16"):
+        narrow = (x.astype(dtype), *inputs[1:])
+        assert "float32 or float64" in str(refusal(sorted_plan, "forward", narrow, rows=2, ranks=None))
+        assert "float32 or float64" in str(refusal(sorted_plan, "jvp", narrow, outputs, (x, None, None, None)))
 
 
 def test_exported_programs_have_no_kernel(rng: Any) -> None:
     x = random(rng, problem(rng)["x"])
-    f = jax.jit(lambda x: softk.topk(x, 3, epsilon=0.3))
-    exported = jax.export.export(f)(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert "softk_mask_float32" not in exported.mlir_module()
-    closed_form.assert_close(exported.call(x), f(x), 1e-6)
+    for function in (softk.topk, lambda *given, **options: softk.sorted_topk(*given, **options).assignment):
+        f = jax.jit(lambda x, function=function: function(x, 3, epsilon=0.3))
+        exported = jax.export.export(f)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+        assert "softk_mask_float32" not in exported.mlir_module()
+        assert "softk_ladder_float32" not in exported.mlir_module()
+        closed_form.assert_close(exported.call(x), f(x), 1e-6)
 
 
 @pytest.fixture
@@ -396,7 +578,7 @@ def test_without_a_handshake_the_reference_serves(
         said = "Numba is not installed"
     x = random(rng, jnp.zeros((2, 9), "float32"))
     given = (x, jnp.float32(2.5), jnp.float32(0.1), None, None)
-    assert said in kernels._refuses(backend, given, ranks=None)
+    assert said in kernels.refuses(backend, given, ranks=None)
     assert targets(lambda x: softk.topk(x, 2.5, epsilon=0.2), x) == []
 
 
@@ -422,7 +604,14 @@ def test_the_first_call_within_a_trace() -> None:
     assert run(source) == "True False\n"
 
 
-def test_over_two_devices() -> None:
+@pytest.mark.parametrize(
+    ("function", "pull"),
+    [
+        ("softk.topk(x, 3.5, epsilon=0.3)", "softk_pull_float32"),
+        ("softk.sorted_topk(x, 3, epsilon=0.3).assignment.sum(-2)", "softk_pull_ladder_float32"),
+    ],
+)
+def test_over_two_devices(function: str, pull: str) -> None:
     """Sharded by the compiler, by shard_map and by pmap the reference serves; on one of the devices the kernels do."""
     source = """
     import jax, jax.numpy as jnp, numpy as np, softk
@@ -430,15 +619,18 @@ def test_over_two_devices() -> None:
     x = np.random.default_rng(0).standard_normal((4, 12)).astype("float32")
     u = np.random.default_rng(1).standard_normal((4, 12)).astype("float32")
 
+    def f(x):
+        return FUNCTION
+
     def loss(x, u):
-        return (softk.topk(x, 3.5, epsilon=0.3) * u).sum()
+        return (f(x) * u).sum()
 
     gradient = jax.jit(jax.grad(loss))
     mesh = Mesh(np.asarray(jax.devices()), ("d",))
     with softk.kernels("none"):
         expected = jax.jit(jax.grad(lambda x, u: loss(x, u)))(x, u)
     on_second = jax.device_put((x, u), jax.devices()[1])
-    assert "softk_pull_float32" in gradient.lower(*on_second).compile().as_text()
+    assert "PULL" in gradient.lower(*on_second).compile().as_text()
     found = [gradient(x, u), gradient(*on_second)]
     for spec in (P("d"), P(None, "d"), P()):
         given = jax.device_put((x, u), NamedSharding(mesh, spec))
@@ -448,7 +640,7 @@ def test_over_two_devices() -> None:
         found.append(gradient(*given))
     mapped = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"))
     found.append(jax.jit(mapped)(x, u))
-    outer = jax.shard_map(lambda x: softk.topk(x, 3.5, epsilon=0.3), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    outer = jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     found.append(jax.jit(jax.grad(lambda x: (outer(x) * u).sum()))(x))
     split = [v.reshape(2, 2, 12) for v in (x, u)]
     found.append(jax.pmap(jax.grad(loss))(*split).reshape(4, 12))
@@ -464,4 +656,4 @@ def test_over_two_devices() -> None:
         assert 'custom_call_target="softk_' in jax.jit(jax.grad(loss)).lower(x, u).compile().as_text()
     print("same")
     """
-    assert run(source, devices=2) == "same\n"
+    assert run(source.replace("FUNCTION", function).replace("PULL", pull), devices=2) == "same\n"

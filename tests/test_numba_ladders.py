@@ -209,3 +209,30 @@ def test_a_slice_that_is_left_to_the_reference_is_the_reference_s() -> None:
     for name, one, other in zip(sorted_plan.results, found, wanted, strict=False):
         assert_close(name, one, other, 1e-13)
     np.testing.assert_array_equal(found[1][:2], wanted[1][:2])
+
+
+@pytest.mark.parametrize("primitive", [sorted_plan, soft_sort, soft_rank], ids=lambda one: one.name)
+def test_no_slice_of_float32_is_left_to_the_reference(primitive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of JAX rely on it. The values are the reference's, also where scores are infinite at any temperature."""
+
+    def fill(*_: Any) -> None:
+        raise AssertionError("a slice is left to the reference")
+
+    monkeypatch.setattr("softk_numba.launch.Ladder.fill", fill)
+    for n, rows, is_sort in SHAPES:
+        if primitive is not sorted_plan and not is_sort:
+            continue
+        for epsilon in (1e37, 1.0, 1e-37):
+            inputs = inputs_of(n, rows, is_sort, epsilon, "float32")
+            found = by("numba", primitive, "forward", inputs, rows=rows, ranks=None)
+            wanted = by("none", primitive, "forward", inputs, rows=rows, ranks=None)
+            scale = n if primitive is soft_rank else max(1.0, np.max(np.abs(inputs[0][np.isfinite(inputs[0])])))
+            for name, one, other in zip(primitive.results, found, wanted, strict=False):
+                assert_close(
+                    f"{name}, n {n}, rows {rows}, epsilon {epsilon}", one, other, 16.0 * n * EPS["float32"] * scale
+                )
+            given = (*(np.ones_like(value) for value in found[: len(primitive.results)]), None)
+            xbar, *_ = by("numba", primitive, "vjp", inputs, found, given, (True, True, False, False))
+            moves = np.isfinite(inputs[0]) & ~np.isnan(inputs[0]).any(axis=-1, keepdims=True)
+            assert np.all(xbar[np.isinf(inputs[0])] == 0.0)
+            assert np.all(np.isfinite(xbar[moves]))

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softk.backend import Array, Backend, Primitive, Words, chosen_kernels, pick
 
-from .kernels import KERNELS
+from . import ladders, masks
 
 __all__ = ["JaxBackend", "backend"]
 
@@ -24,7 +24,7 @@ class JaxBackend(Backend):
     """JAX arrays and tracers."""
 
     autodiff = "every JAX transform"
-    kernels = KERNELS
+    kernels = (*masks.KERNELS, *ladders.KERNELS)
     words = Words("{}.astype(jnp.float32)", "jnp.asarray({})", "jax.device_put({}, {}.device)", kind="a JAX array")
 
     def bind(self, primitive: Primitive, **options: Any) -> Callable[..., tuple[Array, ...]]:

@@ -1,8 +1,9 @@
 """Sorting and ranking as kernels over rows: anchors of equal mass at equal distances.
 
 `bands` has what is done in a slice. This file reads the slices, chooses the scores that matter, and writes the results.
-A slice that is out of the ordinary is left to the reference: one with a score of +inf, without a score that can be
-selected, with a temperature near the ends of the dtype's range, or in which Newton's method does not converge.
+All arithmetic is in float64, whose range is far beyond that of float32: every slice of float32 is solved here. A slice
+of float64 that is out of the ordinary is left to the reference: one with a score of +inf, without a score that can be
+selected, with a temperature near the ends of the range, or in which Newton's method does not converge.
 """
 
 from __future__ import annotations
@@ -29,26 +30,39 @@ PRECISE = 1e-14
 
 
 @compiled(EXACT)
+def is_single(bound):
+    """Whether the dtype is float32."""
+    return bound.largest < 1e300
+
+
+@compiled(EXACT)
 def is_usual(x, tau, bound):
-    """Whether the slice is ordinary, else what becomes of it; how many scores can be selected, and the lowest."""
-    count = 0
-    lowest, size = math.inf, 0.0
+    """What becomes of the slice; how many scores can be selected, how many of these are infinite, and the lowest."""
+    count = infinite = 0
+    lowest, size = bound.largest, 0.0
     broken = not (0.0 < tau <= bound.largest)
     for i in range(x.shape[0]):
         value = np.float64(x[i])
         if value > -math.inf:
             count += 1
+            infinite += 1 if value == math.inf else 0
             lowest, size = min(lowest, value), max(size, math.fabs(value))
         elif value != value:
             broken = True
     if broken:
-        return INVALID, count, lowest
-    usual = count > 0 and size < 1e150 and size <= bound.largest and bound.coldest < tau < bound.hottest
-    return (SOLVED if usual else LEFT), count, lowest
+        return INVALID, count, infinite, lowest
+    usual = is_single(bound) or (count > 0 and size < 1e150 and bound.coldest < tau < bound.hottest)
+    return (SOLVED if usual else LEFT), count, infinite, lowest
 
 
 @compiled(EXACT)
-def level_of(x, rank, reach, most):
+def beneath(score, reach):
+    """A number that lies below a score by at least `reach`, or by a few roundings if these are more."""
+    return score - max(reach, 2.0**-50 * math.fabs(score))
+
+
+@compiled(EXACT)
+def level_of(x, rank, reach, most, largest):
     """A level below which no score matters: `reach` below a lower bound of the score of a rank; -inf for all scores.
 
     The largest scores of blocks are a sample: the one of that rank among them is not above the one among all. `most` is
@@ -69,12 +83,15 @@ def level_of(x, rank, reach, most):
                 most[place] = most[place - 1]
                 place -= 1
             most[place] = found
-    return most[rank - 1] - reach
+    return beneath(min(most[rank - 1], largest), reach)
 
 
 @compiled(EXACT)
-def gather(x, level, into, index, room, index_room):
-    """The scores above a level in descending order, in float64, and where they come from."""
+def gather(x, level, infinite, largest, into, index, room, index_room):
+    """The scores above a level in descending order, in float64, and where they come from.
+
+    +inf counts as the largest number of the dtype. `infinite` is how many of them there are; they come first.
+    """
     count = 0
     for i in range(x.shape[0]):
         into[count], index[count] = x[i], i
@@ -102,52 +119,60 @@ def gather(x, level, into, index, room, index_room):
         for i in range(count):
             into[i], index[i] = room[i], index_room[i]
         width *= 2
+    for i in range(infinite):
+        into[i] = largest
     return count
 
 
 @compiled(EXACT)
-def nearest_level(x, threshold, reach):
+def nearest_level(x, threshold, reach, largest):
     """The level for a boundary that is known: `reach` below it, or below the score next to it in a wide gap."""
     nearest = -math.inf
     for i in range(x.shape[0]):
-        if x[i] <= threshold:
-            nearest = max(nearest, np.float64(x[i]))
-    return min(threshold, nearest) - reach
+        value = min(np.float64(x[i]), largest)
+        if value <= threshold:
+            nearest = max(nearest, value)
+    return beneath(min(threshold, nearest), reach)
 
 
 @compiled(EXACT)
-def masses_of(unit, count, rounding, mass):
+def mass_of(rows, unit, bound):
+    """The mass of so many rows. One that misses a whole number by its rounding is set to it."""
+    value = unit * rows
+    nearest = np.round(value)
+    return nearest if math.fabs(nearest - value) <= 4.0 * bound.eps * value else value
+
+
+@compiled(EXACT)
+def masses_of(unit, count, bound, mass):
     """The mass above each boundary. Returns how many boundaries have scores below them."""
     active = 0
     for j in range(mass.shape[0]):
-        value = unit * (j + 1)
-        nearest = np.round(value)
-        if math.fabs(nearest - value) <= rounding * value:
-            value = nearest
-        mass[j] = value
-        if math.floor(value) < count:
+        mass[j] = mass_of(j + 1, unit, bound)
+        if math.floor(mass[j]) < count:
             active = j + 1
     return active
 
 
 @compiled(EXACT)
 def solve_slice(x, unit, tau, bound, rooms, spare, index, shares, tails, reference, offset):
-    """The boundaries of a slice: its state, how many boundaries are active, how many scores were taken, of how many.
+    """The boundaries of a slice.
 
-    The last plan is that of the offsets.
+    Returns its state, how many boundaries are active, how many scores were taken, of how many, and how many of them are
+    infinite. The last plan is that of the offsets.
     """
     n, b = x.shape[0], reference.shape[0]
     eps = bound.eps
-    state, count, lowest = is_usual(x, tau, bound)
+    state, count, infinite, lowest = is_usual(x, tau, bound)
     if state != SOLVED:
-        return state, 0, 0, 0, shares, tails
+        return state, 0, 0, 0, 0, shares, tails
     _, _, scores, numbers, _, _ = rooms
     mass, masses = numbers[10], spare[0]
-    active = masses_of(unit, count, 4.0 * eps, mass)
+    active = masses_of(unit, count, bound, mass)
     farthest = math.log(n / eps)
     level = -math.inf
     if 2 * b <= n and active == b:
-        level = np.float64(level_of(x, math.floor(mass[b - 1]) + 1, (farthest + MARGIN) * tau, spare[1]))
+        level = level_of(x, math.floor(mass[b - 1]) + 1, (farthest + MARGIN) * tau, spare[1], bound.largest)
     for j in range(active, b):
         offset[j] = -bound.saturated
         reference[j] = lowest if math.ceil(mass[j]) <= count else -bound.largest
@@ -155,13 +180,13 @@ def solve_slice(x, unit, tau, bound, rooms, spare, index, shares, tails, referen
     cut = math.exp(-farthest - DEPTH)
     taken = 0
     for _ in range(2):
-        taken = gather(x, level, values, index[0], spare[1], index[1])
+        taken = gather(x, level, infinite, bound.largest, values, index[0], spare[1], index[1])
         for j in range(active):
             high, low = values[math.ceil(mass[j]) - 1], values[math.floor(mass[j])]
             reference[j] = x.dtype.type(high - 0.5 * (high - low))
             offset[j] = 0.0
         if active == 0:
-            return SOLVED, active, taken, count, shares, tails
+            return SOLVED, active, taken, count, infinite, shares, tails
         bands.reset(masses, active, unit)
         masses[active] = count - mass[active - 1]
         for i in range(taken):
@@ -184,11 +209,12 @@ def solve_slice(x, unit, tau, bound, rooms, spare, index, shares, tails, referen
             origin,
             rooms,
             (shares, tails),
-            eps > 1e-10,
+            is_single(bound),
         )
         shares, tails = band
-        if not done:
-            return LEFT, active, taken, count, shares, tails
+        # Where Newton's method does not converge, the reference ends at its last step, too.
+        if not (done or is_single(bound)):
+            return LEFT, active, taken, count, infinite, shares, tails
         threshold = reference[active - 1] + tau * offset[active - 1]
         if level == -math.inf or level <= threshold - (farthest + MARGIN - BELOW) * tau:
             break
@@ -196,7 +222,7 @@ def solve_slice(x, unit, tau, bound, rooms, spare, index, shares, tails, referen
     shares, tails = plan_again(
         values[:taken], reference[:active], offset[:active], tau, cut, odds, origin, rooms, shares, tails
     )
-    return SOLVED, active, taken, count, shares, tails
+    return SOLVED, active, taken, count, infinite, shares, tails
 
 
 @compiled(EXACT)
@@ -212,10 +238,18 @@ def plan_again(x, reference, offset, tau, cut, odds, origin, rooms, shares, tail
 
 
 @compiled(EXACT)
-def mass_of_row(j, unit, count):
-    """What is left for an anchor, at most its mass; infinite where that is too little for a mean."""
-    found = min(max(count - unit * j, 0.0), unit)
-    return math.inf if found < 0.999 * unit else found
+def end_of_row(j, unit, count, infinite, bound):
+    """The infinite part of the mean of an anchor, else 0: +inf if it gets some of a +inf, -inf if it lacks scores."""
+    first = math.inf if mass_of(j, unit, bound) < infinite else 0.0
+    return first + (-math.inf if count - unit * j < 0.999 * unit else 0.0)
+
+
+@compiled(EXACT)
+def mass_of_row(j, unit, count, infinite, bound):
+    """What is left for an anchor, at most its mass; infinite where its mean is, which has no derivative."""
+    if end_of_row(j, unit, count, infinite, bound) != 0.0:
+        return math.inf
+    return min(max(count - unit * j, 0.0), unit)
 
 
 @compiled(EXACT)
@@ -268,7 +302,7 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
     for row in range(start, stop):
         slice_ = masked_row(x, where, row, -math.inf, raw)
         mass = number_of(unit, row)
-        state, active, taken, count, shares, tails = solve_slice(
+        state, active, taken, count, infinite, shares, tails = solve_slice(
             slice_, mass, number_of(tau, row), bound, rooms, spare, index, shares, tails, reference, offset
         )
         left[row] = state == LEFT
@@ -296,13 +330,16 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
             bands.reset(whole, taken, 1.0)
         for j in range(b):
             begin, end = anchor_shares(j, active, taken, first, low, high, at, shares, whole, found)
-            of_row = mass_of_row(j, mass, count)
-            near, total = sorted_[min(begin, taken - 1)], 0.0
-            for i in range(begin, end):
-                if has_assignment:
+            if has_assignment:
+                for i in range(begin, end):
                     assignment[row, j, index[0, i]] = found[i]
-                total += found[i] * (sorted_[i] - near)
-            values[row, j] = near + total / of_row if of_row < math.inf else -math.inf
+            values[row, j] = end_of_row(j, mass, count, infinite, bound)
+            if values[row, j] == 0.0:
+                begin, total = max(begin, infinite), 0.0
+                near = sorted_[min(begin, taken - 1)]
+                for i in range(begin, end):
+                    total += found[i] * (sorted_[i] - near)
+                values[row, j] = near + total / mass_of_row(j, mass, count, infinite, bound)
 
 
 @compiled(EXACT)
@@ -374,16 +411,16 @@ def across(x, weights, reference, first, low, high, at, tails, moved, v, sums, c
 
 
 @compiled(EXACT)
-def differences(row, b, mass, count, reference, x, index, first, low, high, at, step, vbar, ubar, rbar, moved):
-    """What the cotangent of a score's share above a boundary has beyond that of its share below."""
+def differences(row, b, rates, infinite, reference, x, index, first, low, high, at, step, ubar, rbar, moved):
+    """What the cotangent of a score's share above a boundary has beyond that of its share below.
+
+    `rates` are the cotangents of the sums whose quotients by the masses are the means; infinite scores have no part.
+    """
     for j in range(reference.shape[0]):
-        above = below = 0.0
-        if vbar.shape[0] > 0:
-            above = vbar[row, j] / mass_of_row(j, mass, count)
-            below = vbar[row, j + 1] / mass_of_row(j + 1, mass, count) if j + 1 < b else 0.0
+        has_next = j + 1 < b
+        above, below = rates[j], rates[j + 1] if has_next else 0.0
         r = reference[j]
         next_ = reference[j + 1] if j + 1 < reference.shape[0] else r
-        has_next = j + 1 < b
         for part in range(2):
             start, stop = (low[j], first[j]) if part == 0 else (first[j], high[j])
             shift = at[part, j] - start
@@ -391,7 +428,7 @@ def differences(row, b, mass, count, reference, x, index, first, low, high, at, 
                 value = 0.0
                 if rbar.shape[0] > 0:
                     value = -step * rbar[row, index[i]] if has_next else 0.0
-                if vbar.shape[0] > 0:
+                if i >= infinite:
                     value += above * (x[i] - r) - below * (x[i] - next_)
                 if ubar.shape[0] > 0:
                     value += ubar[row, j, index[i]]
@@ -412,19 +449,20 @@ def pull_ladder_rows(
     rooms, spare, index = bands.room_of(n, b), np.empty((3, max(n, b) + 1)), np.empty((2, n + 1), np.int64)
     raw = room_for(n, where.shape[0] > 0, offsets)
     shares, tails, moved = np.empty(4 * n), np.empty(4 * n), np.empty(4 * n)
-    reference, offset = np.empty(b), np.empty(b)
+    reference, offset, rates = np.empty(b), np.empty(b), np.empty(b)
     whole_numbers, places, scores, numbers, room, matrix = rooms
     values, changes, sums, whole = scores[4], spare[1], scores[0], scores[1]
     for row in range(start, stop):
         temperature, mass = number_of(tau, row), number_of(unit, row)
         out = xbar[row]
         slice_ = masked_row(x, where, row, -math.inf, raw)
+        left[row] = False
         if offsets[row, 0] != offsets[row, 0]:
             for i in range(n):  # only finite scores have a derivative
                 out[i] = math.nan if math.fabs(slice_[i]) <= bound.largest else 0.0
             taubar[row] = math.nan
             continue
-        state, count, _ = is_usual(slice_, temperature, bound)
+        state, count, infinite, _ = is_usual(slice_, temperature, bound)
         left[row] = state == LEFT
         bands.reset(out, n, 0.0)
         taubar[row] = 0.0
@@ -439,8 +477,12 @@ def pull_ladder_rows(
         level = -math.inf
         if 2 * b <= n and active == b:  # the lowest anchor takes the rest, whose scores have no part
             threshold = reference[active - 1] + temperature * offset[active - 1]
-            level = nearest_level(slice_, threshold, (farthest + MARGIN) * temperature)
-        taken = gather(slice_, level, values, index[0], spare[1], index[1])
+            level = nearest_level(slice_, threshold, (farthest + MARGIN) * temperature, bound.largest)
+        taken = gather(slice_, level, infinite, bound.largest, values, index[0], spare[1], index[1])
+        bands.reset(rates, b, 0.0)
+        if vbar.shape[0] > 0:
+            for j in range(b):
+                rates[j] = vbar[row, j] / mass_of_row(j, mass, count, infinite, bound)
         r, s = reference[:active], offset[:active]
         first, low, high = whole_numbers[0, :active], whole_numbers[1, :active], whole_numbers[2, :active]
         at, q = places[:, :active], values[:taken]
@@ -478,7 +520,7 @@ def pull_ladder_rows(
                 matrix,
                 scale,
             )
-            differences(row, b, mass, count, r, q, index[0], first, low, high, at, step, vbar, ubar, rbar, moved)
+            differences(row, b, rates, infinite, r, q, index[0], first, low, high, at, step, ubar, rbar, moved)
             measure_from_peaks(weights, first, low, high, at, tails, moved)
             bands.reset(lam, active, 0.0)
             across(q, weights, r, first, low, high, at, tails, moved, lam, sums, changes, found)
@@ -510,7 +552,8 @@ def pull_ladder_rows(
             bands.reset(whole, taken, 1.0)
         if vbar.shape[0] > 0:
             for j in range(b):
-                rate = vbar[row, j] / mass_of_row(j, mass, count)
                 begin, end = anchor_shares(j, active, taken, first, low, high, at, shares, whole, sums)
                 for i in range(begin, end):
-                    out[index[0, i]] += rate * sums[i]
+                    out[index[0, i]] += rates[j] * sums[i]
+        for i in range(infinite):  # only finite scores have a derivative
+            out[index[0, i]] = 0.0

@@ -2,8 +2,8 @@
 
 XLA calls a target with the address of a frame, a structure that jaxlib's `xla/ffi/api/c_api.h` describes. It is read as
 64-bit words. Targets take matrices, whose last axis is a row and whose other axes are one batch, and vectors with one
-number per row. One row, or one number, may hold for all rows. An operand that is not given and a result that is not
-needed have no rows.
+number per row; those for sorting and ranking also take the plans of the rows, whose last two axes are a matrix. One
+row, or one number, may hold for all rows. An operand that is not given and a result that is not needed have no rows.
 
 XLA calls targets from its own threads, and several at once. The handlers do not acquire Python's lock, keep no state
 between calls, and compute the rows one after another.
@@ -18,7 +18,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-from . import masks
+from . import ladders, masks
 from .cache import callback, declared
 from .launch import bound_of
 from .operations import EXACT
@@ -140,11 +140,32 @@ def _planes(buffer, kind):
     return lambda buffer, kind: carray(pointer(buffer[3]), (size_of(buffer, 0, 1), size_of(buffer, 1, buffer[4])))
 
 
+@declared
+def matrices(buffer, kind):
+    """The same, as one matrix per row of the batch."""
+
+
+@overload(matrices, jit_options=EXACT, prefer_literal=True)
+def _matrices(buffer, kind):
+    pointer = POINTERS[kind.literal_value]
+
+    def read(buffer, kind):
+        rank = buffer[4]
+        shape = size_of(buffer, 0, rank - 2), size_of(buffer, rank - 2, rank - 1), size_of(buffer, rank - 1, rank)
+        return carray(pointer(buffer[3]), shape)
+
+    return read
+
+
 # --- the kernels
 
 
 def _handlers(dtype, weighted):
     """The handlers of all parts for scores of a dtype."""
+    return _mask_handlers(dtype, weighted) | _ladder_handlers(dtype)
+
+
+def _mask_handlers(dtype, weighted):
     kind = KIND_OF[dtype]
     number = FLOAT64 if dtype == "float64" else FLOAT32
     weight = number if weighted else NONE
@@ -243,6 +264,68 @@ def _handlers(dtype, weighted):
         return 0
 
     return {"solve": solve, "mask": mask, "push": push, "pull": pull}
+
+
+@njit(**EXACT)
+def step_of(x, offsets):
+    """How far neighboring anchors are apart, as ranks."""
+    return (x.shape[1] - 1) / max(offsets.shape[1] - 1, 1)
+
+
+def _ladder_handlers(dtype):
+    number = FLOAT64 if dtype == "float64" else FLOAT32
+    bound = bound_of(np.dtype(str(KINDS[number])))
+
+    def ladder(address):
+        frame = words(address, 15)
+        if is_other_stage(frame):
+            return 0
+        x, offsets = matrix(operand(frame, 0), number), matrix(result(frame, 3), number)
+        ladders.ladder_rows(
+            x,
+            matrix(operand(frame, 3), BOOL),
+            vector(operand(frame, 1), number),
+            vector(operand(frame, 2), number),
+            step_of(x, offsets),
+            matrix(result(frame, 0), number),
+            matrices(result(frame, 1), number),
+            matrix(result(frame, 2), number),
+            offsets,
+            matrix(result(frame, 4), number),
+            vector(result(frame, 5), BOOL),
+            bound,
+            0,
+            x.shape[0],
+        )
+        return 0
+
+    def pull_ladder(address):
+        frame = words(address, 15)
+        if is_other_stage(frame):
+            return 0
+        x, offsets = matrix(operand(frame, 0), number), matrix(operand(frame, 4), number)
+        ladders.pull_ladder_rows(
+            x,
+            matrix(operand(frame, 3), BOOL),
+            vector(operand(frame, 1), number),
+            vector(operand(frame, 2), number),
+            step_of(x, offsets),
+            offsets,
+            matrix(operand(frame, 5), number),
+            matrix(operand(frame, 6), number),
+            matrices(operand(frame, 7), number),
+            matrix(operand(frame, 8), number),
+            matrix(operand(frame, 9), number),
+            matrix(result(frame, 0), number),
+            vector(result(frame, 1), number),
+            vector(result(frame, 2), BOOL),
+            bound,
+            0,
+            x.shape[0],
+        )
+        return 0
+
+    return {"ladder": ladder, "pull_ladder": pull_ladder}
 
 
 def probe(address):
