@@ -177,6 +177,26 @@ def test_numbers_hold_for_every_leaf(rng: Any) -> None:
     np.testing.assert_allclose(masses, [5.0, 2.0, 1.0, 0.0], rtol=0, atol=1e-12)  # one item is less than its floor
 
 
+def test_an_array_without_axes_holds_for_every_leaf(rng: Any) -> None:
+    """Its derivative is the sum of those of the leaves."""
+    tree = {"a": rng.standard_normal((3, 4)) + 2, "b": rng.standard_normal(5) - 2, "c": rng.standard_normal(6) - 2}
+    u, low = {name: rng.standard_normal(value.shape) for name, value in tree.items()}, np.asarray(1.5)
+    one, pull = softk.vjp(softk.budget.topk, tree, 8, epsilon=0.4, least=low)
+    each, pull_each = softk.vjp(softk.budget.topk, tree, 8, epsilon=0.4, least=dict.fromkeys(tree, low))
+    for name in tree:
+        np.testing.assert_array_equal(one[name], each[name])
+    found, wanted = pull(u)["least"], pull_each(u)["least"]
+    np.testing.assert_allclose(found, sum(wanted.values()), rtol=1e-14)
+    assert found.shape == ()
+    assert sum(value != 0.0 for value in wanted.values()) == 2
+    moved = [
+        softk.jvp(softk.budget.topk, tree, 8, epsilon=0.4, least=bound, tangents={"least": tangent})[1]
+        for bound, tangent in ((low, low), (dict.fromkeys(tree, low), dict.fromkeys(tree, low)))
+    ]
+    for name in tree:
+        np.testing.assert_allclose(moved[0][name], moved[1][name], rtol=1e-14)
+
+
 def test_groups_along_other_axes(rng: Any) -> None:
     """The groups of an array of bounds are those of its axes, wherever they are."""
     x, _, least, most, k = problem(rng, 6, 20, weighted=False)
@@ -317,6 +337,10 @@ def test_transforms_of_jax(rng: Any) -> None:
         return (softk.budget.topk(x, k, epsilon=0.5, least=least, most=jax.numpy.asarray(most)) * u).sum()
 
     pair = np.stack([x, x[::-1]])
+    traced = jax.jit(lambda x, low: softk.budget.topk({"a": x, "b": -x}, 8, least=low))  # a number is an array then
+    found = traced(jax.numpy.asarray(x), 1.5)
+    for name, value in softk.budget.topk({"a": x, "b": -x}, 8, least=1.5).items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-12)
     gradient = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(0, None, None, 0)))
     found = gradient(jax.numpy.asarray(pair), jax.numpy.asarray(k), jax.numpy.asarray(least), jax.numpy.asarray(u))
     for i in range(2):

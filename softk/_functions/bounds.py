@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from softk._reference.threshold.groups import bounded_mask
-from softk.backend import Array
+from softk.backend import Array, is_array
 
 from .call import Argument
 from .checks import is_number
@@ -24,21 +24,25 @@ NONE = {"least": 0.0, "most": math.inf}
 class Bounds:
     """The floors and caps of the groups of every leaf.
 
-    A bound is a number, which holds for every group of its leaf, or an array with one value per group.
+    A bound is a number, which holds for every group of its leaf, or an array with one value per group. A number, or an
+    array without axes, in the place of the tree holds for every leaf.
     """
 
     def __init__(self, least: Any, most: Any, paths: list[str]) -> None:
         self.given: dict[str, list[Any]] = {}
         self.labels = {name: [name + path.removeprefix("tree") for path in paths] for name in NONE}
-        self.trees: list[str] = []
+        self.trees: tuple[str, ...] = ()  # the bounds that are trees, and those that are one array without axes
+        self.shared: tuple[str, ...] = ()
         self.groups: list[tuple[int, ...]] = []  # the shape of the bounds of every leaf, with all axes of its scores
         self.rows: list[tuple[int, int]] = []  # the number of its groups, and of the items of each
         for name, value in (("least", least), ("most", most)):
-            if value is None or is_number(value):
+            is_one = is_array(value) and value.ndim == 0
+            if value is None or is_number(value) or is_one:
                 self.given[name] = [value] * len(paths)
+                self.shared += (name,) if is_one else ()
             else:
                 self.given[name] = matched(name, value, paths, "tree", numbers=True)
-                self.trees.append(name)
+                self.trees += (name,)
             for label, bound in zip(self.labels[name], self.given[name], strict=True):
                 if is_number(bound) and not (0 <= bound < math.inf or bound == NONE[name]):
                     allowed = "at least 0 and finite" if name == "least" else "at least 0"
@@ -116,11 +120,11 @@ class Bounds:
         for name, bounds in self.given.items():
             for i, (label, bound) in enumerate(zip(self.labels[name], bounds, strict=True)):
                 arguments[label] = _per_group(leaves[i], NONE[name] if bound is None else bound, self.groups[i])
-        trees = call["trees"] | {name: (self.labels[name], rebuild) for name in self.trees}
+        trees = call["trees"] | {name: (self.labels[name], rebuild) for name in (*self.trees, *self.shared)}
         primitive = bounded_mask(len(leaves), hard=hard)
         restores = tuple(map(_from_rows, leaves, call["restores"], self.rows))
-        changed = {"primitive": primitive, "options": {}, "arguments": arguments, "restores": restores, "trees": trees}
-        return call | changed
+        changed = {"primitive": primitive, "options": {}, "arguments": arguments, "restores": restores}
+        return call | changed | {"trees": trees, "shared": self.shared}
 
 
 def _from_rows(leaf: Leaf, mask: Argument, rows: tuple[int, int]) -> Argument:

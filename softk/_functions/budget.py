@@ -130,10 +130,11 @@ def topk(
     where : tree of bool, optional
         Items to choose from, in the same way. A leaf of None chooses from all of its items.
     least, most : number or tree, optional
-        A floor and a cap of what each group of items gets of the budget. A number holds for every leaf, and a leaf is
-        one group. A tree has the structure of `tree`. Its leaves are None, numbers, or arrays that broadcast to the
-        shape of the scores with size 1 along the axes of a group. For a leaf of shape (h, n), an array of shape (h, 1)
-        has one bound per row, and each row is a group. A group with fewer items than its floor is selected whole.
+        A floor and a cap of what each group of items gets of the budget. A number, or an array without axes, holds for
+        every leaf, and a leaf is one group. A tree has the structure of `tree`. Its leaves are None, numbers, or arrays
+        that broadcast to the shape of the scores with size 1 along the axes of a group. For a leaf of shape (h, n), an
+        array of shape (h, 1) has one bound per row, and each row is a group. A group with fewer items than its floor is
+        selected whole.
     hard : bool, optional
         Return the exact indicator of the k largest scores, with the derivative of the soft mask. Ties go to the leaf
         that comes first, and in it to the lowest index. `k`, `least` and `most` must be whole numbers, and `weights`

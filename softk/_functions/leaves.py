@@ -21,11 +21,13 @@ class TreeCall(Call[Any]):
     """A call whose scores are the leaves of a tree: one argument per leaf, named by its path.
 
     `trees` has the arguments that are trees, the scores first: their leaves, and what puts other leaves in their
-    places. `results` is what does this with the results; None if there is one result.
+    places. `results` is what does this with the results; None if there is one result. `shared` are the arguments that
+    are one number for all leaves.
     """
 
     trees: dict[str, tuple[list[str], Rebuild]] = field(default_factory=dict)
     results: Rebuild | None = None
+    shared: tuple[str, ...] = ()
     holds_scores: ClassVar[bool] = True
 
     def inputs(self, x: Any) -> tuple[Array | None, ...]:
@@ -38,6 +40,8 @@ class TreeCall(Call[Any]):
         if name not in self.trees:
             return super().spread(name, value)
         leaves = self.trees[name][0]
+        if name in self.shared:
+            return dict.fromkeys(leaves, value)
         found = zip(leaves, matched(name, value, leaves, name), strict=True)
         return {leaf: part for leaf, part in found if part is not None}
 
@@ -45,7 +49,9 @@ class TreeCall(Call[Any]):
         of_trees = {leaf for leaves, _ in self.trees.values() for leaf in leaves}
         whole: dict[str, Any] = {name: value for name, value in found.items() if name not in of_trees}
         for name, (leaves, rebuild) in self.trees.items():
-            if any(leaf in found for leaf in leaves):
+            if name in self.shared:
+                whole |= {name: sum(found[leaf] for leaf in leaves)} if leaves[0] in found else {}
+            elif any(leaf in found for leaf in leaves):
                 whole[name] = rebuild(iter([found.get(leaf) for leaf in leaves]))
         return whole
 
