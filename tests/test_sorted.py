@@ -656,3 +656,22 @@ def test_items_that_are_left_out_of_a_ranking_have_no_derivative(rng: np.random.
     np.testing.assert_array_equal(xbar[~where], 0.0)
     _, alone = softk.vjp(softk.rank, x[where], epsilon=0.5)
     np.testing.assert_allclose(xbar[where], alone(u[where])["x"], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_any_number_of_anchors(dtype: str, rng: Any) -> None:
+    """The sum of the masses of the anchors misses n by a rounding of each."""
+    x = rng.standard_normal(100).astype(dtype)
+    for m in range(2, 101):
+        with softk.kernels("none"):
+            for f in (softk.sort, softk.rank):
+                assert np.isfinite(f(x, epsilon=0.1, num_anchors=m)).all()
+
+
+def test_anchors_without_mass(rng: Any) -> None:
+    """They come last, so that the sum of the masses before them is n, but for a rounding of each."""
+    x = rng.standard_normal(100)
+    with softk.kernels("none"):
+        for m in range(2, 101):
+            marginals = np.concatenate([np.full(m, 100 / m), np.zeros(1)])
+            assert np.isfinite(softk.transport(x, np.arange(m + 1.0), marginals, epsilon=0.1).plan).all()

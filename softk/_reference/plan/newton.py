@@ -69,9 +69,11 @@ def _approach_within(
     xp = backend.xp
     bound = limits(xp, task.x.dtype)
     mass = task.mass[..., 0]
-    if not weighted:  # a mass that misses a whole number by its rounding is set to it, as the edges depend on that
-        nearest = xp.round(mass)
-        mass = xp.where(xp.abs(nearest - mass) <= 4.0 * bound.eps * mass, nearest, mass)
+    if not weighted:
+        # A mass that misses a whole number by its rounding is set to it, because the edges depend on that. It is a sum
+        # of up to as many masses as there are boundaries, with a rounding of each.
+        nearest, rounding = xp.round(mass), (4.0 + mass.shape[-1]) * bound.eps
+        mass = xp.where(xp.abs(nearest - mass) <= rounding * mass, nearest, mass)
     weights = task.weights[..., 0, :] if weighted else None
     ends = find_ends(backend, task.x, None, mass, weights, ranks, n)
     ends = Ends(*(xp.expand_dims(value, axis=-1) for value in ends))
