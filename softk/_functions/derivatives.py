@@ -171,7 +171,8 @@ def _describe(f: Any) -> Callable[..., Call[Any]]:
     if str(getattr(f, "__module__", "")).startswith("softk."):
         raise TypeError(
             f"f must be an operator with a rule of its own, such as softk.topk, got {f.__module__}.{f.__name__}, which "
-            "is a composition of array operations: differentiate it with the autodiff of PyTorch, JAX or HIPS autograd"
+            "is a composition of array operations: differentiate it with the autodiff of PyTorch, JAX, MLX or HIPS "
+            "autograd"
         )
     raise TypeError(
         f"f must be a function of softk, such as softk.topk, got {f!r}; pass the function and its arguments, as in "
