@@ -79,17 +79,19 @@ class Leaf(Slices):
         super().__init__(x, tuple(range(x.ndim)), called=path, smallest=smallest, joint=True, **others)
 
     def leaf_scores(self) -> Argument:
-        scores: Any = self.scores(narrow=True)
+        scores, xp = self.scores(narrow=True), self.xp
         if not self.is_item:
-            return scores  # type: ignore[no-any-return]
-        xp, push, pull = self.xp, scores.push, scores.pull
+            return scores
+        push: Any = scores.push
+        pull: Any = scores.pull
         return Argument(None, None, lambda x: push(x[None]), lambda cotangent: xp.reshape(pull(cotangent), ()))
 
     def leaf_mask(self) -> Argument:
-        mask: Any = self.like_scores(narrow=True)
+        mask, xp = self.like_scores(narrow=True), self.xp
         if not self.is_item:
-            return mask  # type: ignore[no-any-return]
-        xp, push, pull = self.xp, mask.push, mask.pull
+            return mask
+        push: Any = mask.push
+        pull: Any = mask.pull
         return Argument(
             None, None, lambda values: xp.reshape(push(values), ()), lambda cotangent: pull(cotangent[None])
         )

@@ -70,6 +70,7 @@ def explained_class(kind: type[R]) -> type[R]:
         check(args, kwargs)
         construct(self, *args, **kwargs)
 
+    # No subclass: pickle and isinstance must see the class itself. mypy takes no method that is replaced.
     kind.__init__ = checked  # type: ignore[method-assign, assignment]
     return kind
 
