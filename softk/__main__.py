@@ -15,7 +15,8 @@ from typing import Any
 
 from . import __version__, topk, vjp
 from ._native import devices, native_gradient
-from ._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from ._reference.plan.ranking import soft_rank
+from ._reference.plan.sorting import soft_sort, sorted_plan
 from .backend import ADAPTERS, Array, Backend, Kernel, chosen_kernels
 
 N, K, EPSILON = 1000, 10, 0.05

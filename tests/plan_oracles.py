@@ -133,6 +133,11 @@ class Transported:
 
     def rates(self, tangents: dict[str, np.ndarray]) -> np.ndarray:
         """Tangents of the kept part of the plan (D, ...), along D directions at once, in the own arithmetic."""
+        dshare, _, da = self._rates(tangents)
+        return da[:, :, None] * self.share + self.a[:, None] * dshare
+
+    def _rates(self, tangents: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tangents of the shares, of the potentials and of the weights."""
         number, zero = self.arithmetic.array, 0 * self.epsilon
         tangents = {name: number(values) for name, values in tangents.items()}
         count = len(next(iter(tangents.values())))
@@ -152,10 +157,25 @@ class Transported:
         held = share * (moved - (share * moved).sum(axis=2)[:, :, None])  # dP at constant g
         lack = dc - (da[:, :, None] * share + a[:, None] * held).sum(axis=1)
         dg = _solved(self._hessian(share, epsilon), lack[:, :-1].T).T
-        dg = np.concatenate([dg, np.full((count, 1), zero)], axis=1)[:, None, :] / epsilon
-        moved = moved + dg
-        dshare = share * (moved - (share * moved).sum(axis=2)[:, :, None])
-        return da[:, :, None] * share + a[:, None] * dshare
+        dg = np.concatenate([dg, np.full((count, 1), zero)], axis=1)
+        moved = moved + dg[:, None, :] / epsilon
+        return share * (moved - (share * moved).sum(axis=2)[:, :, None]), dg, da
+
+    def shares_at(self, x: np.ndarray) -> np.ndarray:
+        """The shares of scores that have no weight."""
+        exponent = (2 * x[:, None] * self.y - self.y**2 + self.g) / self.epsilon
+        share = self.arithmetic.exp(exponent - exponent.max(axis=1)[:, None])
+        return share / share.sum(axis=1)[:, None]
+
+    def rates_at(self, x: np.ndarray, dx: np.ndarray, tangents: dict[str, np.ndarray]) -> np.ndarray:
+        """Their tangents (D, ...), if the scores move by dx (D, ...) and the arguments by the tangents."""
+        _, dg, _ = self._rates(tangents)
+        share = self.shares_at(x)
+        exponent = (2 * x[:, None] * self.y - self.y**2 + self.g) / self.epsilon
+        moved = (2 * dx[:, :, None] * self.y + dg[:, None, :]) / self.epsilon
+        if "epsilon" in tangents:
+            moved = moved - exponent * (tangents["epsilon"] / self.epsilon)[:, None, None]
+        return share * (moved - (share * moved).sum(axis=2)[:, :, None])
 
     def jvp(self, **tangents: Any) -> np.ndarray:
         """The tangent of the plan along one direction."""
@@ -177,7 +197,8 @@ class Transported:
 class Ladder:
     """One slice of a sorted top-k, a sort or a ranking, as the transport to evenly spaced anchors.
 
-    `rows` anchors of mass `unit` at the distance `step`, the highest first, and one more below for the rest.
+    `rows` anchors of mass `unit` and as far apart, the highest first, and one more below for the rest. The weights are
+    divided by their mean.
     """
 
     def __init__(
@@ -187,54 +208,134 @@ class Ladder:
         epsilon: float,
         *,
         unit: float = 1.0,
-        step: float = 1.0,
         largest: bool = True,
+        weights: np.ndarray | None = None,
         where: np.ndarray | None = None,
         arithmetic: Arithmetic = EXACT,
     ) -> None:
         self.sign = 1.0 if largest else -1.0
-        kept = np.ones(np.shape(x), dtype=bool) if where is None else np.asarray(where)
-        self.x, self.rows, self.unit = np.where(kept, x, 0.0).astype(float), rows, unit
-        rest = float(np.count_nonzero(kept)) - rows * unit
+        self.kept = np.ones(np.shape(x), dtype=bool) if where is None else np.asarray(where)
+        self.rows, self.unit, self.number = rows, unit, arithmetic.array
+        self.count = int(np.count_nonzero(self.kept))
+        rest = float(self.count) - rows * unit
         masses = np.asarray([unit] * rows + [rest if rest > 1e-9 else 0.0])
-        self.places = step * np.arange(rows)
+        x = self.sign * np.where(self.kept, x, 0.0).astype(float)
         self.transported = Transported(
-            self.sign * self.x, step * np.arange(rows, -1.0, -1.0), masses, epsilon, None, kept, arithmetic
+            x, unit * np.arange(rows, -1.0, -1.0), masses, epsilon, weights, self.kept, arithmetic
         )
 
     @property
+    def _scale(self) -> Any:
+        """The inverse of the mean weight."""
+        return self.count / self.transported.a.sum()
+
+    def _of_rows(self, values: np.ndarray) -> np.ndarray:
+        """The part of the anchors that are rows, as floats, with zeros for the scores that are not kept."""
+        full = np.zeros((*values.shape[:-2], self.rows, self.kept.size))
+        full[..., self.kept] = np.asarray(np.swapaxes(values, -1, -2)[..., : self.rows, :], dtype=float)
+        return full
+
+    # -- the results
+
+    @property
     def assignment(self) -> np.ndarray:
-        return self.transported.plan.T[: self.rows]
+        return self._of_rows(self._scale * self.transported.a[:, None] * self.transported.share)
+
+    def _values(self) -> np.ndarray:
+        """The means of the anchors, the largest first, in the own arithmetic."""
+        of = self.transported
+        return self._scale * (of.a * of.x) @ of.share[:, : self.rows] / self.unit
 
     @property
     def values(self) -> np.ndarray:
-        return self.assignment @ self.x / self.unit
+        return self.sign * np.asarray(self._values(), dtype=float)
 
     @property
     def ranks(self) -> np.ndarray:
-        """0 at the highest anchor."""
-        return self.places @ self.assignment
+        """0 at the highest anchor. Interpolated, if there are fewer anchors than scores."""
+        if self.rows == self.kept.size:
+            return np.arange(self.rows) @ self._of_rows(self.transported.share)
+        x, (nodes, ranks) = self.transported.x, self._nodes()
+        above, place = self._places(nodes)
+        found = np.zeros(self.kept.size)
+        found[self.kept] = np.asarray((1 - place) * ranks[above] + place * ranks[above + 1], dtype=float)
+        assert len(x) == self.kept.size, "the ranks of items that are left out are not computed"
+        return found
+
+    def _ranks_of_anchors(self) -> np.ndarray:
+        """Those that they give to the nodes (m + 2, m)."""
+        x = self.transported.x
+        middle = self.unit * (np.arange(self.rows) + 0.5) - 0.5
+        ranks = np.tile(middle, (self.rows + 2, 1))
+        ties = [np.count_nonzero(x == end) for end in (max(x), min(x))]
+        ranks[0, 0] -= max(0.5 * (self.unit - ties[0]), 0.0)
+        ranks[-1, -1] += max(0.5 * (self.unit - ties[1]), 0.0)
+        return self.number(ranks)
+
+    def _nodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The scores and the ranks of the nodes."""
+        x = self.transported.x
+        nodes = np.concatenate([[max(x)], self._values(), [min(x)]])
+        share = self.transported.shares_at(nodes)[:, : self.rows]
+        return nodes, (share * self._ranks_of_anchors()).sum(axis=1)
+
+    def _places(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last node that is not below each score, and how far the score is to the next one, from 0 to 1."""
+        x = self.transported.x
+        above = np.asarray([min(np.count_nonzero(nodes >= value) - 1, self.rows) for value in x])
+        return above, (nodes[above] - x) / (nodes[above] - nodes[above + 1])
+
+    # -- their derivatives
 
     def jacobians(self, name: str) -> dict[str, np.ndarray]:
-        """The derivatives of the three results with respect to each entry of x or of epsilon, which come first."""
-        moved = np.swapaxes(self.transported.jacobian(name), 1, 2)[:, : self.rows]
-        if name == "x":
-            moved = self.sign * moved
-        values = moved @ self.x
-        if name == "x":
-            values = values + self.assignment.T
-        return {"assignment": moved, "values": values / self.unit, "ranks": np.einsum("j,dji->di", self.places, moved)}
+        """The derivatives of the three results with respect to each entry of an argument, which come first."""
+        of, directions = self.transported, np.ones(1) if name == "epsilon" else np.eye(self.kept.size)
+        tangents = {name: self.number(self.sign * directions if name == "x" else directions)}
+        dshare, _, da = of._rates(tangents)
+        scale, zero = self._scale, 0 * of.epsilon
+        weights, dweights = scale * of.a, scale * (da - of.a * (da.sum(axis=1) / of.a.sum())[:, None])
+        dx = tangents["x"][:, self.kept] if name == "x" else np.full((len(directions), len(of.x)), zero)
+        moved = dweights[:, :, None] * of.share + weights[:, None] * dshare
+        dvalues = (of.x[:, None] * moved + (weights * dx)[:, :, None] * of.share).sum(axis=1)[
+            :, : self.rows
+        ] / self.unit
+        found = {"assignment": self._of_rows(moved), "values": self.sign * np.asarray(dvalues, dtype=float)}
+        if self.rows == self.kept.size:
+            ranks = np.einsum("j,dji->di", np.arange(self.rows), self._of_rows(dshare))
+        else:
+            ranks = self._interpolated(dx, dvalues, tangents)
+        return found | {"ranks": ranks}
 
-    def jvp(self, dx: np.ndarray, depsilon: float) -> dict[str, np.ndarray]:
-        by_x, by_epsilon = self.jacobians("x"), self.jacobians("epsilon")
-        return {name: np.tensordot(dx, by_x[name], 1) + depsilon * by_epsilon[name][0] for name in by_x}
+    def _interpolated(self, dx: np.ndarray, dvalues: np.ndarray, tangents: dict[str, np.ndarray]) -> np.ndarray:
+        of = self.transported
+        nodes, ranks = self._nodes()
+        above, place = self._places(nodes)
+        ends = [of.x == end for end in (max(of.x), min(of.x))]
+        outermost = [dx[:, end].sum(axis=1)[:, None] / np.count_nonzero(end) for end in ends]
+        dnodes = np.concatenate([outermost[0], dvalues, outermost[1]], axis=1)
+        dranks = (of.rates_at(nodes, dnodes, tangents)[:, :, : self.rows] * self._ranks_of_anchors()).sum(axis=2)
+        width = nodes[above] - nodes[above + 1]
+        dplace = (dnodes[:, above] - dx - place * (dnodes[:, above] - dnodes[:, above + 1])) / width
+        # A score that equals a node, where the ranks have a kink, has the derivative of the node.
+        equal = np.minimum(abs(nodes[above] - of.x), abs(of.x - nodes[above + 1])) <= 1e-14 * max(abs(of.x))
+        dplace[:, equal] = 0.0
+        moved = (1 - place) * dranks[:, above] + place * dranks[:, above + 1]
+        return np.asarray(moved + dplace * (ranks[above + 1] - ranks[above]), dtype=float)
 
-    def vjp(self, **cotangents: np.ndarray) -> dict[str, Any]:
+    def jvp(self, **tangents: Any) -> dict[str, np.ndarray]:
+        """The tangents of the three results. An argument without a tangent does not move."""
+        found: dict[str, Any] = {"assignment": 0.0, "values": 0.0, "ranks": 0.0}
+        for name, value in tangents.items():
+            for part, blocks in self.jacobians(name).items():
+                found[part] = found[part] + np.tensordot(np.atleast_1d(value), blocks, 1)
+        return found
+
+    def vjp(self, names: tuple[str, ...] = ("x", "epsilon"), **cotangents: np.ndarray) -> dict[str, Any]:
         found = {}
-        for name in ("x", "epsilon"):
+        for name in names:
             blocks = self.jacobians(name)
             found[name] = sum(np.tensordot(blocks[part], u, u.ndim) for part, u in cotangents.items())
-        return {"x": found["x"], "epsilon": found["epsilon"][0]}
+        return {name: values[0] if name == "epsilon" else values for name, values in found.items()}
 
     @cached_property
     def error(self) -> float:

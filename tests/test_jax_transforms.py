@@ -390,13 +390,15 @@ def test_one_score_dominates_a_boundary(function: str, dtype: str, rng: Any) -> 
             found, tangent = transported.vjp(cotangent, ("x", "epsilon")), transported.jvp(x=direction)
         else:
             part = {"rank": "ranks", "sort": "values"}[function]
-            ladder = Ladder(row, 2, 1.0, unit=1.5, step=2.0, largest=False)
-            found, tangent = ladder.vjp(**{part: cotangent}), ladder.jvp(direction, 0.0)[part]
+            ladder = Ladder(row, 2, 1.0, unit=1.5, largest=False)
+            found, tangent = ladder.vjp(**{part: cotangent}), ladder.jvp(x=direction)[part]
         by_x.append(found["x"])
         by_epsilon.append([found["epsilon"]])
         tangents.append(tangent)
     assert_rows_close(pulled[0], np.stack(by_x), dtype)
-    assert_rows_close(pulled[1], np.asarray(by_epsilon), dtype)
+    # Ranks are linear between the sorted values, whatever epsilon is. So what is left of its derivative is negligible.
+    scale = np.abs(np.stack(by_x)).max(axis=1) if function == "rank" else None
+    assert_rows_close(pulled[1], np.asarray(by_epsilon), dtype, scale)
     assert_rows_close(pushed, np.stack(tangents), dtype)
 
 

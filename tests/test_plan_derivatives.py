@@ -76,9 +76,9 @@ class Case:
             )
         n = row["x"].size
         rows = self.options.get("num_anchors", n)
-        shape = {"unit": n / rows, "step": (n - 1) / (rows - 1)}
+        shape = {"unit": n / rows}
         largest = self.options.get("descending", False)
-        return Ladder(row["x"], rows, row["epsilon"], **shape, largest=largest, arithmetic=self.arithmetic)
+        return Ladder(**row, rows=rows, **shape, largest=largest, arithmetic=self.arithmetic)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -104,6 +104,13 @@ def ladder_rows(n: int) -> dict[str, np.ndarray]:
     gap = rng.permutation(gap + np.where(np.arange(n) < 3, 0.4, -0.4))
     x = np.stack([*normal, tied, gap])
     return {"x": x, "epsilon": np.asarray([[0.5], [5.0], [0.03], [0.2], [0.02]])}
+
+
+def weighted_rows(n: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(n)
+    weights = rng.uniform(0.2, 2.5, size=(5, n))
+    weights[1, 2] = 0.0
+    return ladder_rows(n) | {"weights": weights}
 
 
 def transport_rows(weighted: bool) -> dict[str, np.ndarray]:
@@ -147,6 +154,9 @@ CASES = {
     "sort, few anchors": Case("sort", ladder_rows(8), {"num_anchors": 3, "descending": True}),
     "rank": Case("rank", ladder_rows(7), {}),
     "rank, few anchors": Case("rank", ladder_rows(8), {"num_anchors": 3, "descending": True}),
+    "rank, weights": Case("rank", weighted_rows(7), {}),
+    "rank, weights, few anchors": Case("rank", weighted_rows(8), {"num_anchors": 5}),
+    "sort, weights": Case("sort", weighted_rows(8), {"num_anchors": 5, "descending": True}),
     "transport": Case("transport", transport_rows(False), {}),
     "transport, weights": Case("transport", transport_rows(True), {}),
     "transport, weights, some removed": Case("transport", transport_rows(True), {"where": where_rows()}),
@@ -155,6 +165,7 @@ CASES = {
 MANY = {
     "sorted_topk": Case("sorted_topk", many(300), {"k": 10}, LONG),
     "rank": Case("rank", many(200), {"num_anchors": 12}, LONG),
+    "rank, one anchor for each": Case("rank", many(60), {}, LONG),
     "sort": Case("sort", many(40), {}, LONG),
     "transport": Case("transport", many_to_anchors(300, 8), {}, LONG),
 }
@@ -184,10 +195,10 @@ def by_oracle(case: Case) -> Wanted:
             rates["plan"].append(reference.jvp(**moved))
             found = reference.vjp(cotangents["plan"][i], tuple(pulled))
         else:
-            rate = reference.jvp(moved["x"], moved["epsilon"])
+            rate = reference.jvp(**moved)
             for part, values in rates.items():
                 values.append(rate[part])
-            found = reference.vjp(**{part: u[i].astype(float) for part, u in cotangents.items()})
+            found = reference.vjp(tuple(pulled), **{part: u[i].astype(float) for part, u in cotangents.items()})
         for name, values in pulled.items():
             values.append(np.atleast_1d(found[name]))
     stacked = [{name: np.stack(rows) for name, rows in part.items()} for part in (rates, pulled)]

@@ -335,7 +335,7 @@ def test_values_are_the_assignment_times_the_scores(rng: np.random.Generator) ->
 def test_sort_and_rank_against_the_reference(n: int, anchors: int | None, epsilon: float) -> None:
     x = np.random.default_rng(n).normal(size=n)
     rows = anchors or n
-    options = {"unit": n / rows, "step": (n - 1) / (rows - 1), "arithmetic": LONG}
+    options = {"unit": n / rows, "arithmetic": LONG}
     for descending in (False, True):
         reference = Ladder(x, rows, epsilon, largest=descending, **options)
         assert reference.error <= 1e-15 * n
@@ -402,9 +402,70 @@ def test_few_anchors_for_many_scores(rng: np.random.Generator) -> None:
     found = softk.sort(x, epsilon=1e-6, num_anchors=16)
     assert found.shape == (16,)
     np.testing.assert_allclose(found, np.sort(x).reshape(16, 625).mean(axis=1), rtol=0, atol=1e-9)
+    # Evenly spaced scores have ranks that are linear in them.
     ranks = softk.rank(x, epsilon=1e-6, num_anchors=16)
-    wanted = (9999 / 15) * np.floor(np.argsort(np.argsort(x)) / 625)
-    np.testing.assert_allclose(ranks, wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ranks, np.argsort(np.argsort(x)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "exponential"])
+def test_ranks_of_few_anchors_come_close_to_those_of_n(distribution: str, epsilon: float, rng: Any) -> None:
+    """The documented error, in units of n / num_anchors, and no score without a rank of its own."""
+    x = getattr(rng, distribution)(size=1000)
+    x, order = x / x.std(), np.argsort(x)
+    wanted = softk.rank(x, epsilon=epsilon)
+    for anchors in (20, 100, 500):
+        found = softk.rank(x, epsilon=epsilon, num_anchors=anchors)
+        error = np.abs(found - wanted) * (anchors / x.size)
+        assert error.max() <= 2 / 3
+        assert error.mean() <= 0.12
+        assert np.all(np.diff(found[order]) > 0.0)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 1e-4])
+def test_ranks_of_few_anchors_at_their_ends(light: Library, epsilon: float) -> None:
+    """Ties that fill an anchor, infinite scores, and items that are left out."""
+    x = np.asarray([[3.0, 3.0, 3.0, 1.0, 0.5, 0.0, -1.0, -1.0, -1.0], [INF, INF, 1.0, 0.5, 0.4, 0.3, 0.0, -INF, -INF]])
+
+    def ranks(x: np.ndarray, **options: Any) -> np.ndarray:
+        options = {name: light.array(value) for name, value in options.items()}
+        return light.numpy(softk.rank(light.array(x), epsilon=epsilon, num_anchors=3, descending=True, **options))
+
+    found = ranks(x)
+    np.testing.assert_allclose(found[0, :3], found[0, 0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found[1, [0, 1, 7, 8]], [0.5, 0.5, 7.5, 7.5], rtol=0, atol=1e-12)
+    if epsilon < 1e-3:
+        np.testing.assert_allclose(found[0, [0, 4, 8]], [1.0, 4.0, 7.0], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(found[1, [2, 6]], [2.0, 6.0], rtol=0, atol=1e-9)
+    # A third of twice as many items, half of which are left out, is what a third of them is.
+    padded, where = np.concatenate([x[:1], np.full((1, 9), NAN)], axis=1), np.arange(18)[None] < 9
+    options = {"epsilon": epsilon, "descending": True, "where": light.array(where)}
+    twice = light.numpy(softk.rank(light.array(padded), num_anchors=6, **options))
+    np.testing.assert_allclose(twice[0], [*found[0], *[13.0] * 9], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("anchors", [None, 5])
+def test_weights_of_a_sort_and_a_rank(light: Library, anchors: int | None, rng: Any) -> None:
+    x, weights, where = rng.normal(size=(3, 12)), rng.uniform(0.1, 3.0, size=12), rng.random((3, 12)) < 0.8
+    weights[3] = 0.0
+    rows = anchors or 12
+
+    def both(**options: Any) -> list[np.ndarray]:
+        options = {name: light.array(value) for name, value in options.items()}
+        return [
+            light.numpy(f(light.array(x), epsilon=0.3, num_anchors=anchors, **options))
+            for f in (softk.sort, softk.rank)
+        ]
+
+    found, scaled = both(weights=weights), both(weights=1e3 * weights)
+    for i in range(3):
+        reference = Ladder(x[i], rows, 0.3, unit=12 / rows, weights=weights, largest=False, arithmetic=LONG)
+        np.testing.assert_allclose(found[0][i], reference.values, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(found[1][i], reference.ranks, rtol=0, atol=1e-12)
+    for one, other in (*zip(found, scaled, strict=True), *zip(both(weights=np.ones(12)), both(), strict=True)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+    for one, other in zip(both(weights=np.ones(12), where=where), both(where=where), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 # --- the published properties of a soft sort

@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
-from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from softk._reference.plan.ranking import soft_rank
+from softk._reference.plan.sorting import soft_sort, sorted_plan
 from softk.backend import Array, Backend, Kernel, Primitive
 
 from .kernels import Inputs, adapter, all_of, called, define, differentiate, form, refuses, summed, there
 
 __all__ = ["KERNELS"]
 
-#: How many operands there are of each kind. The first are the inputs of the primitive: scores, temperature, mass of a
-#: row and `where`. Those of a derivative continue with the offset and the reference, and then the tangents of the first
-#: two inputs, or the cotangents of the results and the offset.
+#: How many operands there are of each kind. The first are the inputs of the primitive without the weights, which the
+#: kernels do not take: scores, temperature, mass of a row and `where`. Those of a derivative continue with the offset
+#: and the reference, and then the tangents of the first two inputs, or the cotangents of the results and the offset.
 PROBLEM, STATE, TANGENTS = 4, 2, 2
 FIXED = PROBLEM + STATE
 
@@ -36,7 +37,7 @@ FIXED = PROBLEM + STATE
 def _climbed(*operands: Any, of: Primitive, present: Any, rows: int, ranks: Any) -> list[Array]:
     inputs = all_of(present, operands)
     with adapter().quiet(inputs[0]):
-        return list(of.forward(adapter(), inputs, rows=rows, ranks=ranks))
+        return list(of.forward(adapter(), (*inputs, None), rows=rows, ranks=ranks))
 
 
 @partial(jax.checkpoint, static_argnums=(0,))
@@ -46,7 +47,7 @@ def _push_once(static: tuple[Any, ...], *operands: Any) -> list[Array]:
     inputs, state, tangents = given[:PROBLEM], given[PROBLEM:FIXED], given[FIXED:]
     with adapter().quiet(inputs[0]):
         outputs = (*(None for _ in of.results), *state)
-        return list(of.jvp(adapter(), inputs, outputs, (*tangents, None, None)))
+        return list(of.jvp(adapter(), (*inputs, None), outputs, (*tangents, None, None, None)))
 
 
 def _pushed(*operands: Any, of: Primitive, present: Any) -> list[Array]:
@@ -240,6 +241,8 @@ ad.primitive_transposes[pull] = _pull_transposed
 def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
     if str(inputs[0].dtype) not in ("float32", "float64"):
         return f"the scores must be of float32 or float64, got {inputs[0].dtype}"
+    if inputs[PROBLEM] is not None:
+        return "the kernels for sorting take no weights"
     return refuses(backend, inputs, *groups)
 
 
@@ -256,13 +259,13 @@ def _bind(operation: Any, given: Sequence[Any], **params: Any) -> tuple[Array, .
 def _climb(
     primitive: Primitive, backend: Backend, inputs: Inputs, *, rows: int, ranks: tuple[int, ...] | None
 ) -> tuple[Array, ...]:
-    return _bind(climb, inputs, of=primitive, rows=rows, ranks=ranks)
+    return _bind(climb, inputs[:PROBLEM], of=primitive, rows=rows, ranks=ranks)
 
 
 def _push(
     primitive: Primitive, backend: Backend, inputs: Inputs, outputs: Inputs, tangents: Inputs
 ) -> tuple[Array, ...]:
-    return _bind(push, (*inputs, *outputs[-STATE:], *tangents[:TANGENTS]), of=primitive)
+    return _bind(push, (*inputs[:PROBLEM], *outputs[-STATE:], *tangents[:TANGENTS]), of=primitive)
 
 
 KERNELS = tuple(

@@ -17,7 +17,8 @@ from functools import cache, partial
 from itertools import chain
 from typing import Any
 
-from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from softk._reference.plan.ranking import soft_rank
+from softk._reference.plan.sorting import soft_sort, sorted_plan
 from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, Part, Primitive, is_in_host_memory
@@ -155,11 +156,15 @@ def _refuses_ladder(backend: Backend, inputs: Inputs, *, rows: int, **options: A
     reason = _refuses(backend, inputs)
     if reason is None and str(inputs[0].dtype).rpartition(".")[2] not in WIDE:
         return f"the scores must be of float32 or float64, got {inputs[0].dtype}"
-    return reason
+    return reason or _weighted(inputs)
+
+
+def _weighted(inputs: Inputs) -> str | None:
+    return None if inputs[4] is None else "the kernels for sorting take no weights"
 
 
 def _refuses_ladder_rule(backend: Backend, inputs: Inputs, outputs: Inputs, given: Inputs, *needed: Any) -> str | None:
-    return _refuses(backend, inputs, outputs[-2:], given)
+    return _refuses(backend, inputs, outputs[-2:], given) or _weighted(inputs)
 
 
 def _climb(primitive: Any, backend: Backend, inputs: Inputs, **options: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from . import bands
+from . import bands, ranking
 from .cache import compiled, kernel
 from .operations import EXACT
 from .rows import masked_row, number_of, room_for
@@ -253,24 +253,6 @@ def mass_of_row(j, unit, count, infinite, bound):
 
 
 @compiled(EXACT)
-def write_ranks(active, taken, first, low, high, at, tails, found):
-    """The mean anchor of every score: that of its peak, and the tails on both sides."""
-    begin = 0
-    for j in range(active + 1):
-        end = first[j] if j < active else taken
-        for i in range(begin, end):
-            found[i] = j
-        begin = end
-    for j in range(active):
-        shift = at[0, j] - low[j]
-        for i in range(low[j], first[j]):
-            found[i] += tails[shift + i]
-        shift = at[1, j] - first[j]
-        for i in range(first[j], high[j]):
-            found[i] -= tails[shift + i]
-
-
-@compiled(EXACT)
 def anchor_shares(j, active, taken, first, low, high, at, shares, whole, found):
     """The shares of the scores of one anchor, and from which score to which they are."""
     begin = 0 if j == 0 else first[j - 1] if j <= active else taken
@@ -289,8 +271,31 @@ def anchor_shares(j, active, taken, first, low, high, at, shares, whole, found):
     return start, stop
 
 
+@compiled(EXACT)
+def mean_of_row(j, begin, end, share, x, unit, count, infinite, bound):
+    """The mean of the scores from `begin` to `end`, of which the anchor has these shares."""
+    found = end_of_row(j, unit, count, infinite, bound)
+    if found != 0.0:
+        return found
+    begin, total = max(begin, infinite), 0.0
+    near = x[min(begin, x.shape[0] - 1)]
+    for i in range(begin, end):
+        total += share[i] * (x[i] - near)
+    return near + total / mass_of_row(j, unit, count, infinite, bound)
+
+
+@compiled(EXACT)
+def fill_nodes(x, unit, count, infinite, bound, plan, room, means, nodes):
+    """The means of the anchors, and the nodes between which ranks are interpolated."""
+    active, first, low, high, at, shares, whole = plan
+    for j in range(means.shape[0]):
+        begin, end = anchor_shares(j, active, x.shape[0], first, low, high, at, shares, whole, room)
+        means[j] = mean_of_row(j, begin, end, room, x, unit, count, infinite, bound)
+    ranking.fill_nodes(x, infinite, means, nodes)
+
+
 @kernel(EXACT)
-def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, references, left, bound, start, stop):
+def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, references, left, bound, start, stop):
     """The state, which slices are left to the reference, and what has rows: values and assignment, or ranks."""
     n, b = x.shape[1], offsets.shape[1]
     rooms, spare, index = bands.room_of(n, b), np.empty((3, max(n, b) + 1)), np.empty((2, n + 1), np.int64)
@@ -299,6 +304,7 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
     reference, offset = np.empty(b), np.empty(b)
     first, low, high, at = rooms[0][0], rooms[0][1], rooms[0][2], rooms[1]
     sorted_, whole = rooms[2][4], rooms[2][1]
+    means, share, nodes, node_ranks = np.empty(b), np.empty(b + 1), np.empty(b + 2), np.empty(b + 2)
     for row in range(start, stop):
         slice_ = masked_row(x, where, row, -math.inf, raw)
         mass = number_of(unit, row)
@@ -311,13 +317,24 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
             bands.reset(reference, b, math.nan)
         bands.copy(offset, offsets[row], b)
         bands.copy(reference, references[row], b)
+        if active == 0:
+            bands.reset(whole, taken, 1.0)
         if ranks.shape[0] > 0:
             # Scores of -inf are not transported. They share the last places.
             bands.reset(ranks[row], n, 0.5 * (count + (n - 1.0)) if state == SOLVED else math.nan)
             if state == SOLVED:
-                write_ranks(active, taken, first, low, high, at, tails, found)
+                q, r, s = sorted_[:taken], reference[:active], offset[:active]
+                if b == n:
+                    ranking.write_ranks(active, taken, first, low, high, at, tails, found)
+                else:
+                    plan = (active, first, low, high, at, shares, whole)
+                    fill_nodes(q, mass, count, infinite, bound, plan, found, means, nodes)
+                    of_anchors = (mass, count, infinite, ranking.ties_of(q, infinite))
+                    boundaries = (number_of(tau, row), r, s, math.exp(-math.log(n / bound.eps) - DEPTH))
+                    ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks)
+                    ranking.interpolate(q, infinite, nodes, node_ranks, bound, found)
                 for i in range(taken):
-                    ranks[row, index[0, i]] = step * found[i]
+                    ranks[row, index[0, i]] = found[i]
             continue
         bands.reset(values[row], b, math.nan)
         has_assignment = assignment.shape[0] > 0
@@ -326,20 +343,12 @@ def ladder_rows(x, where, tau, unit, step, values, assignment, ranks, offsets, r
                 bands.reset(assignment[row, j], n, 0.0 if state == SOLVED else math.nan)
         if state != SOLVED:
             continue
-        if active == 0:
-            bands.reset(whole, taken, 1.0)
         for j in range(b):
             begin, end = anchor_shares(j, active, taken, first, low, high, at, shares, whole, found)
             if has_assignment:
                 for i in range(begin, end):
                     assignment[row, j, index[0, i]] = found[i]
-            values[row, j] = end_of_row(j, mass, count, infinite, bound)
-            if values[row, j] == 0.0:
-                begin, total = max(begin, infinite), 0.0
-                near = sorted_[min(begin, taken - 1)]
-                for i in range(begin, end):
-                    total += found[i] * (sorted_[i] - near)
-                values[row, j] = near + total / mass_of_row(j, mass, count, infinite, bound)
+            values[row, j] = mean_of_row(j, begin, end, found, sorted_[:taken], mass, count, infinite, bound)
 
 
 @compiled(EXACT)
@@ -411,7 +420,7 @@ def across(x, weights, reference, first, low, high, at, tails, moved, v, sums, c
 
 
 @compiled(EXACT)
-def differences(row, b, rates, infinite, reference, x, index, first, low, high, at, step, ubar, rbar, moved):
+def differences(row, b, rates, infinite, reference, x, index, first, low, high, at, ubar, rbar, moved):
     """What the cotangent of a score's share above a boundary has beyond that of its share below.
 
     `rates` are the cotangents of the sums whose quotients by the masses are the means; infinite scores have no part.
@@ -427,7 +436,7 @@ def differences(row, b, rates, infinite, reference, x, index, first, low, high, 
             for i in range(start, stop):
                 value = 0.0
                 if rbar.shape[0] > 0:
-                    value = -step * rbar[row, index[i]] if has_next else 0.0
+                    value = -rbar[row, index[i]] if has_next else 0.0
                 if i >= infinite:
                     value += above * (x[i] - r) - below * (x[i] - next_)
                 if ubar.shape[0] > 0:
@@ -439,7 +448,7 @@ def differences(row, b, rates, infinite, reference, x, index, first, low, high, 
 
 @kernel(EXACT)
 def pull_ladder_rows(
-    x, where, tau, unit, step, offsets, references, vbar, ubar, rbar, c, xbar, taubar, left, bound, start, stop
+    x, where, tau, unit, offsets, references, vbar, ubar, rbar, c, xbar, taubar, left, bound, start, stop
 ):
     """The cotangents of the scores and of the temperature, from those of the results and the offsets.
 
@@ -452,6 +461,10 @@ def pull_ladder_rows(
     reference, offset, rates = np.empty(b), np.empty(b), np.empty(b)
     whole_numbers, places, scores, numbers, room, matrix = rooms
     values, changes, sums, whole = scores[4], spare[1], scores[0], scores[1]
+    is_few = rbar.shape[0] > 0 and b < n
+    means, share, by_offset = np.empty(b), np.empty(b + 1), np.empty(b)
+    of_nodes, node_room = np.empty((4, b + 2)), np.empty((2, b + 1))
+    nodes, node_ranks, by_node, by_rank = of_nodes[0], of_nodes[1], of_nodes[2], of_nodes[3]
     for row in range(start, stop):
         temperature, mass = number_of(tau, row), number_of(unit, row)
         out = xbar[row]
@@ -486,10 +499,27 @@ def pull_ladder_rows(
         r, s = reference[:active], offset[:active]
         first, low, high = whole_numbers[0, :active], whole_numbers[1, :active], whole_numbers[2, :active]
         at, q = places[:, :active], values[:taken]
-        if active > 0:
-            cut = math.exp(-farthest - DEPTH)
+        cut = math.exp(-farthest - DEPTH)
+        if active == 0:
+            bands.reset(whole, taken, 1.0)
+        else:
             odds, origin = bands.fill_odds(q, temperature, scores[2:4])
             shares, tails = plan_again(q, r, s, temperature, cut, odds, origin, rooms, shares, tails)
+        if is_few:
+            # The cotangents of the ranks become those of the means, of the offsets and of the temperature.
+            plan = (active, first, low, high, at, shares, whole)
+            fill_nodes(q, mass, count, infinite, bound, plan, sums, means, nodes)
+            ties = ranking.ties_of(q, infinite)
+            of_anchors, boundaries = (mass, count, infinite, ties), (temperature, r, s, cut)
+            ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks)
+            ranking.pull_scores(row, q, infinite, nodes, node_ranks, bound, index[0], rbar, out, by_node, by_rank)
+            taubar[row] = ranking.pull_nodes(
+                nodes, means, of_anchors, boundaries, share, node_room, by_rank, by_node, by_offset
+            )
+            ranking.pull_means(q, infinite, ties, means, index[0], by_node, rates, out)
+            for j in range(b):
+                rates[j] /= mass_of_row(j, mass, count, infinite, bound)
+        if active > 0:
             moved = bands.grown(moved, tails.shape[0])
             weights, masses, smallest = spare[2], spare[0], bound.smallest * bound.smallest
             bands.reset(weights, taken, 1.0)
@@ -520,12 +550,15 @@ def pull_ladder_rows(
                 matrix,
                 scale,
             )
-            differences(row, b, rates, infinite, r, q, index[0], first, low, high, at, step, ubar, rbar, moved)
+            of_ranks = rbar[:0] if is_few else rbar
+            differences(row, b, rates, infinite, r, q, index[0], first, low, high, at, ubar, of_ranks, moved)
             measure_from_peaks(weights, first, low, high, at, tails, moved)
             bands.reset(lam, active, 0.0)
             across(q, weights, r, first, low, high, at, tails, moved, lam, sums, changes, found)
             for j in range(active):
                 found[j] = (np.float64(c[row, j]) if c.shape[0] > 0 else 0.0) - found[j]
+                if is_few:
+                    found[j] += by_offset[j]
             bands.solve(
                 found,
                 PRECISE,
@@ -546,11 +579,9 @@ def pull_ladder_rows(
             )
             moment = across(q, weights, r, first, low, high, at, tails, moved, lam, sums, changes, found)
             for i in range(taken):
-                out[index[0, i]] = changes[i] / temperature
-            taubar[row] = -moment / temperature / temperature
-        else:
-            bands.reset(whole, taken, 1.0)
-        if vbar.shape[0] > 0:
+                out[index[0, i]] += changes[i] / temperature
+            taubar[row] -= moment / temperature / temperature
+        if vbar.shape[0] > 0 or is_few:
             for j in range(b):
                 begin, end = anchor_shares(j, active, taken, first, low, high, at, shares, whole, sums)
                 for i in range(begin, end):

@@ -248,7 +248,7 @@ class Ladder:
     """The inputs of a primitive for sorting or ranking, as the kernels take them."""
 
     def __init__(self, inputs: Inputs, rows: int) -> None:
-        x, tau, unit, where = inputs
+        x, tau, unit, where, _ = inputs
         self.given, self.n, self.b = x, x.shape[-1], rows
         self.x, self.batch = rows_of(x, self.n), tuple(x.shape[:-1])
         self.x = np.ascontiguousarray(self.x)
@@ -304,15 +304,14 @@ def climbed(primitive: Any, backend: Any, inputs: Inputs, rows: int, **options: 
     state = offsets[:, :, 0], references[:, :, 0]
     if is_rank:
         ranks, rank_rows = ladder.room(n)
-        step = (n - 1) / max(rows - 1, 1)
-        ladder.run(ladders.ladder_rows, step, none, none[:, :, None], rank_rows, *state)
+        ladder.run(ladders.ladder_rows, none, none[:, :, None], rank_rows, *state)
         found = ranks, offset, reference
     else:
         values, value_rows = ladder.room(rows)
         assignment, assignment_rows = None, none[:, :, None]
         if "assignment" in primitive.results:
             assignment, assignment_rows = ladder.room(rows, n)
-        ladder.run(ladders.ladder_rows, 1.0, value_rows, assignment_rows, none, *state)
+        ladder.run(ladders.ladder_rows, value_rows, assignment_rows, none, *state)
         found = (values, *(() if assignment is None else (assignment,)), offset, reference)
     if ladder.left.any():
         ladder.fill(found, primitive.forward(backend, ladder.those_left(inputs), rows=rows, ranks=None))
@@ -334,7 +333,6 @@ def pulled_from_ladder(
     state = (np.ascontiguousarray(rows_of(value, 1).reshape(-1, b)) for value in (offset, reference))
     ladder.run(
         ladders.pull_ladder_rows,
-        (n - 1) / max(b - 1, 1),
         *state,
         np.empty((0, b), dtype) if vbar is None else _whole(vbar, ladder.rows, b),
         np.empty((0, b, n), dtype) if ubar is None else _whole(ubar, ladder.rows, b, n),
@@ -349,7 +347,7 @@ def pulled_from_ladder(
         those = (ladder.those_left(group) for group in (inputs, (*(None for _ in outputs[:-2]), offset, reference)))
         found = primitive.vjp(backend, *those, ladder.those_left(cotangents), needed)
         ladder.fill((xbar, taubar), found[:2])
-    return xbar, taubar if tau.ndim else backend.xp.sum(taubar), None, None
+    return xbar, taubar if tau.ndim else backend.xp.sum(taubar), None, None, None
 
 
 def _whole(values: Any, *shape: int) -> np.ndarray[Any, Any]:

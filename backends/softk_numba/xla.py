@@ -266,12 +266,6 @@ def _mask_handlers(dtype, weighted):
     return {"solve": solve, "mask": mask, "push": push, "pull": pull}
 
 
-@njit(**EXACT)
-def step_of(x, offsets):
-    """How far neighboring anchors are apart, as ranks."""
-    return (x.shape[1] - 1) / max(offsets.shape[1] - 1, 1)
-
-
 def _ladder_handlers(dtype):
     number = FLOAT64 if dtype == "float64" else FLOAT32
     bound = bound_of(np.dtype(str(KINDS[number])))
@@ -286,7 +280,6 @@ def _ladder_handlers(dtype):
             matrix(operand(frame, 3), BOOL),
             vector(operand(frame, 1), number),
             vector(operand(frame, 2), number),
-            step_of(x, offsets),
             matrix(result(frame, 0), number),
             matrices(result(frame, 1), number),
             matrix(result(frame, 2), number),
@@ -309,7 +302,6 @@ def _ladder_handlers(dtype):
             matrix(operand(frame, 3), BOOL),
             vector(operand(frame, 1), number),
             vector(operand(frame, 2), number),
-            step_of(x, offsets),
             offsets,
             matrix(operand(frame, 5), number),
             matrix(operand(frame, 6), number),

@@ -6,7 +6,8 @@ import math
 import numbers
 from typing import Any, Generic, NamedTuple
 
-from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from softk._reference.plan.ranking import soft_rank
+from softk._reference.plan.sorting import soft_sort, sorted_plan
 from softk.backend import AnyArray, Array, ArrayT
 
 from .arguments import Slices, require_scores
@@ -31,16 +32,17 @@ class SortedTopK(NamedTuple, Generic[ArrayT]):
     assignment: ArrayT
 
 
-def _ladder(slices: Slices, epsilon: Any, where: Any, rows: int, unit: float, step: float) -> dict[str, Any]:
-    """The parts of a `Call` whose primitive has `rows` anchors of mass `unit`, a distance `step` apart."""
+def _ladder(slices: Slices, epsilon: Any, where: Any, weights: Any, rows: int, unit: float) -> dict[str, Any]:
+    """The parts of a `Call` whose primitive has `rows` anchors of mass `unit`, which is also their distance."""
     slices.require_sizes()
     check_temperature(slices.xp, epsilon, slices.working)
     with slices.backend.quiet():
         arguments = {
             "x": slices.scores(),
-            "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5 / step),
+            "epsilon": slices.per_slice("epsilon", epsilon, scale=0.5 / unit),
             "unit": Argument(slices.per_slice("unit", unit).value),
             "where": slices.kept(where),
+            "weights": slices.per_item("weights", weights),
         }
     ranks = None
     # Selection by known ranks is cheaper than sorting only for a few of the largest scores.
@@ -117,7 +119,7 @@ def sorted_topk(
     slices = Slices(x, axis, smallest=check_mode(mode), epsilon=epsilon, where=where)
     require_scores(slices)
     rows = whole_number("k", k, 0, slices.n, "the size of x along axis")
-    call = _ladder(slices, epsilon, where, max(rows, 1), 1.0, 1.0)
+    call = _ladder(slices, epsilon, where, None, max(rows, 1), 1.0)
     values, assignment = slices.one_per_row(), slices.row_by_item()
     if rows == 0:  # the primitive needs one row at least, so for k = 0 a row is computed and dropped
         values, assignment = without_rows(slices, values, 1), without_rows(slices, assignment, 2)
@@ -132,6 +134,7 @@ def sort(
     axis: int = -1,
     descending: bool = False,
     epsilon: float | AnyArray,
+    weights: AnyArray | None = None,
     where: AnyArray | None = None,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
@@ -151,12 +154,15 @@ def sort(
     epsilon : number or array
         Strength of the entropy, in the units of `x`, as for `softk.topk`. It has no default, because sorted values and
         ranks do not show whether it fits the scores. A tenth of their standard deviation is a good start.
+    weights : array, optional
+        Item weights, at least 0, broadcasting to the shape of `x`: how much of the anchors' mass each score fills. Only
+        their ratios matter, because they are divided by their mean.
     where : array of bool, optional
         Items to sort, broadcasting to the shape of `x`. The last values, one for each item that is left out, are
         ``+inf``, or ``-inf`` if `descending`.
     num_anchors : int, optional
-        The number of anchors, from 2 to n, spaced evenly over 0 ... n - 1; n by default. Fewer anchors reduce the cost
-        to O(n num_anchors), and each value is then the mean of n / num_anchors scores.
+        The number of anchors, from 2 to n; n by default. Fewer anchors, of the mass n / num_anchors and as far apart,
+        reduce the cost to O(n num_anchors). Each value is then the mean of n / num_anchors scores.
 
     Returns
     -------
@@ -180,8 +186,8 @@ def sort(
     [-0.499, 0.2, 0.9, 1.7]
     """
     check_flag("descending", descending)
-    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
-    call = _anchored(slices, epsilon, where, num_anchors)
+    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, weights=weights, where=where)
+    call = _anchored(slices, epsilon, where, weights, num_anchors)
     return Call(primitive=soft_sort, restores=(slices.one_per_row(),), **call)
 
 
@@ -193,6 +199,7 @@ def rank(
     axis: int = -1,
     descending: bool = False,
     epsilon: float | AnyArray,
+    weights: AnyArray | None = None,
     where: AnyArray | None = None,
     num_anchors: int | None = None,
 ) -> Call[ArrayT]:
@@ -203,13 +210,20 @@ def rank(
 
     Parameters
     ----------
-    x, axis, epsilon, num_anchors
+    x, axis, epsilon
         As for `softk.sort`.
+    weights : array, optional
+        Item weights, at least 0, broadcasting to the shape of `x`: how many ranks each score takes up. They are divided
+        by their mean, so that the ranks are still from 0 to n - 1.
     where : array of bool, optional
         Items to rank, broadcasting to the shape of `x`. The items that are left out come after all others. They share
         the mean of the last ranks and have no derivative.
     descending : bool, optional
         Give rank 0 to the largest score.
+    num_anchors : int, optional
+        The number of anchors, from 2 to n; n by default. With fewer anchors, the ranks are those of the values of
+        `softk.sort`, and linear in the scores between these. In the middle they then differ from the ranks by n anchors
+        by a small part of n / num_anchors, and at both ends by at most about two thirds of it.
 
     Returns
     -------
@@ -233,16 +247,16 @@ def rank(
     [1.0, 3.0, 0.001, 1.999]
     """
     check_flag("descending", descending)
-    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, where=where)
-    call = _anchored(slices, epsilon, where, num_anchors)
+    slices = Slices(x, axis, smallest=not descending, epsilon=epsilon, weights=weights, where=where)
+    call = _anchored(slices, epsilon, where, weights, num_anchors)
     return Call(primitive=soft_rank, restores=(slices.like_scores(),), **call)
 
 
-def _anchored(slices: Slices, epsilon: Any, where: Any, num_anchors: int | None) -> dict[str, Any]:
+def _anchored(slices: Slices, epsilon: Any, where: Any, weights: Any, num_anchors: int | None) -> dict[str, Any]:
     require_scores(slices)
     n = slices.n
     rows = n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
-    return _ladder(slices, epsilon, where, rows, n / rows, (n - 1) / (rows - 1) if rows > 1 else 1.0)
+    return _ladder(slices, epsilon, where, weights, rows, n / rows)
 
 
 def without_rows(slices: Slices, result: Argument, axes: int) -> Argument:

@@ -24,5 +24,5 @@ the Jacobian J = sum_i a_i M_i is symmetric, positive definite and a sum of posi
 computed from the tails, as for the mask.
 
 `system` has the plan for given boundaries and its Jacobian. `newton` and `sinkhorn` find the boundaries. `rule` is the
-derivative. `sorting` and `transport` are the operators based on a plan.
+derivative. `sorting`, `ranking` and `transport` are the operators based on a plan.
 """

@@ -1,10 +1,11 @@
-"""Sorting and ranking: anchors of equal mass at equal distances, and one more anchor for the remaining mass, if any.
+"""Sorting: anchors of equal mass at equal distances, and one more anchor for the remaining mass, if any.
 
 As for the mask, the last outputs are the offsets, from which the rule is computed, and constants. Rows are anchors or
 the boundaries between them, from the highest to the lowest. Columns are scores.
 
 Inputs, in this order: scores x (..., n), tau between neighboring anchors (..., 1) or (), the mass of a row (), where
-(..., n) or None. The number of rows is an option. In a rule it is the number of offsets, one per row.
+and item weights (..., n) or None. The number of rows is an option. In a rule it is the number of offsets, one per row.
+The weights are divided by their mean, so that they sum to the number of scores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softk._reference.threshold.limits import clip, limits
+from softk._reference.threshold.limits import clip, limits, safe_denominator
 from softk._reference.threshold.problem import effective_weights, selectable
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
@@ -23,44 +24,86 @@ from .system import Task, log_odds, plan, prepare
 Arrays = tuple[Array, ...]
 
 
+def _scale(xp: Any, x: Array, effective: Array) -> tuple[Array, Array]:
+    """The inverse of the mean weight (..., 1), and of how many scores it is the mean."""
+    count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
+    total = xp.sum(effective, axis=-1, keepdims=True)
+    count = safe_denominator(xp, count)
+    return count / safe_denominator(xp, total), count
+
+
 def _ladder(xp: Any, inputs: tuple[Any, ...], rows: int) -> Task:
-    x, tau, unit, where = inputs
+    x, tau, unit, where, weights = inputs
     x = selectable(xp, x, where)
-    return prepare(xp, x, xp.broadcast_to(unit, (*x.shape[:-1], rows + 1)), tau, effective_weights(xp, x, None))
+    masses = xp.broadcast_to(unit, (*x.shape[:-1], rows + 1))
+    effective = effective_weights(xp, x, weights)
+    if weights is None:
+        return prepare(xp, x, masses, tau, effective)
+    effective = effective * _scale(xp, x, effective)[0]
+    # The anchors take no more than there is: a mass above the sum of the weights would be an error of the user's.
+    total = xp.sum(effective, axis=-1, keepdims=True)
+    above = xp.cumulative_sum(masses, axis=-1)
+    task = prepare(xp, x, xp.minimum(xp.maximum(total - (above - masses), 0.0), masses), tau, effective)
+    return task._replace(mass=xp.expand_dims(xp.minimum(above, total)[..., :-1], axis=-1))
 
 
-def _climb(
+def climb(
     backend: Backend, inputs: tuple[Any, ...], rows: int, ranks: tuple[int, ...] | None
 ) -> tuple[Task, Array, Array]:
+    """The problem in canonical form, and the reference and offset of its boundaries."""
     task = _ladder(backend.xp, inputs, rows)
-    reference, offset, _ = newton(backend, task, weighted=False, ranks=ranks)
+    reference, offset, _ = newton(backend, task, weighted=inputs[4] is not None, ranks=ranks)
     return task, reference, offset
 
 
-def _linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearization:
+def linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -> PlanLinearization:
+    """The derivative of the plan, from the last outputs."""
     *_, offset, reference = outputs
     return PlanLinearization(backend, _ladder(backend.xp, inputs, offset.shape[-2]), reference, offset)
 
 
-def _push(rule: PlanLinearization, tangents: Inputs) -> tuple[Array, Array]:
-    """Tangents of the whole plan and of the offsets."""
+def weights_pushed(rule: PlanLinearization, inputs: tuple[Any, ...], da: Array | None) -> Array | None:
+    """The tangent (..., 1, n) of the weights divided by their mean, from that of the weights."""
+    if da is None:
+        return None
+    xp, x, own = rule.xp, rule.task.x, rule.task.weights
+    scale, count = _scale(xp, x, effective_weights(xp, x, inputs[4]))
+    da = scale * xp.where(x == -math.inf, 0.0, da)
+    return xp.expand_dims(da, axis=-2) - own * xp.expand_dims(xp.sum(da, axis=-1, keepdims=True) / count, axis=-2)
+
+
+def push(rule: PlanLinearization, tangents: Inputs, da: Array | None) -> tuple[Array, Array]:
+    """Tangents of the whole plan without the weights, and of the offsets; `da` is from `weights_pushed`."""
     dx, dtau, *_ = tangents
-    column = None if dtau is None else _column(rule.xp, dtau)
-    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), column, None, None)
+    dtau = None if dtau is None else column(rule.xp, dtau)
+    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), dtau, da, None)
 
 
-def _column(xp: Any, values: Array) -> Array:
+def pull(
+    rule: PlanLinearization, inputs: tuple[Any, ...], ubar: Array | None, c: Array | None, taubar: Any, abar: Any
+) -> tuple[Array, Array, Array | None]:
+    """Cotangents of the scores, the temperature and the weights, from those of the plan and of the offsets.
+
+    `taubar` and `abar` are what else has been found of the temperature of each boundary, and of the divided weights.
+    """
+    xp, tau, weights = rule.xp, inputs[1], inputs[4]
+    xbar, by_boundary, own, _ = rule.pull(ubar, c)
+    shared = xp.sum(by_boundary + taubar, axis=-2)
+    shared = shared if tau.ndim else xp.sum(shared)
+    if weights is None:
+        return xbar, shared, None
+    x, own = rule.task.x, own + abar
+    scale, count = _scale(xp, x, effective_weights(xp, x, weights))
+    mean = xp.sum(own * rule.task.weights[..., 0, :], axis=-1, keepdims=True) / count
+    return xbar, shared, xp.where(x == -math.inf, 0.0, scale * (own - mean))
+
+
+def column(xp: Any, values: Array) -> Array:
     """Align an array of one value per slice with the boundaries."""
     return xp.expand_dims(values, axis=-1) if values.ndim else values
 
 
-def _one(xp: Any, taubar: Array, tau: Array) -> Array:
-    """The cotangent of the temperature that all boundaries share: the sum of theirs."""
-    shared = xp.sum(taubar, axis=-2)
-    return shared if tau.ndim else xp.sum(shared)
-
-
-class _Means:
+class Means:
     """The mean score of each row: r + sum_i P_ij (x_i - r) / c_j.
 
     The sum is measured from a constant r near the mean, so that a common offset of the scores adds no rounding error.
@@ -82,15 +125,19 @@ class _Means:
         self.apart = xp.where(self.finite, apart, 0.0)
         before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
         count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
-        first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
+        first = xp.sum(xp.where(x == math.inf, task.weights[..., 0, :], 0.0), axis=-1, keepdims=True)
         mass = clip(xp, count - before, 0.0, unit)
         none = xp.zeros_like(mass)
         # The infinite part of a mean: +inf for rows that get some of a +inf, -inf for rows that lack scores.
         self.end = xp.where(before < first, math.inf, none) + xp.where(mass < 0.999 * unit, -math.inf, none)
         self.mass = xp.where(self.end == 0.0, mass, math.inf)  # rows without a finite mean have no derivative
 
+    def beyond(self, share: Array) -> Array:
+        """What the finite means exceed `near` by."""
+        return self.xp.sum(share * self.apart, axis=-1) / self.mass
+
     def of(self, share: Array) -> Array:
-        found = self.xp.sum(share * self.apart, axis=-1) / self.mass
+        found = self.beyond(share)
         return self.xp.where(self.xp.isnan(found), math.nan, self.near + found + self.end)
 
     def push(self, share: Array, dshare: Array, dx: Array | None) -> Array:
@@ -109,44 +156,81 @@ class _Means:
 
 def _sorted_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
     xp = backend.xp
-    task, reference, offset = _climb(backend, inputs, rows, ranks)
+    task, reference, offset = climb(backend, inputs, rows, ranks)
     share = (plan(xp, log_odds(backend, task, reference) - offset) * task.weights)[..., :-1, :]
-    return _Means(backend, task, reference, inputs[2]).of(share), share, offset, reference
+    return Means(backend, task, reference, inputs[2]).of(share), share, offset, reference
+
+
+def means_pushed(
+    backend: Backend,
+    rule: PlanLinearization,
+    inputs: tuple[Any, ...],
+    outputs: Arrays,
+    dshare: Array,
+    dx: Array | None,
+    da: Array | None,
+) -> Array:
+    """The tangent of the means, from those of the plan without the weights, the scores and the divided weights."""
+    weights = rule.task.weights
+    dshare = weights * dshare if da is None else weights * dshare + da * rule.share
+    means = Means(backend, rule.task, outputs[-1], inputs[2])
+    return means.push((weights * rule.share)[..., :-1, :], dshare[..., :-1, :], dx)
+
+
+def means_pulled(
+    backend: Backend,
+    rule: PlanLinearization,
+    inputs: tuple[Any, ...],
+    outputs: Arrays,
+    vbar: Array | None,
+    ubar: Array | None,
+    c: Array | None,
+    taubar: Any,
+) -> tuple[Array, Array, Array | None]:
+    """Cotangents of scores, temperature and weights, from those of the means, of the plan and of the offsets.
+
+    `taubar` is what else has been found of the temperature of each boundary.
+    """
+    xp, weights, direct = backend.xp, rule.task.weights, None
+    abar: Any = 0.0
+    if vbar is not None:
+        share = (weights * rule.share)[..., :-1, :]
+        found, direct = Means(backend, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
+        ubar = found if ubar is None else ubar + found
+    if ubar is not None:
+        ubar = xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
+        abar = 0.0 if inputs[4] is None else xp.sum(ubar * rule.share, axis=-2)
+        ubar = weights * ubar
+    xbar, taubar, abar = pull(rule, inputs, ubar, c, taubar, abar)
+    return xbar if direct is None else xbar + direct, taubar, abar
 
 
 def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearize(backend, inputs, outputs)
-    weights = rule.task.weights
-    dshare, doffset = _push(rule, tangents)
-    share, dshare = (weights * rule.share)[..., :-1, :], (weights * dshare)[..., :-1, :]
-    means = _Means(backend, rule.task, outputs[-1], inputs[2])
-    return means.push(share, dshare, tangents[0]), dshare, doffset
+    rule = linearize(backend, inputs, outputs)
+    weights, da = rule.task.weights, weights_pushed(rule, inputs, tangents[4])
+    dshare, doffset = push(rule, tangents, da)
+    dvalues = means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da)
+    dshare = weights * dshare if da is None else weights * dshare + da * rule.share
+    return dvalues, dshare[..., :-1, :], doffset
 
 
 def _sorted_vjp(
     backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
 ) -> Inputs:
-    xp = backend.xp
     vbar, ubar, c = cotangents
-    rule = _linearize(backend, inputs, outputs)
-    weights, direct = rule.task.weights, None
-    if vbar is not None:
-        share = (weights * rule.share)[..., :-1, :]
-        found, direct = _Means(backend, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
-        ubar = found if ubar is None else ubar + found
-    if ubar is not None:
-        ubar = weights * xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
-    xbar, taubar, _, _ = rule.pull(ubar, c)
-    return xbar if direct is None else xbar + direct, _one(xp, taubar, inputs[1]), None, None
+    rule = linearize(backend, inputs, outputs)
+    xbar, taubar, abar = means_pulled(backend, rule, inputs, outputs, vbar, ubar, c, 0.0)
+    return xbar, taubar, None, None, abar
 
 
-def _per_row(inputs: tuple[Any, ...], rows: int) -> Form:
+def per_row(inputs: tuple[Any, ...], rows: int) -> Form:
+    """The form of an array with a number for each row."""
     x = inputs[0]
     return Form((*x.shape[:-1], rows, 1), x.dtype)
 
 
 def _sorted_forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
-    x, row = inputs[0], _per_row(inputs, rows)
+    x, row = inputs[0], per_row(inputs, rows)
     return Form(row.shape[:-1], x.dtype), Form((*row.shape[:-1], x.shape[-1]), x.dtype), row, row
 
 
@@ -194,68 +278,6 @@ soft_sort = Primitive(
     _values_jvp,
     _values_vjp,
     results=("values",),
-    state=("offset",),
-    constants=("reference",),
-)
-
-
-# --- the soft rank: the mean position of the rows to which a score is transported, 0 for the highest
-
-
-def _positions(backend: Backend, x: Array, rows: int) -> Array:
-    """The positions of the rows, evenly over 0 ... n - 1, from the highest row to the lowest (..., m - 1, 1)."""
-    xp = backend.xp
-    step = (x.shape[-1] - 1) / max(rows - 1, 1)
-    place = step * xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype)
-    return xp.broadcast_to(xp.reshape(place, (rows, 1)), (*x.shape[:-1], rows, 1))
-
-
-def _rank_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
-    xp = backend.xp
-    task, reference, offset = _climb(backend, inputs, rows, ranks)
-    share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
-    place = _positions(backend, task.x, rows)
-    found = xp.sum(share * place, axis=-2)
-    # Scores of -inf are not transported. They come after all others, and share their mean rank.
-    count = xp.count_nonzero(task.x > -math.inf, axis=-1, keepdims=True)
-    last = 0.5 * (xp.astype(count, found.dtype) + (task.x.shape[-1] - 1))
-    last = xp.where(xp.isnan(offset[..., 0, :]), math.nan, last)
-    return xp.where(task.x == -math.inf, last, found), offset, reference
-
-
-def _rank_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
-    rule = _linearize(backend, inputs, outputs)
-    place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
-    dshare, doffset = _push(rule, tangents)
-    return backend.xp.sum(rule.task.weights * dshare[..., :-1, :] * place, axis=-2), doffset
-
-
-def _rank_vjp(
-    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
-) -> Inputs:
-    xp = backend.xp
-    ubar, c = cotangents
-    rule = _linearize(backend, inputs, outputs)
-    if ubar is not None:
-        place = _positions(backend, rule.task.x, outputs[-1].shape[-2])
-        place = xp.concat([place, place[..., -1:, :]], axis=-2)
-        ubar = rule.task.weights * xp.expand_dims(ubar, axis=-2) * place
-    xbar, taubar, _, _ = rule.pull(ubar, c)
-    return xbar, _one(xp, taubar, inputs[1]), None, None
-
-
-def _rank_forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
-    x, row = inputs[0], _per_row(inputs, rows)
-    return Form(x.shape, x.dtype), row, row
-
-
-soft_rank = Primitive(
-    "soft_rank",
-    _rank_forward,
-    _rank_forms,
-    _rank_jvp,
-    _rank_vjp,
-    results=("rank",),
     state=("offset",),
     constants=("reference",),
 )

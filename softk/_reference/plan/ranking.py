@@ -1,0 +1,257 @@
+"""Soft ranks: the mean rank of the anchors to which a score is transported, 0 for the highest.
+
+The anchors are those of `sorting`, and so are the inputs and the outputs.
+
+**One anchor for each score.** Anchor j has the rank j, and rank_i = sum_j P_ij j.
+
+**Few anchors.** Anchor j takes the scores of the ranks from j n / m - 1/2 to (j + 1) n / m - 1/2, and has the rank c_j
+in their middle. sum_j P_j(x) c_j is then a function S of a score x that is smooth if a score shares its mass with many
+anchors. Else it is a staircase, but right in the middle of a step: at the sorted value v_j, the mean of the scores that
+anchor j takes. So the ranks are linear between the nodes (v_j, S(v_j)). Two more nodes are the largest and the smallest
+finite score. What they share with the first and the last anchor has the first and the last rank instead of c_j.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softk._reference.threshold.limits import clip, limits, safe_denominator
+from softk.backend import Array, Backend, Form, Inputs, Primitive
+
+from . import sorting
+from .system import Task, log_odds, plan, running, sides
+
+Arrays = tuple[Array, ...]
+
+#: Differences of scores are formed in this unit, so that none overflows.
+UNIT = 0.25
+#: A score equals a node if they differ by at most so many roundings of the largest score.
+CLOSE = 64.0
+
+
+class _Nodes:
+    """The nodes (..., m + 2): the largest score, the sorted values and the smallest score, with their ranks."""
+
+    def __init__(
+        self, backend: Backend, task: Task, means: sorting.Means, share: Array, reference: Array, offset: Array
+    ) -> None:
+        self.xp = xp = backend.xp
+        x, rows, n = task.x, means.near.shape[-1], task.x.shape[-1]
+        self.task, self.device, self.tau = task, backend.device(x), task.tau[..., :-1, :]
+        finite = xp.abs(x) < math.inf
+        top = xp.max(xp.where(finite, x, -math.inf), axis=-1, keepdims=True)
+        low = xp.min(xp.where(finite, x, math.inf), axis=-1, keepdims=True)
+        some = low <= top
+        top, low = xp.where(some, top, 0.0), xp.where(some, low, 0.0)
+        self.ends = finite & (x == top), finite & (x == low)
+        # A sorted value that is infinite counts as the outermost score. The others have two parts: their sum would be
+        # rounded, and a rounding may be large beside a temperature.
+        self.is_top, self.is_low = means.end == math.inf, means.end == -math.inf
+        outermost = self.is_top | self.is_low
+        near = xp.where(self.is_top, top, xp.where(self.is_low, low, means.near))
+        beyond = xp.where(outermost, 0.0, means.beyond(share))
+        none = xp.zeros_like(top)
+        near, beyond = xp.concat([top, near, low], axis=-1), xp.concat([none, beyond, none], axis=-1)
+
+        farthest = limits(xp, x.dtype).farthest
+        more = clip(xp, xp.expand_dims(beyond, axis=-2) / task.tau, -farthest, farthest)
+        self.apart = log_odds(backend, task._replace(x=near), reference) + more
+        share = plan(xp, self.apart - offset)[..., :-1, :]
+        self.apart = self.apart[..., :-1, :]
+        places = self._places(backend, rows, n)
+        # The rank of a node is the sum of that of its own anchor, which is exact, and of a small difference. What
+        # neighboring nodes differ by is then accurate.
+        own = (n / rows) * (_indices(backend, x, rows) + 0.5) - 0.5
+        own = xp.concat([own[..., :1], own, own[..., -1:]], axis=-1)
+        apart = xp.sum(share * (places - xp.expand_dims(own, axis=-2)), axis=-2)
+        # How fast the rank of a node falls with its log-odds at a boundary.
+        rise = places[..., 1:, :] - places[..., :-1, :]
+        above, below = sides(xp, share)
+        before = running(xp, above * rise)[..., 1:, :]
+        behind = running(xp, below * rise, reverse=True)[..., 1:, :]
+        self.fall = below * before + above * behind
+
+        # The interval of each score, and its place there, from 0 to 1.
+        x = clip(xp, x, low, top)
+        nodes = xp.expand_dims((near + beyond)[..., 1:-1], axis=-1)
+        self.interval = xp.count_nonzero(nodes > xp.expand_dims(x, axis=-2), axis=-2)
+        (begin, end), (more, less) = self._around(UNIT * near), self._around(UNIT * beyond)
+        # A score has the rank of a node that it equals up to its rounding.
+        least = (CLOSE * limits(xp, x.dtype).eps * UNIT) * xp.maximum(xp.abs(top), xp.abs(low))
+        above, below = (begin - UNIT * x) + more, (UNIT * x - end) - less
+        at_begin, at_end = above <= least, below <= least
+        width = xp.where(at_begin | at_end, 1.0, above + below)
+        self.place = xp.where(at_begin, 0.0, xp.where(at_end, 1.0, above / width))
+        (one, other), (own, next_) = self._around(apart), self._around(own)
+        rise = (next_ - own) + (other - one)
+        self.slope = xp.where(at_begin | at_end | ~finite, 0.0, rise * (UNIT / width))
+        self.found = own + (one + self.place * rise)
+
+    def _places(self, backend: Backend, rows: int, n: int) -> Array:
+        """The ranks of the anchors, for each node (..., m, m + 2)."""
+        xp, x = self.xp, self.task.x
+        counts = (xp.count_nonzero(mask, axis=-1, keepdims=True) for mask in (x > -math.inf, x == math.inf))
+        of_all, of_first = (xp.expand_dims(xp.astype(count, x.dtype), axis=-1) for count in counts)
+        edges = xp.expand_dims(_indices(backend, x, rows + 1) * (n / rows), axis=-1)
+        edges = clip(xp, edges, of_first, of_all)
+        begin, end = edges[..., :-1, :], edges[..., 1:, :]
+        middle = 0.5 * (begin + end) - 0.5
+        # Ties have their mean rank. If they fill the anchor, that is its middle.
+        ties = (xp.expand_dims(self._ties(tied), axis=-1) for tied in self.ends)
+        before, behind = (xp.maximum(0.5 * (end - begin - tied), 0.0) for tied in ties)
+        first = xp.where(begin == of_first, middle - before, middle)
+        last = xp.where(end == of_all, middle + behind, middle)
+        is_top, is_low = xp.expand_dims(self.is_top, axis=-2), xp.expand_dims(self.is_low, axis=-2)
+        return xp.concat([first, xp.where(is_top, first, xp.where(is_low, last, middle)), last], axis=-1)
+
+    def _around(self, values: Array) -> tuple[Array, Array]:
+        """What the nodes above and below each score have, of values at the nodes."""
+        xp = self.xp
+        above = xp.take_along_axis(values, self.interval, axis=-1)
+        return above, xp.take_along_axis(values, self.interval + 1, axis=-1)
+
+    def _gathered(self, above: Array, below: Array) -> Array:
+        """The transpose of `_around`."""
+        xp, size = self.xp, self.is_top.shape[-1] + 2
+        nodes = xp.reshape(xp.arange(size, device=self.device), (size, 1))
+        nodes = xp.broadcast_to(nodes, (*above.shape[:-1], size, 1))
+        found: Any = 0.0
+        for interval, values in ((self.interval, above), (self.interval + 1, below)):
+            is_there = nodes == xp.expand_dims(interval, axis=-2)
+            found = found + xp.sum(xp.where(is_there, xp.expand_dims(values, axis=-2), 0.0), axis=-1)
+        return found
+
+    def push(self, tangents: Inputs, dvalues: Array, doffset: Array) -> Array:
+        """The tangent of the ranks, from those of the inputs, the sorted values and the offsets."""
+        xp = self.xp
+        dx, dtau, *_ = tangents
+        zero = xp.zeros_like(dvalues[..., :1])
+        top, low = (zero, zero) if dx is None else (self._mean(end, dx) for end in self.ends)
+        dvalues = xp.where(self.is_top, top, xp.where(self.is_low, low, dvalues))
+        moved = xp.concat([top, dvalues, low], axis=-1)
+        dz = xp.expand_dims(moved, axis=-2) / self.tau - doffset[..., :-1, :]
+        if dtau is not None:
+            dz = dz - self.apart * (sorting.column(xp, dtau) / self.tau)
+        (begin, end), (first, last) = self._around(-xp.sum(self.fall * dz, axis=-2)), self._around(moved)
+        by_place = (1.0 - self.place) * first + self.place * last
+        if dx is not None:
+            by_place = by_place - dx
+        return (1.0 - self.place) * begin + self.place * end + self.slope * by_place
+
+    def pull(self, ubar: Array) -> tuple[Array, Array, Array, Array]:
+        """Cotangents of the scores, of the temperature at each boundary, of the sorted values and of the offsets."""
+        xp = self.xp
+        direct = self.slope * ubar
+        above, below = 1.0 - self.place, self.place
+        moved = self._gathered(above * direct, below * direct)
+        zbar = -self.fall * xp.expand_dims(self._gathered(above * ubar, below * ubar), axis=-2)
+        moved = moved + xp.sum(zbar / self.tau, axis=-2)
+        taubar = -xp.sum(zbar * self.apart, axis=-1, keepdims=True) / self.tau
+        own = moved[..., 1:-1]
+        xbar, parts = -direct, ((self.is_top, moved[..., :1]), (self.is_low, moved[..., -1:]))
+        for end, (is_end, outermost) in zip(self.ends, parts, strict=True):
+            cotangent = outermost + xp.sum(xp.where(is_end, own, 0.0), axis=-1, keepdims=True)
+            xbar = xbar + xp.where(end, cotangent / self._ties(end), 0.0)
+        offsetbar = -xp.sum(zbar, axis=-1, keepdims=True)
+        # No node shares anything with the last boundary, below which there is nothing.
+        taubar, offsetbar = (xp.concat([one, xp.zeros_like(one[..., :1, :])], axis=-2) for one in (taubar, offsetbar))
+        return xbar, taubar, xp.where(self.is_top | self.is_low, 0.0, own), offsetbar
+
+    def _mean(self, end: Array, values: Array) -> Array:
+        xp = self.xp
+        return xp.sum(xp.where(end, values, 0.0), axis=-1, keepdims=True) / self._ties(end)
+
+    def _ties(self, end: Array) -> Array:
+        xp = self.xp
+        return safe_denominator(xp, xp.astype(xp.count_nonzero(end, axis=-1, keepdims=True), self.task.x.dtype))
+
+
+def _is_full(inputs: tuple[Any, ...], rows: int) -> bool:
+    """Whether there is one anchor for each score."""
+    return bool(rows == inputs[0].shape[-1])
+
+
+def _indices(backend: Backend, x: Array, size: int) -> Array:
+    """0, 1, ..., for each slice (..., size)."""
+    xp = backend.xp
+    return xp.broadcast_to(xp.astype(xp.arange(size, device=backend.device(x)), x.dtype), (*x.shape[:-1], size))
+
+
+def _places(backend: Backend, x: Array) -> Array:
+    """The ranks of n anchors (..., n, 1)."""
+    return backend.xp.expand_dims(_indices(backend, x, x.shape[-1]), axis=-1)
+
+
+def _nodes(
+    backend: Backend, inputs: tuple[Any, ...], task: Task, share: Array, reference: Array, offset: Array
+) -> _Nodes:
+    means = sorting.Means(backend, task, reference, inputs[2])
+    return _Nodes(backend, task, means, task.weights * share, reference, offset)
+
+
+def _forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
+    xp = backend.xp
+    task, reference, offset = sorting.climb(backend, inputs, rows, ranks)
+    share = plan(xp, log_odds(backend, task, reference) - offset)[..., :-1, :]
+    x = task.x
+    if _is_full(inputs, rows):
+        found = xp.sum(share * _places(backend, x), axis=-2)
+    else:
+        found = _nodes(backend, inputs, task, share, reference, offset).found
+        first = xp.astype(xp.count_nonzero(x == math.inf, axis=-1, keepdims=True), x.dtype)
+        found = xp.where(x == math.inf, 0.5 * (first - 1.0), found)
+    # Scores of -inf are not transported. They come after all others, and share their mean rank.
+    count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
+    found = xp.where(x == -math.inf, 0.5 * (count + (x.shape[-1] - 1)), found)
+    return xp.where(xp.isnan(offset[..., 0, :]), math.nan, found), offset, reference
+
+
+def _jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
+    xp = backend.xp
+    *_, offset, reference = outputs
+    rule = sorting.linearize(backend, inputs, outputs)
+    x = rule.task.x
+    da = sorting.weights_pushed(rule, inputs, tangents[4])
+    dshare, doffset = sorting.push(rule, tangents, da)
+    if _is_full(inputs, offset.shape[-2]):
+        moved = xp.sum(dshare[..., :-1, :] * _places(backend, x), axis=-2)
+        return xp.where(x == -math.inf, 0.0, moved), doffset
+    share = rule.share[..., :-1, :]
+    nodes = _nodes(backend, inputs, rule.task, share, reference, offset)
+    dvalues = sorting.means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da)
+    moved = nodes.push(tangents, dvalues, doffset)
+    return xp.where(xp.abs(x) == math.inf, 0.0, moved), doffset
+
+
+def _vjp(
+    backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
+) -> Inputs:
+    xp = backend.xp
+    ubar, c = cotangents
+    *_, offset, reference = outputs
+    rule = sorting.linearize(backend, inputs, outputs)
+    x = rule.task.x
+    if ubar is None:
+        xbar, taubar, abar = sorting.pull(rule, inputs, None, c, 0.0, 0.0)
+    elif _is_full(inputs, offset.shape[-2]):
+        ubar = xp.expand_dims(xp.where(x == -math.inf, 0.0, ubar), axis=-2) * _places(backend, x)
+        # No score is transported below the last anchor.
+        xbar, taubar, abar = sorting.pull(rule, inputs, xp.concat([ubar, ubar[..., -1:, :]], axis=-2), c, 0.0, 0.0)
+    else:
+        nodes = _nodes(backend, inputs, rule.task, rule.share[..., :-1, :], reference, offset)
+        direct, by_nodes, vbar, own = nodes.pull(xp.where(xp.abs(x) == math.inf, 0.0, ubar))
+        c = own if c is None else c + own
+        xbar, taubar, abar = sorting.means_pulled(backend, rule, inputs, outputs, vbar, None, c, by_nodes)
+        xbar = xbar + direct
+    return xbar, taubar, None, None, abar
+
+
+def _forms(xp: Any, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> tuple[Form, ...]:
+    x, row = inputs[0], sorting.per_row(inputs, rows)
+    return Form(x.shape, x.dtype), row, row
+
+
+soft_rank = Primitive(
+    "soft_rank", _forward, _forms, _jvp, _vjp, results=("rank",), state=("offset",), constants=("reference",)
+)
