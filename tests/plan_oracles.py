@@ -316,11 +316,16 @@ class Ladder:
         dranks = (of.rates_at(nodes, dnodes, tangents)[:, :, : self.rows] * self._ranks_of_anchors()).sum(axis=2)
         width = nodes[above] - nodes[above + 1]
         dplace = (dnodes[:, above] - dx - place * (dnodes[:, above] - dnodes[:, above + 1])) / width
-        # A score that equals a node, where the ranks have a kink, has the derivative of the node.
-        equal = np.minimum(abs(nodes[above] - of.x), abs(of.x - nodes[above + 1])) <= 1e-14 * max(abs(of.x))
-        dplace[:, equal] = 0.0
         moved = (1 - place) * dranks[:, above] + place * dranks[:, above + 1]
-        return np.asarray(moved + dplace * (ranks[above + 1] - ranks[above]), dtype=float)
+        found = moved + dplace * (ranks[above + 1] - ranks[above])
+        # A score that equals a node, where the ranks have a kink, has the derivative that the node has.
+        still = {"epsilon": self.number(np.zeros(1))}
+        shares = of.rates_at(nodes, self.number(np.ones((1, len(nodes)))), still)[0, :, : self.rows]
+        slopes = (shares * self._ranks_of_anchors()).sum(axis=1)
+        for k, node in enumerate(nodes):
+            for i in np.flatnonzero(abs(of.x - node) <= 1e-15 * max(abs(of.x))):
+                found[:, i] = dranks[:, k] + slopes[k] * (dx[:, i] - dnodes[:, k])
+        return np.asarray(found, dtype=float)
 
     def jvp(self, **tangents: Any) -> dict[str, np.ndarray]:
         """The tangents of the three results. An argument without a tangent does not move."""

@@ -304,7 +304,8 @@ def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, referen
     reference, offset = np.empty(b), np.empty(b)
     first, low, high, at = rooms[0][0], rooms[0][1], rooms[0][2], rooms[1]
     sorted_, whole = rooms[2][4], rooms[2][1]
-    means, share, nodes, node_ranks = np.empty(b), np.empty(b + 1), np.empty(b + 2), np.empty(b + 2)
+    means, share = np.empty(b), np.empty(b + 1)
+    nodes, node_ranks, slopes = np.empty(b + 2), np.empty(b + 2), np.empty(b + 2)
     for row in range(start, stop):
         slice_ = masked_row(x, where, row, -math.inf, raw)
         mass = number_of(unit, row)
@@ -331,8 +332,8 @@ def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, referen
                     fill_nodes(q, mass, count, infinite, bound, plan, found, means, nodes)
                     of_anchors = (mass, count, infinite, ranking.ties_of(q, infinite))
                     boundaries = (number_of(tau, row), r, s, math.exp(-math.log(n / bound.eps) - DEPTH))
-                    ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks)
-                    ranking.interpolate(q, infinite, nodes, node_ranks, bound, found)
+                    ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks, slopes)
+                    ranking.interpolate(q, infinite, nodes, node_ranks, slopes, found)
                 for i in range(taken):
                     ranks[row, index[0, i]] = found[i]
             continue
@@ -459,12 +460,13 @@ def pull_ladder_rows(
     raw = room_for(n, where.shape[0] > 0, offsets)
     shares, tails, moved = np.empty(4 * n), np.empty(4 * n), np.empty(4 * n)
     reference, offset, rates = np.empty(b), np.empty(b), np.empty(b)
+    direct = np.empty(n)
     whole_numbers, places, scores, numbers, room, matrix = rooms
     values, changes, sums, whole = scores[4], spare[1], scores[0], scores[1]
     is_few = rbar.shape[0] > 0 and b < n
     means, share, by_offset = np.empty(b), np.empty(b + 1), np.empty(b)
-    of_nodes, node_room = np.empty((4, b + 2)), np.empty((2, b + 1))
-    nodes, node_ranks, by_node, by_rank = of_nodes[0], of_nodes[1], of_nodes[2], of_nodes[3]
+    of_nodes, node_room = np.empty((5, b + 2)), np.empty((2, b + 1))
+    nodes, node_ranks, by_node, by_rank, slopes = of_nodes[0], of_nodes[1], of_nodes[2], of_nodes[3], of_nodes[4]
     for row in range(start, stop):
         temperature, mass = number_of(tau, row), number_of(unit, row)
         out = xbar[row]
@@ -493,6 +495,7 @@ def pull_ladder_rows(
             level = nearest_level(slice_, threshold, (farthest + MARGIN) * temperature, bound.largest)
         taken = gather(slice_, level, infinite, bound.largest, values, index[0], spare[1], index[1])
         bands.reset(rates, b, 0.0)
+        bands.reset(direct, taken, 0.0)
         if vbar.shape[0] > 0:
             for j in range(b):
                 rates[j] = vbar[row, j] / mass_of_row(j, mass, count, infinite, bound)
@@ -511,12 +514,12 @@ def pull_ladder_rows(
             fill_nodes(q, mass, count, infinite, bound, plan, sums, means, nodes)
             ties = ranking.ties_of(q, infinite)
             of_anchors, boundaries = (mass, count, infinite, ties), (temperature, r, s, cut)
-            ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks)
-            ranking.pull_scores(row, q, infinite, nodes, node_ranks, bound, index[0], rbar, out, by_node, by_rank)
+            ranking.rank_nodes(nodes, means, of_anchors, boundaries, share, node_ranks, slopes)
+            ranking.pull_scores(row, q, infinite, nodes, node_ranks, slopes, index[0], rbar, direct, by_node, by_rank)
             taubar[row] = ranking.pull_nodes(
                 nodes, means, of_anchors, boundaries, share, node_room, by_rank, by_node, by_offset
             )
-            ranking.pull_means(q, infinite, ties, means, index[0], by_node, rates, out)
+            ranking.pull_means(q, infinite, ties, means, by_node, rates, direct)
             for j in range(b):
                 rates[j] /= mass_of_row(j, mass, count, infinite, bound)
         if active > 0:
@@ -579,12 +582,14 @@ def pull_ladder_rows(
             )
             moment = across(q, weights, r, first, low, high, at, tails, moved, lam, sums, changes, found)
             for i in range(taken):
-                out[index[0, i]] += changes[i] / temperature
+                direct[i] += changes[i] / temperature
             taubar[row] -= moment / temperature / temperature
         if vbar.shape[0] > 0 or is_few:
             for j in range(b):
                 begin, end = anchor_shares(j, active, taken, first, low, high, at, shares, whole, sums)
                 for i in range(begin, end):
-                    out[index[0, i]] += rates[j] * sums[i]
+                    direct[i] += rates[j] * sums[i]
+        for i in range(taken):
+            out[index[0, i]] = direct[i]
         for i in range(infinite):  # only finite scores have a derivative
             out[index[0, i]] = 0.0

@@ -15,6 +15,8 @@ from .operations import EXACT
 
 #: Which rank an anchor gives to a node: the first that it takes, that in the middle, or the last.
 FIRST, MIDDLE, LAST = 0, 1, 2
+#: A rounding of the numbers here.
+EPS = 2.0**-52
 
 
 @compiled(EXACT)
@@ -116,30 +118,38 @@ def share_node(x, peak, boundaries, share):
 
 
 @compiled(EXACT)
-def rank_nodes(nodes, means, anchors, boundaries, share, ranks):
-    """The ranks of the nodes."""
+def rank_nodes(nodes, means, anchors, boundaries, share, ranks, slopes):
+    """The ranks of the nodes, and how fast they fall with the score: the covariance of j and the rank of anchor j."""
     peak = 0
     for k in range(nodes.shape[0]):
         begin, end, peak = share_node(nodes[k], peak, boundaries, share)
-        kind, ranks[k] = kind_of(k, means), 0.0
+        kind, ranks[k], slopes[k] = kind_of(k, means), 0.0, 0.0
+        number = 0.0
         for j in range(begin, end + 1):
             ranks[k] += share[j] * rank_of(j, kind, anchors)
+            number += share[j] * j
+        for j in range(begin, end + 1):
+            slopes[k] += share[j] * (j - number) * (rank_of(j, kind, anchors) - ranks[k])
+        slopes[k] /= boundaries[0]
 
 
 @compiled(EXACT)
-def place_between(x, k, nodes, bound):
-    """The place of a score between two nodes, from 0 to 1, and their distance, or 0 if the score equals one of them."""
-    least = CLOSE * bound.eps * max(math.fabs(nodes[0]), math.fabs(nodes[nodes.shape[0] - 1]))
+def place_between(x, k, nodes, ranks, slopes):
+    """The place of a score between two nodes, from 0 to 1, and how fast its rank falls with it.
+
+    A score that equals a node up to its rounding has what the node has.
+    """
+    least = CLOSE * EPS * max(math.fabs(nodes[0]), math.fabs(nodes[nodes.shape[0] - 1]))
     if nodes[k] - x <= least:
-        return 0.0, 0.0
+        return 0.0, slopes[k]
     if x - nodes[k + 1] <= least:
-        return 1.0, 0.0
+        return 1.0, slopes[k + 1]
     width = nodes[k] - nodes[k + 1]
-    return (nodes[k] - x) / width, width
+    return (nodes[k] - x) / width, (ranks[k + 1] - ranks[k]) / width
 
 
 @compiled(EXACT)
-def interpolate(x, infinite, nodes, ranks, bound, found):
+def interpolate(x, infinite, nodes, ranks, slopes, found):
     """The ranks of the scores."""
     k, last = 0, nodes.shape[0] - 2
     for i in range(infinite):
@@ -147,7 +157,7 @@ def interpolate(x, infinite, nodes, ranks, bound, found):
     for i in range(infinite, x.shape[0]):
         while k < last and nodes[k + 1] > x[i]:
             k += 1
-        place, _ = place_between(x[i], k, nodes, bound)
+        place, _ = place_between(x[i], k, nodes, ranks, slopes)
         found[i] = (1.0 - place) * ranks[k] + place * ranks[k + 1]
 
 
@@ -155,7 +165,7 @@ def interpolate(x, infinite, nodes, ranks, bound, found):
 
 
 @compiled(EXACT)
-def pull_scores(row, x, infinite, nodes, ranks, bound, index, ubar, xbar, by_node, by_rank):
+def pull_scores(row, x, infinite, nodes, ranks, slopes, index, ubar, xbar, by_node, by_rank):
     """The cotangents of the scores, of the nodes and of their ranks at constant nodes, from those of the ranks."""
     k, last = 0, nodes.shape[0] - 2
     for one in range(nodes.shape[0]):
@@ -163,15 +173,13 @@ def pull_scores(row, x, infinite, nodes, ranks, bound, index, ubar, xbar, by_nod
     for i in range(infinite, x.shape[0]):
         while k < last and nodes[k + 1] > x[i]:
             k += 1
-        place, width = place_between(x[i], k, nodes, bound)
+        place, slope = place_between(x[i], k, nodes, ranks, slopes)
         value = ubar[row, index[i]]
         by_rank[k] += (1.0 - place) * value
         by_rank[k + 1] += place * value
-        if width > 0.0:
-            value *= (ranks[k + 1] - ranks[k]) / width
-            xbar[index[i]] -= value
-            by_node[k] += (1.0 - place) * value
-            by_node[k + 1] += place * value
+        xbar[i] = -slope * value
+        by_node[k] += (1.0 - place) * (slope * value)
+        by_node[k + 1] += place * (slope * value)
 
 
 @compiled(EXACT)
@@ -213,7 +221,7 @@ def pull_nodes(nodes, means, anchors, boundaries, share, room, by_rank, by_node,
 
 
 @compiled(EXACT)
-def pull_means(x, infinite, ties, means, index, by_node, vbar, xbar):
+def pull_means(x, infinite, ties, means, by_node, vbar, xbar):
     """The cotangents of the means, and those of the outermost scores, which ties share, from those of the nodes."""
     last = means.shape[0] + 1
     top, low = by_node[0], by_node[last]
@@ -227,6 +235,6 @@ def pull_means(x, infinite, ties, means, index, by_node, vbar, xbar):
             vbar[j] = by_node[j + 1]
     taken = x.shape[0]
     for i in range(infinite, infinite + ties[0]):
-        xbar[index[i]] += top / ties[0]
+        xbar[i] += top / ties[0]
     for i in range(taken - ties[1], taken):
-        xbar[index[i]] += low / ties[1]
+        xbar[i] += low / ties[1]

@@ -17,6 +17,7 @@ import math
 from typing import Any
 
 from softk._reference.threshold.limits import clip, limits, safe_denominator
+from softk._reference.threshold.problem import logits
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from . import sorting
@@ -27,7 +28,7 @@ Arrays = tuple[Array, ...]
 #: Differences of scores are formed in this unit, so that none overflows.
 UNIT = 0.25
 #: A score equals a node if they differ by at most so many roundings of the largest score.
-CLOSE = 64.0
+CLOSE = 4.0
 
 
 class _Nodes:
@@ -54,9 +55,9 @@ class _Nodes:
         none = xp.zeros_like(top)
         near, beyond = xp.concat([top, near, low], axis=-1), xp.concat([none, beyond, none], axis=-1)
 
-        farthest = limits(xp, x.dtype).farthest
-        more = clip(xp, xp.expand_dims(beyond, axis=-2) / task.tau, -farthest, farthest)
-        self.apart = log_odds(backend, task._replace(x=near), reference) + more
+        bound = limits(xp, x.dtype)
+        apart = (xp.expand_dims(near, axis=-2) - reference) + xp.expand_dims(beyond, axis=-2)
+        self.apart = logits(backend, clip(xp, apart, -bound.largest, bound.largest), 0.0, task.tau)
         share = plan(xp, self.apart - offset)[..., :-1, :]
         self.apart = self.apart[..., :-1, :]
         places = self._places(backend, rows, n)
@@ -77,16 +78,23 @@ class _Nodes:
         nodes = xp.expand_dims((near + beyond)[..., 1:-1], axis=-1)
         self.interval = xp.count_nonzero(nodes > xp.expand_dims(x, axis=-2), axis=-2)
         (begin, end), (more, less) = self._around(UNIT * near), self._around(UNIT * beyond)
-        # A score has the rank of a node that it equals up to its rounding.
-        least = (CLOSE * limits(xp, x.dtype).eps * UNIT) * xp.maximum(xp.abs(top), xp.abs(low))
+        # A score that equals a node up to its rounding has its rank, and the derivative of S there.
+        least = (CLOSE * bound.eps * UNIT) * xp.maximum(xp.abs(top), xp.abs(low))
         above, below = (begin - UNIT * x) + more, (UNIT * x - end) - less
         at_begin, at_end = above <= least, below <= least
         width = xp.where(at_begin | at_end, 1.0, above + below)
         self.place = xp.where(at_begin, 0.0, xp.where(at_end, 1.0, above / width))
         (one, other), (own, next_) = self._around(apart), self._around(own)
         rise = (next_ - own) + (other - one)
-        self.slope = xp.where(at_begin | at_end | ~finite, 0.0, rise * (UNIT / width))
+        self.rate = 1.0 / xp.maximum(self.tau, 1.0 / bound.farthest)  # no larger than any other derivative
+        steep = xp.sum(self.fall * self.rate, axis=-2)
+        at_node = xp.where(at_begin, *self._around(steep))
+        self.slope = xp.where(at_begin | at_end, at_node, rise * (UNIT / width))
+        self.slope = xp.where(finite, self.slope, 0.0)
         self.found = own + (one + self.place * rise)
+        if backend.differentiates_operations:
+            off = xp.where(at_begin, above, xp.where(at_end, -below, 0.0)) / UNIT
+            self.found = self.found + self.slope * (off - backend.constant(off))
 
     def _places(self, backend: Backend, rows: int, n: int) -> Array:
         """The ranks of the anchors, for each node (..., m, m + 2)."""
@@ -130,9 +138,9 @@ class _Nodes:
         top, low = (zero, zero) if dx is None else (self._mean(end, dx) for end in self.ends)
         dvalues = xp.where(self.is_top, top, xp.where(self.is_low, low, dvalues))
         moved = xp.concat([top, dvalues, low], axis=-1)
-        dz = xp.expand_dims(moved, axis=-2) / self.tau - doffset[..., :-1, :]
+        dz = xp.expand_dims(moved, axis=-2) * self.rate - doffset[..., :-1, :]
         if dtau is not None:
-            dz = dz - self.apart * (sorting.column(xp, dtau) / self.tau)
+            dz = dz - self.apart * (sorting.column(xp, dtau) * self.rate)
         (begin, end), (first, last) = self._around(-xp.sum(self.fall * dz, axis=-2)), self._around(moved)
         by_place = (1.0 - self.place) * first + self.place * last
         if dx is not None:
@@ -146,8 +154,8 @@ class _Nodes:
         above, below = 1.0 - self.place, self.place
         moved = self._gathered(above * direct, below * direct)
         zbar = -self.fall * xp.expand_dims(self._gathered(above * ubar, below * ubar), axis=-2)
-        moved = moved + xp.sum(zbar / self.tau, axis=-2)
-        taubar = -xp.sum(zbar * self.apart, axis=-1, keepdims=True) / self.tau
+        moved = moved + xp.sum(zbar * self.rate, axis=-2)
+        taubar = -xp.sum(zbar * self.apart, axis=-1, keepdims=True) * self.rate
         own = moved[..., 1:-1]
         xbar, parts = -direct, ((self.is_top, moved[..., :1]), (self.is_low, moved[..., -1:]))
         for end, (is_end, outermost) in zip(self.ends, parts, strict=True):
