@@ -509,14 +509,15 @@ def test_what_is_refused(rng: Any) -> None:
 
 def test_what_the_kernels_for_sorting_refuse(rng: Any) -> None:
     x, one, row = jnp.ones((2, 3), "float32"), jnp.ones((2, 1), "float32"), jnp.ones((2, 2, 1), "float32")
-    inputs, outputs = (x, one, jnp.float32(1.0), None), (None, None, row, row)
+    inputs, outputs = (x, one, jnp.float32(1.0), None, None), (None, None, row, row)
     assert refusal(sorted_plan, "forward", inputs, rows=2, ranks=None) is None
-    assert refusal(sorted_plan, "jvp", inputs, outputs, (x, None, None, None)) is None
-    assert refusal(sorted_plan, "jvp", inputs, outputs, (None,) * 4) == "there is no tangent"
+    assert refusal(sorted_plan, "jvp", inputs, outputs, (x, None, None, None, None)) is None
+    assert refusal(sorted_plan, "jvp", inputs, outputs, (None,) * 5) == "there is no tangent"
+    assert "no weights" in refusal(sorted_plan, "forward", (*inputs[:4], x), rows=2, ranks=None)
     for dtype in ("float16", "bfloat16"):
         narrow = (x.astype(dtype), *inputs[1:])
         assert "float32 or float64" in str(refusal(sorted_plan, "forward", narrow, rows=2, ranks=None))
-        assert "float32 or float64" in str(refusal(sorted_plan, "jvp", narrow, outputs, (x, None, None, None)))
+        assert "float32 or float64" in str(refusal(sorted_plan, "jvp", narrow, outputs, (x, *(None,) * 4)))
 
 
 def test_exported_programs_have_no_kernel(rng: Any) -> None:

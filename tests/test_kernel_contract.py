@@ -159,9 +159,9 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "topk_selection": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None, "count": 2}),
     "empty_mask": ((X[:, :0], ONE, ONE, None, None), {}),
     "soft_quantile": ((X, 0.2 * ONE, 0.1 * ONE, ITEMS, None), {}),
-    "sorted_plan": ((X, 0.1 * ONE, np.asarray(1.0), None), {"rows": 3, "ranks": None}),
-    "soft_sort": ((X, 0.1 * ONE, np.asarray(1.0), None), {"rows": 6, "ranks": None}),
-    "soft_rank": ((X, 0.1 * ONE, np.asarray(1.0), None), {"rows": 6, "ranks": None}),
+    "sorted_plan": ((X, 0.1 * ONE, np.asarray(1.0), None, None), {"rows": 3, "ranks": None}),
+    "soft_sort": ((X, 0.1 * ONE, np.asarray(1.0), None, None), {"rows": 6, "ranks": None}),
+    "soft_rank": ((X, 0.1 * ONE, np.asarray(1.0), None, None), {"rows": 6, "ranks": None}),
     "transport_plan": (
         (X, np.full((2, 1), 1.0) * np.arange(3.0), np.full((2, 3), 2.0), 0.1 * ONE, ITEMS, None),
         {"method": "newton", "tolerance": 1e-9, "limit": 30},

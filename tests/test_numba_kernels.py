@@ -11,7 +11,8 @@ import torch
 
 import softk
 import softk_numba
-from softk._reference.plan.sorting import soft_rank, soft_sort, sorted_plan
+from softk._reference.plan.ranking import soft_rank
+from softk._reference.plan.sorting import soft_sort, sorted_plan
 from softk.backend import Kernel, backend_of
 from softk.testing import check_kernel
 
