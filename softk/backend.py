@@ -581,6 +581,27 @@ class Backend:
         """
         raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
 
+    def gather_shards(self, values: Array, group: str) -> Array:
+        """The values of all members of a group along the last axis, in the order of the members: every member gets all.
+
+        Parameters
+        ----------
+        values : array
+            Numbers of one shape (..., m) and dtype on every member.
+        group : str
+            As for `shards`.
+
+        Returns
+        -------
+        array
+            Shape (..., members * m).
+        """
+        xp = self.xp
+        place, members = self.shards(group)
+        places = xp.arange(members, device=self.device(values))[:, None]
+        own = xp.where(places == place, xp.expand_dims(values, axis=-2), xp.zeros_like(values[..., :1, None]))
+        return self.reduce_shards(xp.reshape(own, (*values.shape[:-1], members * values.shape[-1])), "sum", group)
+
 
 def peek(backend: Backend, flag: Array) -> bool | None:
     """The value of a boolean array, or None if reading it would synchronize with a device or break a trace."""

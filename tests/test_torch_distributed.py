@@ -108,11 +108,14 @@ elif case == "compiled":
     found.backward(distribute_tensor(u, mesh, [Shard(0)]))
     close(given.grad.full_tensor(), own.grad)
 elif case == "selected axis":
-    sent, real = [], dist.all_reduce
-    def counted(values, *args, **kwargs):
-        sent.append(values.numel())
-        return real(values, *args, **kwargs)
-    dtensors.dist.all_reduce = counted
+    sent = []
+    def counted(real):
+        def call(values, *args, **kwargs):
+            sent.append(values.numel())
+            return real(values, *args, **kwargs)
+        return call
+    for name in ("all_reduce", "all_gather_into_tensor"):
+        setattr(dist, name, counted(getattr(dist, name)))
     x = torch.randn(3, 2001)
     weights = torch.rand(2001) + 0.5
     with_where = lambda x, k: softk.topk(x, k, epsilon=0.3, where=torch.arange(2001) % 3 != 0)
@@ -128,6 +131,17 @@ elif case == "selected axis":
         sent.clear()
         softk.topk(distribute_tensor(x.float(), mesh, [Shard(1)]), k, epsilon=1e-3)
         assert len(sent) <= 24 and max(sent) <= 16 * 3, sent
+    for f, others, exchanges in (
+        (lambda x: softk.topk(x, 40), (), 1),
+        (lambda x: softk.topk(x, 40, hard=True, where=torch.arange(2001) % 3 != 0), (), 1),
+        (topk, (torch.tensor(40.3), epsilon, weights), 2),
+        (lambda x, k, e: softk.threshold(x, k, epsilon=e), (torch.tensor(40.3), epsilon), 2),
+    ):
+        given = [distribute_tensor(x, mesh, [Shard(1)]), *(value.clone() for value in others)]
+        found = f(*(value.requires_grad_() for value in given)).to_local().sum()
+        sent.clear()
+        found.backward()
+        assert len(sent) == exchanges and max(sent) <= 27 * 3 * world, sent
     refused(lambda x: softk.log_topk(x, 2), x, 1)
     refused(lambda x: softk.quantile(x, 0.2, epsilon=0.1), x, 1)
     refused(lambda x: softk.sorted_topk(x, 2, axis=0), x, 0)

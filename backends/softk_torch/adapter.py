@@ -138,6 +138,11 @@ class TorchBackend(Backend):
 
         return dtensors.reduce_shards(values, operation, group)
 
+    def gather_shards(self, values: Array, group: str) -> Array:
+        from . import dtensors
+
+        return dtensors.gather_shards(values, group)
+
     def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
         shape, wide = (*values.shape[:-1], count), values.dtype
         segments = segments.expand(values.shape)

@@ -51,13 +51,29 @@ def reduce_shards(values: torch.Tensor, operation: Literal["sum", "max"], group:
     NotImplementedError
         If autograd records it, for a second derivative.
     """
-    if torch.is_grad_enabled() and values.requires_grad:
-        raise NotImplementedError("second derivatives over an axis that is sharded over processes are not supported")
+    _refuse_recorded(values)
     found = values.detach().clone(memory_format=torch.contiguous_format)
     kind = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
     for name in group.split("+"):
         dist.all_reduce(found, kind, _group_named(name))
     return found
+
+
+def gather_shards(values: torch.Tensor, group: str) -> torch.Tensor:
+    """The values of all processes of a group along the last axis. It is not differentiated, like `reduce_shards`."""
+    _refuse_recorded(values)
+    found = values.detach()
+    for name in reversed(group.split("+")):  # the first one has the outermost shards
+        one = _group_named(name)
+        every = found.new_empty(dist.get_world_size(one) * found.numel())
+        dist.all_gather_into_tensor(every, found.flatten(), one)
+        found = every.view(-1, *found.shape).movedim(0, -2).flatten(-2)
+    return found
+
+
+def _refuse_recorded(values: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise NotImplementedError("second derivatives over an axis that is sharded over processes are not supported")
 
 
 def by_process(
