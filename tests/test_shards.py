@@ -148,7 +148,11 @@ def test_cotangents(dtype: str, weighted: bool, case: str, rng: np.random.Genera
             bar, outputs = (u if kind == "mask" else u[:, :1]).astype(dtype), solved(kind, inputs)
             found, sent = pulled(kind, CUTS, inputs, outputs, bar)
             assert len(sent) == 2, sent
-            for name, own, wanted in zip(NAMES, found, whole(kind, inputs, outputs, bar), strict=True):
+            alone, sent = pulled(kind, CUTS, inputs, outputs, bar, (True, *(False,) * 4))
+            assert len(sent) == 1, sent
+            wanted_of_all = whole(kind, inputs, outputs, bar)
+            names, found = ("x alone", *NAMES), [alone[0], *found]
+            for name, own, wanted in zip(names, found, [wanted_of_all[0], *wanted_of_all], strict=True):
                 if wanted is None:
                     assert own is None
                     continue
@@ -167,16 +171,15 @@ def test_cotangents(dtype: str, weighted: bool, case: str, rng: np.random.Genera
 
 
 def test_what_is_exchanged(rng: np.random.Generator) -> None:
-    """The cotangent of the scores alone takes one exchange, and is the same as with the others."""
+    """How many numbers per slice and member, and that the hard mask has the derivative of the soft one."""
     x, u = rng.normal(size=(2, 3, N))
     for weights in (None, rng.uniform(0.5, 2.0, size=x.shape)):
         inputs = (x, np.full((3, 1), 40.3), np.full((3, 1), 0.1), weights, None)
         outputs = solved("mask", inputs)
-        every, _ = pulled("mask", CUTS, inputs, outputs, u)
-        found, sent = pulled("mask", CUTS, inputs, outputs, u, (True, *(False,) * 4))
-        np.testing.assert_array_equal(found[0], every[0])
-        assert len(sent) == 1
-        assert sent[0] <= 27 * 3 * 4  # numbers per slice and member
+        every, all_sent = pulled("mask", CUTS, inputs, outputs, u)
+        _, sent = pulled("mask", CUTS, inputs, outputs, u, (True, *(False,) * 4))
+        assert sent == [(9 if weights is None else 12) * 3 * 4]
+        assert all_sent == [(20 if weights is None else 25) * 3 * 4, 3 * 2]
         hard, _ = pulled("hard_mask", CUTS, inputs, outputs, u)
         np.testing.assert_array_equal(hard[0], every[0])
 

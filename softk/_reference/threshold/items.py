@@ -63,6 +63,31 @@ class Items:
         """The values, with 0 for the items that are removed, even where the value is NaN."""
         return values if self.where is None else self.xp.where(self.where, values, 0.0)
 
+    # --- |z| as it is
+
+    def tails_from_nearest(self) -> tuple[Array, Array, Array]:
+        """d of the nearest item; t = 1 / (1 + exp(|z|)) in units of exp(-d), and 1 / (1 - t)."""
+        distance, decay = self.decay_from_nearest()
+        one_and_tail = self.xp.exp(-distance) * decay + 1.0
+        return distance, decay / one_and_tail, one_and_tail
+
+    def decay_from_nearest(self) -> tuple[Array, Array]:
+        """d and exp(d - |z|)."""
+        xp = self.xp
+        size = xp.abs(self.log_odds())
+        distance = self.nearest_distance(size)
+        if self.weights is None:
+            return distance, decay_of(xp, distance - size)
+        # An item without weight may be nearer.
+        return distance, decay_of(xp, xp.minimum(distance - size, math.log(limits(xp, self.x.dtype).farthest)))
+
+    def nearest_distance(self, size: Array) -> Array:
+        """The smallest |z| of the items with weight."""
+        xp = self.xp
+        with_weight = size if self.weights is None else xp.where(self.weights == 0.0, math.inf, size)
+        # An item at the farthest distance has no derivative, even if no other item is nearer.
+        return xp.minimum(xp.min(with_weight, axis=-1, keepdims=True), 0.5 * limits(xp, size.dtype).farthest)
+
     # --- the sides of the threshold
 
     def nearest_on_each_side(self, upper: Array) -> tuple[Array, Array]:

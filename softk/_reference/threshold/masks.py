@@ -42,7 +42,7 @@ def _pull(
     """The cotangents of the inputs but `where`. Members of a group exchange a summary, not one sum after the other."""
     if isinstance(backend, PieceBackend) and backend.has_shards:
         *_, offset, reference = outputs
-        rule: Linearization = MergedLinearization(backend, inputs, reference, offset, cotangents[0])
+        rule: Linearization = MergedLinearization(backend, inputs, reference, offset, cotangents[0], balanced=balanced)
     else:
         rule = _linearize(backend, inputs, outputs, balanced=balanced)
     return rule.pull(*cotangents, needed)

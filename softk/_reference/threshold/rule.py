@@ -65,7 +65,7 @@ from typing import Any
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
-from .items import Items, decay_of
+from .items import Items
 from .limits import DOMINANT, ROUNDINGS, clip, limits, safe_denominator
 from .problem import dot, logits, sigmoid, total, totals
 
@@ -95,22 +95,8 @@ class Linearization(Items):
 
     def slope_from_nearest(self) -> tuple[Array, Array]:
         """d and v' = exp(d - |z|) / (1 + exp(-|z|))^2, with z as it is."""
-        distance, decay = self.decay_from_nearest()
-        one_and_tail = self.xp.exp(-distance) * decay + 1.0
-        return distance, decay / one_and_tail / one_and_tail
-
-    def decay_from_nearest(self) -> tuple[Array, Array]:
-        """d and exp(d - |z|)."""
-        xp = self.xp
-        bound = limits(xp, self.x.dtype)
-        size = xp.abs(self.log_odds())
-        with_weight = size if self.weights is None else xp.where(self.weights == 0.0, math.inf, size)
-        # An item at the farthest distance has no derivative, even if no other item is nearer.
-        distance = xp.minimum(xp.min(with_weight, axis=-1, keepdims=True), 0.5 * bound.farthest)
-        if self.weights is None:
-            return distance, decay_of(xp, distance - size)
-        # An item without weight may be nearer.
-        return distance, decay_of(xp, xp.minimum(distance - size, math.log(bound.farthest)))
+        distance, tail, one_and_tail = self.tails_from_nearest()
+        return distance, tail / one_and_tail
 
     def slope_from_each_side(self) -> tuple[Array, Array]:
         """d and v', with z measured from the nearest item on each side, and the share of each side from the mass."""
