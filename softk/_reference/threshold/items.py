@@ -107,12 +107,8 @@ class Items:
         `high` and `low` are what `nearest_on_each_side` returns.
         """
         xp = self.xp
-        bound = limits(xp, self.x.dtype)
         no_high, no_low = high == math.inf, low == -math.inf
-        both = self.backend.constant(clip(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
-        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
-        near = xp.minimum(near, 0.5 * bound.farthest)
-        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
+        high, low, above, below = self.distances_from_each_side(high, low)
         # On a side where no item has weight, |z| is measured from the nearest item across the threshold.
         across_above, across_below = xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0)
         high, low = xp.where(no_high, low, high), xp.where(no_low, high, low)
@@ -123,8 +119,17 @@ class Items:
         exponent = xp.where(upper, -apart, apart)
         if self.weights is not None:
             exponent = exponent + xp.where(upper, across_above, across_below)
-            exponent = xp.minimum(exponent, math.log(bound.farthest))  # an item without weight may be nearer
+            # An item without weight may be nearer.
+            exponent = xp.minimum(exponent, math.log(limits(xp, self.x.dtype).farthest))
         return above, below, decay_of(xp, exponent)
+
+    def distances_from_each_side(self, high: Array, low: Array) -> tuple[Array, Array, Array, Array]:
+        """The nearest scores as finite numbers, and their |z|."""
+        xp, bound = self.xp, limits(self.xp, self.x.dtype)
+        both = self.backend.constant(clip(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
+        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
+        near = xp.minimum(near, 0.5 * bound.farthest)
+        return both[..., :1], both[..., 1:], near[..., :1], near[..., 1:]
 
     def tails_from_each_side(self, upper: Array, high: Array, low: Array) -> tuple[Array, Array, Array, Array]:
         """|z| of the nearest items above and below; t = 1 / (1 + exp(|z|)) in units of exp(-d), and 1 / (1 - t)."""

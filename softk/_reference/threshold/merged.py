@@ -32,8 +32,8 @@ COARSE = 4096
 Summary = dict[Any, Array]
 
 
-def summarize(items: Items, u: Array | None, *, balanced: bool) -> Summary:
-    """What a member exchanges, from its own items.
+def summarize(items: Items, u: Array | None, *, balanced: bool) -> tuple[Summary, dict[Any, Any]]:
+    """What a member exchanges, from its own items, and what it keeps: v', the side of every item, and its nearest.
 
     If the rule is balanced there are two sides, above and below the threshold, else all items are on one. Of each side:
     the ``nearest`` score, or else the distance d of the nearest item; the sum of the ``tails`` and that of the p,
@@ -45,12 +45,13 @@ def summarize(items: Items, u: Array | None, *, balanced: bool) -> Summary:
     ``rest`` of v times what remains of u. Without weights these are sums of v', in units of exp(-d) too, and a weight
     is 1.
     """
-    xp, weights, found = items.xp, items.weights, {}
+    xp, weights = items.xp, items.weights
+    found: Summary = {}
     sides: tuple[Any, ...] = (None,)
     if balanced:
         upper = items.log_odds() > 0.0
         sides = upper, ~upper
-        nearest = items.nearest_on_each_side(upper)
+        nearest: tuple[Array, ...] = items.nearest_on_each_side(upper)
         *_, tail, one_and_tail = items.tails_from_each_side(upper, *nearest)
         if weights is None:
             count = xp.count_nonzero(upper, axis=-1, keepdims=True)
@@ -90,8 +91,10 @@ def summarize(items: Items, u: Array | None, *, balanced: bool) -> Summary:
     if weights is not None:
         x = xp.where(is_top, items.scores(), math.inf)
         keep("score", [xp.min(one, axis=-1, keepdims=True) for one in of_side(x, math.inf)])
+    kept: dict[Any, Any] = {("nearest", side): one for side, one in enumerate(nearest)}
+    kept |= {"slope": slope, "upper": sides[0]} if balanced else {"slope": slope}
     if u is None:
-        return found
+        return found, kept
 
     u, v = items.zero_where_removed(u), slope if weights is None else items.slope()
     alone = [count == 1.0 for count in sums(xp.astype(is_top, v.dtype))]
@@ -103,6 +106,7 @@ def summarize(items: Items, u: Array | None, *, balanced: bool) -> Summary:
         keep("top weight", [xp.where(one, p, 0.0) for one, p in zip(alone, of_largest, strict=True)])
         relative: Any = 1.0
     else:
+        kept["v"] = v
         keep("top weight", sums(xp.where(is_top, v, 0.0)))
         relative = xp.where(slope > 0.0, weights, 0.0)
         keep("top unit", sums(xp.where(is_top, relative, 0.0)))
@@ -117,7 +121,7 @@ def summarize(items: Items, u: Array | None, *, balanced: bool) -> Summary:
     keep("others weight", of_weights)
     keep("others level", levels)
     keep("others rest", sums(others * (u - relative * by_side(levels))))
-    return found
+    return found, kept
 
 
 class MergedLinearization(Linearization):
@@ -140,12 +144,13 @@ class MergedLinearization(Linearization):
     ) -> None:
         x, k, tau, weights, where = inputs
 
-        def own(over: PieceBackend, x: Any, weights: Any, where: Any, u: Any) -> Summary:
+        def own(over: PieceBackend, x: Any, weights: Any, where: Any, u: Any) -> Any:
             return summarize(Items(over, (x, k, tau, weights, where), reference, offset), u, balanced=balanced)
 
-        self.summary = backend.gathered(own, x, weights, where, u)
+        self.summary, self.own = backend.gathered(own, x, weights, where, u)
         self.sides = range(2 if balanced else 1)
         super().__init__(backend, inputs, reference, offset, balanced=balanced)
+        self.v, self.own = self.own.get("v"), {}
         # The largest p of each member on each side, and whether it dominates.
         self.largest = [unit * self.summary["largest", side] for side, unit in zip(self.sides, self.units, strict=True)]
         self.dominates = [one > DOMINANT * self.scaled_sum for one in self.largest]
@@ -153,30 +158,39 @@ class MergedLinearization(Linearization):
         if u is not None:
             self.unit, self.level, self.rest = self.merged_cotangents()
 
+    def slope_from_nearest(self) -> tuple[Array, Array]:
+        xp, distances = self.xp, self.summary["nearest", 0]
+        self.distance = xp.min(distances, axis=-1, keepdims=True)
+        self.units = [decay_of(xp, self.distance - distances)]
+        if self.weights is None:
+            return self.distance, self.own["slope"] * decay_of(xp, self.distance - self.own["nearest", 0])
+        return super().slope_from_nearest()
+
     def nearest_distance(self, size: Array) -> Array:
-        distances = self.summary["nearest", 0]
-        distance = self.xp.min(distances, axis=-1, keepdims=True)
-        self.units = [decay_of(self.xp, distance - distances)]
-        return distance
+        return self.distance
 
     def slope_from_each_side(self) -> tuple[Array, Array]:
-        xp, found = self.xp, self.summary
-        upper = self.log_odds() > 0.0
+        xp, found, upper = self.xp, self.summary, self.own["upper"]
         high = xp.min(found["nearest", 0], axis=-1, keepdims=True)
         low = xp.max(found["nearest", 1], axis=-1, keepdims=True)
-        above, below, tail, one_and_tail = self.tails_from_each_side(upper, high, low)
         mass = sum(total(xp, values) for name, values in found.items() if name[0] == "mass")
-        units = self.units_of_members(high, low)
+        units = self.units_of_members(found, high, low)
         tails = [total(xp, unit * found["tails", side]) for side, unit in zip(self.sides, units, strict=True)]
+        if self.weights is None:
+            *_, above, below = self.distances_from_each_side(high, low)
+            slope = self.own["slope"] * xp.where(upper, *self.units_of_members(self.own, high, low))
+        else:  # v' of an item without weight is clipped, and the member may have no item with weight near it
+            above, below, tail, one_and_tail = self.tails_from_each_side(upper, high, low)
+            slope = tail / one_and_tail
         distance, *factors = self.side_factors(above, below, mass, *tails)
         # What a member's sums are multiplied by, so that they are those of v'.
         self.units = [unit * factor for unit, factor in zip(units, factors, strict=True)]
-        return distance, tail * xp.where(upper, *factors) / one_and_tail
+        return distance, slope * xp.where(upper, *factors)
 
-    def units_of_members(self, high: Array, low: Array) -> list[Array]:
-        """For each side exp(-d) of every member, in units of that of the nearest item of all."""
+    def units_of_members(self, found: Summary, high: Array, low: Array) -> list[Array]:
+        """For each side exp(-d) of every member, or of this one, in units of that of the nearest item of all."""
         xp, largest = self.xp, limits(self.xp, self.offset.dtype).largest
-        every = [clip(xp, self.summary["nearest", side], -largest, largest) for side in self.sides]
+        every = [clip(xp, found["nearest", side], -largest, largest) for side in self.sides]
         nearest = [clip(xp, one, -largest, largest) for one in (high, low)]
         apart = [logits(self.backend, *pair, self.tau) for pair in zip(every, nearest, strict=True)]
         return [decay_of(xp, -apart[0]), decay_of(xp, apart[1])]
@@ -214,7 +228,10 @@ class MergedLinearization(Linearization):
         level = xp.where(self.exists, of_dominant(levels), clip(xp, mean, -farthest, farthest))
         return unit, level, total(xp, xp.where(is_dominant, 0.0, rest + (levels - ratio * level) * weight))
 
-    # --- what the rule reduces over all items, from the merge
+    # --- what the rule computes of the items, and reduces over all of them
+
+    def dmask_dz(self) -> Array:
+        return super().dmask_dz() if self.v is None else self.v
 
     def dominant_item(self) -> tuple[Array, Array]:
         # Of the items in a slice that has one, no other comes near to half of the sum. The merge has other roundings.
