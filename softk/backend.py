@@ -29,6 +29,7 @@ __all__ = [
     "Form",
     "Kernel",
     "Primitive",
+    "Share",
     "Words",
     "backend_of",
     "kernels",
@@ -295,6 +296,30 @@ class Ragged(NamedTuple):
     axis: int
 
 
+class Share(NamedTuple):
+    """What this process holds of an array that is spread over the members of a group.
+
+    Attributes
+    ----------
+    local : callable
+        ``local(values)``: the items of this process, of the array or of its tangent, as an ordinary array.
+    whole : callable
+        ``whole(items)``: its transpose, which makes the spread array of what every process has for its items.
+    everywhere : callable
+        ``everywhere(values)``: the array, of what is the same on every process.
+    group : str or None
+        The group whose members hold the items, as for `Backend.shards`. None if every process holds all of them.
+    in_order : bool
+        Whether the items of the members follow one after the other in the order of the array.
+    """
+
+    local: Callable[[Array], Array]
+    whole: Callable[[Array], Array]
+    everywhere: Callable[[Array], Array]
+    group: str | None
+    in_order: bool
+
+
 class Backend:
     """The adapter of a framework. Subclass it and override what the framework does differently.
 
@@ -397,6 +422,18 @@ class Backend:
     def holds(self, values: Iterable[Any]) -> bool:
         """Whether `memory` returns each of the values that is not None. Override it if one look at all is faster."""
         return all(value is None or self.memory(value) is not None for value in values)
+
+    def share(self, x: Array, of: Array) -> Share | None:
+        """What this process holds of an array that broadcasts to a spread one; None if neither is spread.
+
+        Parameters
+        ----------
+        x : array
+            The array, which may be `of` itself. An ordinary array has the same values on every process.
+        of : array
+            The array that is spread over processes, or an ordinary one.
+        """
+        return None
 
     def cache_key(self, x: Array) -> Hashable | None:
         """A key of what a call depends on beside the values of its scores: their shape, dtype, device, ...
@@ -580,6 +617,27 @@ class Backend:
             As for `shards`.
         """
         raise NotImplementedError(f"softk has no axis over several processes or devices for {self.name}")
+
+    def gather_shards(self, values: Array, group: str) -> Array:
+        """The values of all members of a group along the last axis, in the order of the members: every member gets all.
+
+        Parameters
+        ----------
+        values : array
+            Numbers of one shape (..., m) and dtype on every member.
+        group : str
+            As for `shards`.
+
+        Returns
+        -------
+        array
+            Shape (..., members * m).
+        """
+        xp = self.xp
+        place, members = self.shards(group)
+        places = xp.arange(members, device=self.device(values))[:, None]
+        own = xp.where(places == place, xp.expand_dims(values, axis=-2), xp.zeros_like(values[..., :1, None]))
+        return self.reduce_shards(xp.reshape(own, (*values.shape[:-1], members * values.shape[-1])), "sum", group)
 
 
 def peek(backend: Backend, flag: Array) -> bool | None:

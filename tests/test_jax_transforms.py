@@ -1059,6 +1059,15 @@ def test_an_axis_over_devices(rng: Any) -> None:
         np.testing.assert_allclose(mask, wanted_mask, rtol=0, atol=64 * 2.0**-52)
         for own, other in zip(found, wanted):
             np.testing.assert_allclose(own, other, rtol=0, atol=1e-11 * float(abs(other).max()))
+
+    def explicit(x, k, epsilon, weights, u):
+        _, pullback = softk.vjp(softk_jax.sharded.topk, x, k, axis_name="d", epsilon=epsilon, weights=weights)
+        return pullback(u)
+
+    parts = {"x": over, "k": P(), "epsilon": P(), "weights": over}
+    found = jax.jit(jax.shard_map(explicit, mesh=mesh, in_specs=(*parts.values(), over), out_specs=parts))(*given, u)
+    for name, other in zip(parts, wanted):
+        np.testing.assert_allclose(found[name], other, rtol=0, atol=1e-11 * float(abs(other).max()))
     text = gradient.lower(*given).compile().as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text and "all-to-all" not in text

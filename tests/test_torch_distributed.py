@@ -108,11 +108,14 @@ elif case == "compiled":
     found.backward(distribute_tensor(u, mesh, [Shard(0)]))
     close(given.grad.full_tensor(), own.grad)
 elif case == "selected axis":
-    sent, real = [], dist.all_reduce
-    def counted(values, *args, **kwargs):
-        sent.append(values.numel())
-        return real(values, *args, **kwargs)
-    dtensors.dist.all_reduce = counted
+    sent = []
+    def counted(real):
+        def call(values, *args, **kwargs):
+            sent.append(sum(value.numel() for value in values) if isinstance(values, list) else values.numel())
+            return real(values, *args, **kwargs)
+        return call
+    for name in ("all_reduce", "all_gather"):
+        setattr(dist, name, counted(getattr(dist, name)))
     x = torch.randn(3, 2001)
     weights = torch.rand(2001) + 0.5
     with_where = lambda x, k: softk.topk(x, k, epsilon=0.3, where=torch.arange(2001) % 3 != 0)
@@ -128,6 +131,17 @@ elif case == "selected axis":
         sent.clear()
         softk.topk(distribute_tensor(x.float(), mesh, [Shard(1)]), k, epsilon=1e-3)
         assert len(sent) <= 24 and max(sent) <= 16 * 3, sent
+    for f, others, exchanges in (
+        (lambda x: softk.topk(x, 40), (), 1),
+        (lambda x: softk.topk(x, 40, hard=True, where=torch.arange(2001) % 3 != 0), (), 1),
+        (topk, (torch.tensor(40.3), epsilon, weights), 2),
+        (lambda x, k, e: softk.threshold(x, k, epsilon=e), (torch.tensor(40.3), epsilon), 2),
+    ):
+        given = [distribute_tensor(x, mesh, [Shard(1)]), *(value.clone() for value in others)]
+        found = f(*(value.requires_grad_() for value in given)).to_local().sum()
+        sent.clear()
+        found.backward()
+        assert len(sent) == exchanges and max(sent) <= 25 * 3 * world, sent
     refused(lambda x: softk.log_topk(x, 2), x, 1)
     refused(lambda x: softk.quantile(x, 0.2, epsilon=0.1), x, 1)
     refused(lambda x: softk.sorted_topk(x, 2, axis=0), x, 0)
@@ -176,6 +190,111 @@ elif case == "local shards":
             expected.backward(u)
             found.backward(distribute_tensor(u, mesh, placements))
             close(given.grad.full_tensor(), own.grad)
+elif case == "budget":
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    whole = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1)).double()
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1)).double()
+    model.load_state_dict(whole.state_dict())
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    scores, sharded = dict(whole.named_parameters()), dict(model.named_parameters())
+    assert [value.to_local().numel() for value in sharded.values()][2:] == ([5, 1], [0, 0])[rank]  # uneven shards
+    costs = {name: torch.tensor(1.0 + i).double().requires_grad_() for i, name in enumerate(scores)}
+    costs["0.weight"] = torch.rand(5, 1).double().requires_grad_()  # sharded as the scores are
+    where = {name: torch.rand(value.shape) < 0.9 for name, value in scores.items()}
+    bars = {name: torch.randn_like(value) for name, value in scores.items()}
+
+    def grown(found):
+        "A loss that is linear in the masks, or in the threshold."
+        if not isinstance(found, dict):
+            return 1.7 * found
+        return sum(gathered((value * spread(bars[name], value)).sum()) for name, value in found.items())
+
+    def spread(value, like):
+        return distribute_tensor(value, mesh, like.placements) if isinstance(like, DTensor) else value
+
+    def gathered(value):
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def compare(f, own, other, *arguments):
+        "f of two trees with the same values, forward and backward; f makes its result of the tree and the arguments."
+        results = []
+        for tree in (own, other):
+            given = [
+                {name: one.detach().clone().requires_grad_() for name, one in value.items()} if isinstance(value, dict)
+                else value.detach().clone().requires_grad_() for value in arguments
+            ]
+            for value in tree.values():
+                value.grad = None
+            found = f(tree, *given)
+            loss = gathered(grown(found))
+            loss.backward()
+            results.append((found, tree, *(value if isinstance(value, dict) else {"": value} for value in given)))
+        expected, found = results
+        if isinstance(found[0], dict):
+            for name, value in found[0].items():
+                assert isinstance(value, DTensor) == isinstance(other[name], DTensor)
+                assert not isinstance(value, DTensor) or value.placements == other[name].placements
+                close(gathered(value), expected[0][name])
+        else:
+            close(gathered(found[0]), expected[0])
+        for tree, wanted in zip(found[1:], expected[1:]):
+            for name, value in tree.items():
+                true = wanted[name].grad
+                if true is None:
+                    assert value.grad is None, name
+                else:
+                    close(gathered(value.grad), true, rtol=0, atol=1e-11 * float(true.abs().max()))
+        return found[0]
+
+    k, e = torch.tensor(20.3).double(), torch.tensor(0.1).double()
+    masks = compare(lambda tree, k, e: softk.budget.topk(tree, k, epsilon=e), scores, sharded, k, e)
+    close(sum(value.full_tensor().sum() for value in masks.values()), k)
+    compare(lambda tree, k, e, a: softk.budget.topk(tree, k, epsilon=e, weights=a), scores, sharded, k, e, costs)
+    compare(lambda tree: softk.budget.topk(tree, 20, epsilon=1e-3, where=where, mode="smallest"), scores, sharded)
+    compare(lambda tree: softk.budget.topk(tree, 20, hard=True), scores, sharded)
+    compare(lambda tree, k, e: softk.budget.threshold(tree, k, epsilon=e), scores, sharded, k, e)
+    # Some leaves are replicated, and some are ordinary tensors, the same on every process.
+    mixed = dict(sharded)
+    mixed["0.bias"] = distribute_tensor(scores["0.bias"].detach(), mesh, [Replicate()]).requires_grad_()
+    mixed["2.weight"] = scores["2.weight"].detach().clone().requires_grad_()
+    compare(lambda tree, k, e: softk.budget.topk(tree, k, epsilon=e), scores, mixed, k, e)
+    for name, value in scores.items():  # along the last axis
+        mixed[name] = distribute_tensor(value.detach(), mesh, [Shard(value.ndim - 1)]).requires_grad_()
+    compare(lambda tree, k, e, a: softk.budget.topk(tree, k, epsilon=e, weights=a), scores, mixed, k, e, costs)
+    # Ties go to the leaf that comes first, and in it to the first process.
+    ties = {name: value.detach().round() for name, value in scores.items()}
+    tied = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in ties.items()}
+    for name, value in softk.budget.topk(tied, 20, hard=True).items():
+        assert torch.equal(value.full_tensor(), softk.budget.topk(ties, 20, hard=True)[name])
+    # The explicit derivative takes and returns trees of DTensors.
+    costs = {name: value.detach() for name, value in costs.items()}
+    out, pullback = softk.vjp(softk.budget.topk, tied, k, epsilon=e, weights=costs)
+    _, wanted = softk.vjp(softk.budget.topk, ties, k, epsilon=e, weights=costs)
+    found, wanted = pullback({name: spread(bars[name], value) for name, value in out.items()}), wanted(bars)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        pairs = [(found[name][one], value[one]) for one in value] if isinstance(value, dict) else [(found[name], value)]
+        for own, other in pairs:
+            close(gathered(own), other, rtol=0, atol=1e-11)
+    halves = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
+    grid, strided = init_device_mesh("cpu", (2, 1)), [_StridedShard(0, split_factor=2), Shard(0)]
+    strided = DTensor.from_local(torch.randn(4), grid, strided, run_check=False, shape=torch.Size([8]), stride=(1,))
+    for message, call in (
+        ("must be redistributed", lambda: softk.budget.topk([strided], 2)),
+        ("x must not be sharded along the selected axis", lambda: softk.topk(strided, 2)),
+        ("least and most must be None", lambda: softk.budget.topk(sharded, 20, least=1)),
+        ("must be sharded along its first axis with hard=True", lambda: softk.budget.topk(mixed, 20, hard=True)),
+        ("k must have the same value on every process", lambda: softk.budget.topk(sharded, halves)),
+    ):
+        try:
+            call()
+        except NotImplementedError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
 elif case == "a lost process":
     if rank == 1:
         os._exit(0)
@@ -199,6 +318,7 @@ print("done")
         ("selected axis", 2),
         ("local shards", 2),
         ("local shards", 4),
+        ("budget", 2),
         ("a lost process", 2),
         pytest.param("functions", 2, marks=pytest.mark.full),
         pytest.param("compiled", 2, marks=pytest.mark.full),

@@ -26,7 +26,7 @@ import softk_numba
 import softk_triton
 from softk._reference.threshold.formulas import formulas_of
 from softk._reference.threshold.sparse import masked, penalty
-from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Ragged, Words, pick
+from softk.backend import PRIMITIVES, Array, Backend, Part, Primitive, Ragged, Share, Words, pick
 
 from . import graphs
 
@@ -63,6 +63,13 @@ class TorchBackend(Backend):
             offsets.diff(),
             axis,
         )
+
+    def share(self, x: Array, of: Array) -> Share | None:
+        if "torch.distributed.tensor" not in sys.modules:  # then there are no DTensors
+            return None
+        from . import dtensors
+
+        return dtensors.share(x, of) if dtensors.is_distributed((x, of)) else None
 
     def quiet(self, x: Array | None = None) -> AbstractContextManager[Any]:
         """Autocast lowers every product of matrices, of which distances and derivatives are the small differences."""
@@ -137,6 +144,11 @@ class TorchBackend(Backend):
         from . import dtensors
 
         return dtensors.reduce_shards(values, operation, group)
+
+    def gather_shards(self, values: Array, group: str) -> Array:
+        from . import dtensors
+
+        return dtensors.gather_shards(values, group)
 
     def reduce_segments(self, values: Array, operation: Literal["sum", "max"], segments: Array, count: int) -> Array:
         shape, wide = (*values.shape[:-1], count), values.dtype

@@ -10,17 +10,18 @@ A group is named by the name that PyTorch gives it, or by several of them, joine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from softk._reference.threshold import masks
 from softk._reference.threshold.split import in_pieces
-from softk.backend import PRIMITIVES
+from softk.backend import PRIMITIVES, Share
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -51,13 +52,29 @@ def reduce_shards(values: torch.Tensor, operation: Literal["sum", "max"], group:
     NotImplementedError
         If autograd records it, for a second derivative.
     """
-    if torch.is_grad_enabled() and values.requires_grad:
-        raise NotImplementedError("second derivatives over an axis that is sharded over processes are not supported")
+    _refuse_recorded(values)
     found = values.detach().clone(memory_format=torch.contiguous_format)
     kind = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
     for name in group.split("+"):
         dist.all_reduce(found, kind, _group_named(name))
     return found
+
+
+def gather_shards(values: torch.Tensor, group: str) -> torch.Tensor:
+    """The values of all processes of a group along the last axis. It is not differentiated, like `reduce_shards`."""
+    _refuse_recorded(values)
+    found = values.detach().contiguous()
+    for name in reversed(group.split("+")):  # the first one has the outermost shards
+        one = _group_named(name)
+        every = [torch.empty_like(found) for _ in range(dist.get_world_size(one))]
+        dist.all_gather(every, found, one)
+        found = torch.cat(every, dim=-1)
+    return found
+
+
+def _refuse_recorded(values: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise NotImplementedError("second derivatives over an axis that is sharded over processes are not supported")
 
 
 def by_process(
@@ -81,7 +98,7 @@ def by_process(
     batch, mesh = scores.ndim - primitive.axes, first.device_mesh
     # Partial sums must be added before a nonlinear function is applied.
     placements = [Replicate() if place.is_partial() else place for place in first.placements]
-    selected = [dim for dim, place in enumerate(placements) if place.is_shard() and _axis(place, first) >= batch]
+    selected = [dim for dim, place in enumerate(placements) if _is_shard(place) and _axis(place, first) >= batch]
     per_slice = [Replicate() if dim in selected else place for dim, place in enumerate(placements)]
     results_per_item: int = len(primitive.results)
     if selected:
@@ -110,6 +127,46 @@ def by_process(
     )
 
 
+def share(value: torch.Tensor, of: torch.Tensor) -> Share:
+    """`Backend.share` of a tensor that is a DTensor, or broadcasts to one."""
+    first: Any = of if isinstance(of, DTensor) else value
+    mesh, is_spread = first.device_mesh, isinstance(of, DTensor)
+    placements = [Replicate() if place.is_partial() else place for place in first.placements]
+    selected = [dim for dim, place in enumerate(placements) if _is_shard(place)]
+    if any(isinstance(placements[dim], _StridedShard) for dim in selected) or (selected and not is_spread):
+        raise NotImplementedError(
+            f"a DTensor of the placements {first.placements} must be redistributed here, for example to Replicate()"
+        )
+    own, back = list(placements), list(placements)
+    for dim in selected:
+        axis = _axis(placements[dim], first) - first.ndim
+        if value.ndim >= -axis and value.shape[axis] == first.shape[axis]:
+            own[dim] = back[dim] = Shard(axis + value.ndim)
+        else:  # the same for all items along this axis, so every process has a part of the cotangent
+            own[dim], back[dim] = Replicate(), Partial()
+    shape, everywhere = tuple(value.shape), [Replicate()] * mesh.ndim
+    given: Any = value.placements if isinstance(value, DTensor) and value is not first else None
+
+    def local(values: torch.Tensor) -> torch.Tensor:
+        if not isinstance(values, DTensor):
+            values = DTensor.from_local(values, mesh, everywhere, run_check=False)
+        found: torch.Tensor = values.redistribute(mesh, own).to_local(grad_placements=back)
+        return found
+
+    def whole(items: torch.Tensor) -> torch.Tensor:
+        found = _whole(items, shape, mesh, back)
+        if value is first:
+            return found
+        return found.redistribute(mesh, given) if given is not None else found.redistribute(mesh, everywhere).to_local()
+
+    def same(values: torch.Tensor) -> torch.Tensor:
+        return _whole(values, tuple(values.shape), mesh, everywhere)
+
+    before = [math.prod(first.shape[: _axis(placements[dim], first)]) for dim in selected]
+    group = group_of(mesh, selected) if selected else None
+    return Share(local, whole, same, group, all(count == 1 for count in before))
+
+
 #: The operators that are computed by sums over the processes, where the selected axis is sharded.
 _KINDS = {masks.mask.name: "mask", masks.hard_mask.name: "hard_mask", masks.threshold.name: "threshold"}
 
@@ -117,6 +174,11 @@ _KINDS = {masks.mask.name: "mask", masks.hard_mask.name: "hard_mask", masks.thre
 def group_of(mesh: Any, dims: list[int]) -> str:
     """The name of the group over some dimensions of a mesh, as `shards` and `reduce_shards` take it."""
     return "+".join(mesh.get_group(dim).group_name for dim in dims)
+
+
+def _is_shard(place: Any) -> bool:
+    """Whether a placement is a shard, strided or not: PyTorch's own `is_shard` is false for a strided one."""
+    return isinstance(place, (Shard, _StridedShard))
 
 
 def _axis(place: Any, value: torch.Tensor) -> int:

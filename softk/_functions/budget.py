@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from softk._reference.threshold.split import in_pieces
-from softk.backend import Array
+from softk.backend import Array, backend_of
 
 from .arguments import static_ranks
 from .bounds import Bounds
 from .call import Argument, Call, operator_from
 from .checks import Mode, check_flag, check_mass, check_mode, check_temperature, require_whole
 from .leaves import Leaf, TreeCall, compute_alike
+from .shares import Shares
 from .trees import Rebuild, flatten, matched
 
 __all__ = ["threshold", "topk"]
@@ -27,23 +29,33 @@ def _described(
     where: Any,
     least: Any = None,
     most: Any = None,
-) -> tuple[list[Leaf], dict[str, Any], Rebuild]:
-    """What both functions share: the leaves, the parts of a `TreeCall`, and what puts results in the leaves' places."""
+) -> tuple[list[Leaf], dict[str, Any], Rebuild, Shares]:
+    """What both functions share: the leaves, the parts of a `TreeCall`, what puts results in the leaves' places, and
+    what this process holds of the arrays.
+    """
     smallest = check_mode(mode)
     leaves, rebuild = flatten("tree", tree)
     if not leaves:
         raise ValueError(f"tree must have at least one array, got {tree!r}")
+    shares = Shares(backend_of(next(iter(leaves.values()))), leaves)
+    leaves = shares.leaves
     paths, like = list(leaves), next(iter(leaves.values()))
     trees = {"tree": (paths, rebuild)}
     items: dict[str, dict[str, Any]] = {}
     for name, other in (("weights", weights), ("where", where)):
         if other is not None:
             items[name] = {
-                name + path.removeprefix("tree"): part
+                label: shares.part(label, part, path)
                 for path, part in zip(paths, matched(name, other, paths, "tree"), strict=True)
+                for label in [name + path.removeprefix("tree")]
             }
             trees[name] = list(items[name]), rebuild
     bounds = None if least is None and most is None else Bounds(least, most, paths)
+    if shares.are_any and bounds is not None:
+        raise NotImplementedError("least and most must be None for a tree with arrays that are spread over processes")
+    if kind == "hard_mask":
+        shares.require_order()
+    k, epsilon = shares.number("k", k), shares.number("epsilon", epsilon)
     slices = []
     for i, (path, leaf) in enumerate(leaves.items()):
         others = {name: value for of in items.values() for name, value in [list(of.items())[i]] if value is not None}
@@ -55,7 +67,7 @@ def _described(
     first = slices[0]
     xp, backend = first.xp, first.backend
     compute_alike(slices)
-    n = sum(one.n for one in slices)
+    n = sum(math.prod(leaf.shape) for leaf in shares.whole.values())
     if n == 0:
         raise ValueError(f"tree must have at least one score, got only arrays without any, such as {paths[0]}")
     k = check_mass(xp, k, n, first.working, weights is not None, "the number of scores in the tree")
@@ -81,16 +93,16 @@ def _described(
                     arguments[label] = one.leaf_where(items[name][label])
     call: dict[str, Any] = {
         "backend": backend,
-        "primitive": in_pieces(kind, (None,) * len(slices)),
+        "primitive": in_pieces(kind, shares.groups),
         "options": {"ranks": None if weights is not None else static_ranks(backend, k, bits)},
-        "arguments": arguments,
-        "restores": tuple(one.leaf_mask() for one in slices),
+        "arguments": {name: shares.argument(name, argument) for name, argument in arguments.items()},
+        "restores": tuple(shares.result(path, one.leaf_mask()) for one, path in zip(slices, paths, strict=True)),
         "trees": trees,
     }
     if bounds is not None:
         with backend.quiet():
             call = bounds.applied(call, slices, rebuild, hard=kind == "hard_mask")
-    return slices, call, rebuild
+    return slices, call, rebuild, shares
 
 
 @operator_from
@@ -153,6 +165,9 @@ def topk(
         As `softk.topk`; also if the tree has no scores, if `weights`, `where`, `least` or `most` have another
         structure, or if floors and caps that are numbers leave no room for `k`. Where those in arrays leave no room,
         the masks are NaN.
+    NotImplementedError
+        For DTensors with `least` or `most`, with strided shards, or with `hard` if they are not sharded along their
+        first axis.
 
     See Also
     --------
@@ -165,6 +180,10 @@ def topk(
 
     Leaves of at most 65,536 scores are joined, and a tree without larger ones is computed by the kernels. Larger leaves
     are not copied: the reference implementation computes them from sums over each leaf, in at most 24 passes.
+
+    In PyTorch the leaves may be DTensors, such as the parameters of FSDP2, without `least` and `most`. A mask has the
+    placements of its scores. The processes exchange a few numbers. An ordinary tensor beside DTensors must be the same
+    on every process.
 
     With `least` or `most` all leaves are joined by a copy. Every group has the soft mask of its own items, with a mass
     ``min(max(f, least), most)``. Here f is the mass that the group has at a threshold that is common to all groups, and
@@ -195,7 +214,7 @@ def topk(
     """
     check_flag("hard", hard)
     kind = "hard_mask" if hard else "mask"
-    _, call, rebuild = _described(kind, tree, k, epsilon, mode, weights, where, least, most)
+    _, call, rebuild, _ = _described(kind, tree, k, epsilon, mode, weights, where, least, most)
     if hard:
         require_whole(call["arguments"]["k"].given, weights, k)
     return TreeCall(
@@ -227,7 +246,7 @@ def threshold(
     -------
     array
         The threshold, of shape (), in the units of the scores and the dtype that they are computed in; in the dtype of
-        the scores if all have the same.
+        the scores if all have the same. It is a replicated DTensor if the first leaf is a DTensor.
 
     Raises
     ------
@@ -250,8 +269,8 @@ def threshold(
     >>> float(softk.budget.threshold(tree, 2, epsilon=0.01).round(6))
     1.0
     """
-    slices, call, _ = _described("threshold", tree, k, epsilon, mode, weights, where)
+    slices, call, _, shares = _described("threshold", tree, k, epsilon, mode, weights, where)
     first = slices[0]
     is_mixed = any(one.dtype != first.dtype for one in slices)
-    call["restores"] = (first.one_number(first.working if is_mixed else first.dtype),)
+    call["restores"] = (shares.number_result(first.one_number(first.working if is_mixed else first.dtype)),)
     return TreeCall(**call)

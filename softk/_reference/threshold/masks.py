@@ -14,6 +14,8 @@ from typing import Any
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
 from .limits import clip, limits
+from .merged import MergedLinearization
+from .pieces import PieceBackend
 from .problem import logits, selectable, sigmoid
 from .rule import Linearization, LogLinearization
 from .solve import solve
@@ -26,6 +28,24 @@ def _linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, *, ba
     """The rule. The mask's derivative in the scores alone does not need an accurate p in a gap."""
     *_, offset, reference = outputs
     return Linearization(backend, inputs, reference, offset, balanced=balanced)
+
+
+def _pull(
+    backend: Backend,
+    inputs: tuple[Any, ...],
+    outputs: Arrays,
+    cotangents: tuple[Any, Any, Any],
+    needed: Needed,
+    *,
+    balanced: bool,
+) -> tuple[Array | None, ...]:
+    """The cotangents of the inputs but `where`. Members of a group exchange a summary, not one sum after the other."""
+    if isinstance(backend, PieceBackend) and backend.has_shards:
+        *_, offset, reference = outputs
+        rule: Linearization = MergedLinearization(backend, inputs, reference, offset, cotangents[0], balanced=balanced)
+    else:
+        rule = _linearize(backend, inputs, outputs, balanced=balanced)
+    return rule.pull(*cotangents, needed)
 
 
 # --- scores in float16 or bfloat16, which are computed in float32
@@ -106,7 +126,7 @@ def _mask_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Input
 
 def _mask_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     u, c = cotangents
-    found = _linearize(backend, inputs[:5], outputs, balanced=any(needed[1:4])).pull(u, c, None, needed)
+    found = _pull(backend, inputs[:5], outputs, (u, c, None), needed, balanced=any(needed[1:4]))
     return (*found, *(None,) * (len(inputs) - len(found)))
 
 
@@ -231,7 +251,7 @@ def _threshold_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: 
 
 def _threshold_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: Needed) -> Inputs:
     b, c = cotangents
-    return (*_linearize(backend, inputs, outputs).pull(None, c, b, needed), None)
+    return (*_pull(backend, inputs, outputs, (None, c, b), needed, balanced=True), None)
 
 
 threshold = Primitive(

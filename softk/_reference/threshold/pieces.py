@@ -52,6 +52,10 @@ class Pieces:
         """Other values of the same items."""
         return Pieces(arrays)
 
+    def chosen(self, places: list[int]) -> Pieces:
+        """Some of the pieces."""
+        return self.like(tuple(self.arrays[i] for i in places))
+
     def map(self, function: Callable[..., Array], *others: Any) -> Pieces:
         """The function applied to every piece, with the same piece of the others. Other values go to every piece."""
         return self.like(
@@ -240,6 +244,34 @@ class PieceBackend(Backend):
             found = whole if found is None else joined(found, whole)
         return found
 
+    def gathered(
+        self, summarize: Callable[..., tuple[dict[Any, Array], dict[Any, Any]]], *values: Pieces | Array | None
+    ) -> tuple[dict[Any, Array], dict[Any, Pieces]]:
+        """What every member finds in its own pieces, of shape (..., 1), from all members: (..., members).
+
+        It is one exchange for each group of shards. ``summarize(backend, *values)`` gets the pieces of one group, and
+        `backend` reduces over these alone. It also returns values per item, or per slice, that are not sent: the second
+        result has them for every piece.
+        """
+        xp, own = self.inner.xp, []
+        kept: dict[Any, dict[int, Array]] = {}
+        for group in dict.fromkeys(self.groups):
+            places = [i for i, other in enumerate(self.groups) if other == group]
+            found, more = summarize(
+                PieceBackend(self.inner, (None,) * len(places)),
+                *(value.chosen(places) if isinstance(value, Pieces) else value for value in values),
+            )
+            for name, value in more.items():
+                arrays = value.arrays if isinstance(value, Pieces) else (value,) * len(places)
+                kept.setdefault(name, {}).update(zip(places, arrays, strict=True))
+            whole = xp.concat(list(found.values()), axis=-1)
+            if group is not None:
+                whole = self.inner.gather_shards(whole, group)
+            own.append(xp.reshape(whole, (*whole.shape[:-1], -1, len(found))))
+        whole = xp.concat(own, axis=-2) if len(own) > 1 else own[0]
+        mine = {name: Pieces(tuple(arrays[i] for i in range(len(arrays)))) for name, arrays in kept.items()}
+        return {name: whole[..., i] for i, name in enumerate(found)}, mine
+
     def running_sum(self, x: Pieces) -> Pieces:
         """The running sum of integers over all items: piece after piece, and member after member in a piece."""
         xp = self.inner.xp
@@ -249,8 +281,7 @@ class PieceBackend(Backend):
             count = xp.sum(array, axis=-1, keepdims=True)
             if group is not None:
                 place, members = self.inner.shards(group)
-                each = xp.arange(members, dtype=count.dtype, device=self.inner.device(count))
-                each = self.inner.reduce_shards(xp.where(each == place, count, 0), "sum", group)
+                each = self.inner.gather_shards(count, group)
                 count = xp.sum(each, axis=-1, keepdims=True)
                 places = xp.arange(members, dtype=count.dtype, device=self.inner.device(count))
                 own = own + xp.sum(xp.where(places < place, each, 0), axis=-1, keepdims=True)

@@ -59,28 +59,24 @@ are set to 0 at j, and the transpose of setting to 0 leaves the item out of a su
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from softk.backend import Array, Backend
 
 from .formulas import formulas_of
-from .limits import DOMINANT, ROUNDINGS, clip, exponential, limits, negligible, safe_denominator
-from .problem import dot, logits, selectable, sigmoid, total, weighted
+from .items import Items
+from .limits import DOMINANT, ROUNDINGS, clip, limits, safe_denominator
+from .problem import dot, logits, sigmoid, total, totals
 
 
-class Linearization:
+class Linearization(Items):
     """The derivative of the mask, the offset and the threshold at one point. Nothing changes its state.
-
-    Per-slice values have shape (..., 1), per-item values (..., n).
 
     Parameters
     ----------
-    backend : Backend
-        The framework of the arrays.
-    inputs : tuple of array or None
-        Scores (..., n), mass, temperature, item weights (..., n) and where (..., n).
-    reference, offset : array
-        The solution, as `solve.solve` returns it.
+    backend, inputs, reference, offset
+        As for `Items`.
     balanced : bool
         Whether p must be accurate in a gap too. The mask's derivative in the scores does not need it: it is 0 there.
     """
@@ -88,96 +84,51 @@ class Linearization:
     def __init__(
         self, backend: Backend, inputs: tuple[Any, ...], reference: Array, offset: Array, *, balanced: bool = True
     ) -> None:
-        self.backend, self.xp = backend, backend.xp
-        self.x, self.k, self.tau, self.weights, self.where = inputs
-        self.reference, self.offset = reference, offset
+        super().__init__(backend, inputs, reference, offset)
         # d and v', where v = exp(-d) v'
         self.distance, self.scaled_slope = self.slope_from_each_side() if balanced else self.slope_from_nearest()
         self.scale = self.xp.exp(-self.distance)
         # V', where V = exp(-d) V'
-        self.scaled_sum = safe_denominator(self.xp, total(self.xp, self.weighted(self.scaled_slope)))
+        self.scaled_sum = safe_denominator(self.xp, self.sum_of_slopes())
 
     # --- v' and d
 
     def slope_from_nearest(self) -> tuple[Array, Array]:
         """d and v' = exp(d - |z|) / (1 + exp(-|z|))^2, with z as it is."""
-        distance, decay = self.decay_from_nearest()
-        one_and_tail = self.xp.exp(-distance) * decay + 1.0
-        return distance, decay / one_and_tail / one_and_tail
-
-    def decay_from_nearest(self) -> tuple[Array, Array]:
-        """d and exp(d - |z|)."""
-        xp = self.xp
-        bound = limits(xp, self.x.dtype)
-        size = xp.abs(self.log_odds())
-        with_weight = size if self.weights is None else xp.where(self.weights == 0.0, math.inf, size)
-        # An item at the farthest distance has no derivative, even if no other item is nearer.
-        distance = xp.minimum(xp.min(with_weight, axis=-1, keepdims=True), 0.5 * bound.farthest)
-        if self.weights is None:
-            return distance, decay_of(xp, distance - size)
-        # An item without weight may be nearer.
-        return distance, decay_of(xp, xp.minimum(distance - size, math.log(bound.farthest)))
+        distance, tail, one_and_tail = self.tails_from_nearest()
+        return distance, tail / one_and_tail
 
     def slope_from_each_side(self) -> tuple[Array, Array]:
         """d and v', with z measured from the nearest item on each side, and the share of each side from the mass."""
         xp = self.xp
         upper = self.log_odds() > 0.0
-        above, below, decay = self.decay_from_each_side(upper)
-        one_and_tail = xp.where(upper, xp.exp(-above), xp.exp(-below)) * decay + 1.0
-        tail = decay / one_and_tail
-        distance, factor_above, factor_below = self.side_factors(tail, upper, above, below)
-        return distance, tail * xp.where(upper, factor_above, factor_below) / one_and_tail
-
-    def decay_from_each_side(self, upper: Array) -> tuple[Array, Array, Array]:
-        """|z| of the nearest items above and below the threshold; and exp(d - |z|), with the d of that side."""
-        xp = self.xp
-        bound = limits(xp, self.x.dtype)
-        high, low = self.nearest_on_each_side(upper)
-        no_high, no_low = high == math.inf, low == -math.inf
-        both = self.backend.constant(clip(xp, xp.concat([high, low], axis=-1), -bound.largest, bound.largest))
-        near = xp.abs(logits(self.backend, both, self.reference, self.tau, self.offset))
-        near = xp.minimum(near, 0.5 * bound.farthest)
-        (high, low), (above, below) = ((values[..., :1], values[..., 1:]) for values in (both, near))
-        # On a side where no item has weight, |z| is measured from the nearest item across the threshold.
-        across_above, across_below = xp.where(no_high, 2.0 * below, 0.0), xp.where(no_low, 2.0 * above, 0.0)
-        high, low = xp.where(no_high, low, high), xp.where(no_low, high, low)
-        above, below = xp.where(no_high, below, above), xp.where(no_low, above, below)
-
-        apart = self.log_odds_from(xp.where(upper, high, low))
-        # Not its absolute value, which has no derivative at the nearest item itself.
-        exponent = xp.where(upper, -apart, apart)
-        if self.weights is not None:
-            exponent = exponent + xp.where(upper, across_above, across_below)
-            exponent = xp.minimum(exponent, math.log(bound.farthest))  # an item without weight may be nearer
-        return above, below, decay_of(xp, exponent)
-
-    def nearest_on_each_side(self, upper: Array) -> tuple[Array, Array]:
-        """The scores with weight that are nearest above and below the threshold; inf or -inf where there is none."""
-        xp = self.xp
-        x = xp.minimum(selectable(xp, self.x, self.where), limits(xp, self.x.dtype).largest)
-        is_above, is_below = upper, ~upper
-        if self.weights is not None:
-            weightless = self.weights == 0.0
-            is_above, is_below = is_above & ~weightless, is_below & ~weightless
-        high = xp.min(xp.where(is_above, x, math.inf), axis=-1, keepdims=True)
-        return high, xp.max(xp.where(is_below, x, -math.inf), axis=-1, keepdims=True)
-
-    def side_factors(self, tail: Array, upper: Array, above: Array, below: Array) -> tuple[Array, Array, Array]:
-        """d, and what the tails above and below are multiplied by, so that their ratio follows from the mass.
-
-        `tail` has the tails of each side in units of exp(-above) or exp(-below), where `above` and `below` are the
-        distances |z| of the nearest items.
-        """
-        xp, constant, formulas = self.xp, self.backend.constant, formulas_of(self.backend)
-        bound = limits(xp, tail.dtype)
-        log_farthest = math.log(bound.farthest)
+        above, below, tail, one_and_tail = self.tails_from_each_side(upper, *self.nearest_on_each_side(upper))
         if self.weights is None:
             mass = xp.astype(xp.count_nonzero(upper, axis=-1, keepdims=True), tail.dtype)
         else:
             mass = total(xp, xp.where(upper, self.weights, 0.0))
+        weighted = self.weighted(tail)
+        high, low = total(xp, xp.where(upper, weighted, 0.0)), total(xp, xp.where(upper, 0.0, weighted))
+        distance, factor_above, factor_below = self.side_factors(above, below, mass, high, low)
+        return distance, tail * xp.where(upper, factor_above, factor_below) / one_and_tail
+
+    def sum_of_slopes(self) -> Array:
+        """V'."""
+        return total(self.xp, self.weighted(self.scaled_slope))
+
+    def side_factors(
+        self, above: Array, below: Array, mass: Array, high: Array, low: Array
+    ) -> tuple[Array, Array, Array]:
+        """d, and what the tails above and below are multiplied by, so that their ratio follows from the mass.
+
+        `above` and `below` are the distances |z| of the nearest items. `mass` is the number, or the weight, of the
+        items above the threshold. `high` and `low` are the sums of the tails above and below, in units of exp(-|z|) of
+        the nearest item of the side.
+        """
+        xp, constant, formulas = self.xp, self.backend.constant, formulas_of(self.backend)
+        bound = limits(xp, self.offset.dtype)
+        log_farthest = math.log(bound.farthest)
         delta = self.k - mass
-        tail = self.weighted(tail)
-        high, low = total(xp, xp.where(upper, tail, 0.0)), total(xp, xp.where(upper, 0.0, tail))
         # Whether the ratio of the tails follows from the mass. Where nothing or everything is selected one side is
         # empty, and no offset gives the mass k.
         exact = (high > 0.0) & (low > 0.0)
@@ -203,21 +154,9 @@ class Linearization:
 
     # --- what the formulas are made of. Values per item are computed again where they are needed, to save memory.
 
-    def log_odds(self) -> Array:
-        """z, the log-odds of the mask."""
-        return logits(self.backend, selectable(self.xp, self.x, self.where), self.reference, self.tau, self.offset)
-
-    def log_odds_from(self, origin: Array) -> Array:
-        """(x - origin) / tau."""
-        return logits(self.backend, selectable(self.xp, self.x, self.where), origin, self.tau)
-
     def mask(self) -> Array:
         """m."""
         return sigmoid(self.xp, self.log_odds())
-
-    def weighted(self, values: Array) -> Array:
-        """a times the values."""
-        return values if self.weights is None else weighted(self.xp, self.weights, values)
 
     def p_times(self, factor: Array) -> Array:
         """p times a per-slice factor. With weights every item is divided by V': 1 / V' overflows if all are tiny."""
@@ -229,9 +168,7 @@ class Linearization:
         """v, the derivative of the mask in z."""
         if self.weights is None:  # v' is not clipped then, and v must be exactly in proportion to p
             return self.scaled_slope * self.scale
-        tail = self.xp.exp(-self.xp.abs(self.log_odds()))
-        tail = tail / (1.0 + tail)
-        return (1.0 - tail) * tail
+        return self.slope()
 
     def dmask_dk(self) -> Array:
         """v / V, the derivative of the mask in k."""
@@ -257,15 +194,6 @@ class Linearization:
         half = xp.exp(xp.minimum(half, 1.9 * math.log(farthest)))
         return xp.where(clipped, most, half * xp.where(clipped, 1.0, quotient) * half)
 
-    def zero_where_fixed(self, values: Array) -> Array:
-        """The values, with 0 for the scores that no tangent moves: +inf and the scores that are removed."""
-        is_fixed = self.x > limits(self.xp, self.x.dtype).largest
-        return self.xp.where(is_fixed if self.where is None else is_fixed | ~self.where, 0.0, values)
-
-    def zero_where_removed(self, values: Array) -> Array:
-        """The values, with 0 for the items that are removed, even where the value is NaN."""
-        return values if self.where is None else self.xp.where(self.where, values, 0.0)
-
     # --- the dominant item, from which w and u are measured
 
     def dominant_item(self) -> tuple[Array, Array]:
@@ -286,18 +214,21 @@ class Linearization:
 
     def relative_weights(self, is_dominant: Array, exists: Array) -> Array:
         """The weights in units of the dominant item's, or of the largest: weights may have any size."""
+        weights = self.xp.where(self.scaled_slope > 0.0, self.weights, 0.0)
+        return weights / safe_denominator(self.xp, self.unit_of_weights(weights, is_dominant, exists))
+
+    def unit_of_weights(self, weights: Array, is_dominant: Array, exists: Array) -> Array:
+        """The weight of the dominant item, or the largest."""
         xp = self.xp
-        weights = xp.where(self.scaled_slope > 0.0, self.weights, 0.0)
         of_dominant = total(xp, xp.where(is_dominant, weights, 0.0))
-        unit = xp.where(exists, of_dominant, xp.max(weights, axis=-1, keepdims=True))
-        return weights / safe_denominator(xp, unit)
+        return xp.where(exists, of_dominant, xp.max(weights, axis=-1, keepdims=True))
 
     def dominant_score(self) -> Array:
         """x_ref, the score with the largest p. Distances from it are accurate for the items that matter in the mean."""
         xp, largest = self.xp, limits(self.xp, self.x.dtype).largest
         p = self.weighted(self.scaled_slope)
-        x = selectable(xp, self.x, self.where)
-        x_ref = xp.min(xp.where(p >= xp.max(p, axis=-1, keepdims=True), x, math.inf), axis=-1, keepdims=True)
+        is_largest = p >= xp.max(p, axis=-1, keepdims=True)
+        x_ref = xp.min(xp.where(is_largest, self.scores(), math.inf), axis=-1, keepdims=True)
         return self.backend.constant(clip(xp, x_ref, -largest, largest))
 
     # --- tangents
@@ -381,22 +312,25 @@ class Linearization:
 
         A cotangent that is not needed is None.
         """
-        xp = self.xp
         of_x, of_k, of_tau, of_a, *_ = needed
         of_a = of_a and self.weights is not None
         xbar = self.cotangent_of_scores(u, c, b) if of_x or of_tau else None
-        hbar, abar = self.cotangents_of_mass(u, c, b, of_a) if of_k or of_a else (None, None)
-        found = xbar if of_x else None, hbar if of_k else None
-        if not of_tau:
-            return *found, None, abar
-        x_ref = self.dominant_score()
-        taubar = -dot(xp, self.log_odds_from(x_ref), xbar)
-        shift = logits(self.backend, x_ref, self.reference, self.tau)  # z at x_ref plus the offset
-        if c is not None:
-            taubar = taubar - shift * c / self.tau
-        if b is not None:
-            taubar = taubar - (shift - self.offset) * b
-        return *found, taubar, abar
+        x_ref = self.dominant_score() if of_tau else None
+        # The sums that remain, in one reduction: that of the temperature, and those of the mass.
+        terms = [lambda: self.log_odds_from(x_ref) * xbar] if of_tau else []
+        if u is not None and (of_k or of_a):
+            terms += self.terms_of_mass(self.zero_where_removed(u))
+        sums = list(totals(self.backend, *terms)) if terms else []
+        taubar = None
+        if of_tau:
+            taubar = -sums.pop(0)
+            shift = logits(self.backend, x_ref, self.reference, self.tau)  # z at x_ref plus the offset
+            if c is not None:
+                taubar = taubar - shift * c / self.tau
+            if b is not None:
+                taubar = taubar - (shift - self.offset) * b
+        hbar, abar = self.cotangents_of_mass(sums, c, b, of_a) if of_k or of_a else (None, None)
+        return xbar if of_x else None, hbar if of_k else None, taubar, abar
 
     def cotangent_of_scores(self, u: Array | None, c: Array | None, b: Array | None) -> Array:
         """xbar."""
@@ -412,13 +346,16 @@ class Linearization:
         return xp.zeros_like(self.x) if xbar is None else self.zero_where_fixed(xbar)
 
     def cotangents_of_mass(
-        self, u: Array | None, c: Array | None, b: Array | None, of_a: bool
+        self, sums: list[Array], c: Array | None, b: Array | None, of_a: bool
     ) -> tuple[Array, Array | None]:
-        """hbar and, if asked for, abar. Below the threshold V may be as small as m, and only m / V is formed."""
+        """hbar and, if asked for, abar, from the sums of `terms_of_mass`. None are zero.
+
+        hbar is the sum of the first and of the second over V. Below the threshold V may be as small as m, and only
+        m / V is formed.
+        """
         xp = self.xp
-        hbar, over_sum = xp.zeros_like(self.offset), None  # hbar is the sum of the first and the second over V
-        if u is not None:
-            hbar, over_sum = self.vjp_of_mask_in_mass(self.zero_where_removed(u))
+        hbar, over_sum = (*sums, None, None)[:2]
+        hbar = xp.zeros_like(self.offset) if hbar is None else hbar
         if over_sum is None and c is None and b is None:
             return hbar, -self.mask() * hbar if of_a else None
         direct = hbar
@@ -454,27 +391,36 @@ class Linearization:
         That multiple makes u zero at the dominant item, where u less its mean would be lost in rounding. Where no item
         dominates it makes the mean of u zero.
         """
-        xp, slope = self.xp, self.scaled_slope
-        u = self.zero_where_removed(u)
+        u = self.less_multiple_of_weights(self.zero_where_removed(u))
         if self.weights is None:
-            u, _ = self.measured_from_dominant(u)
-            g = g - self.scale * dot(xp, slope, u)
-            return (u * self.scale + g / self.scaled_sum) * slope
-        direct = self.less_multiple_of_weights(u) * self.dmask_dz()
-        return direct + self.p_times(g - total(xp, direct))
+            g = g - self.scale * self.sum_of_rest(self.scaled_slope * u)
+            return (u * self.scale + g / self.scaled_sum) * self.scaled_slope
+        direct = u * self.dmask_dz()
+        return direct + self.p_times(g - self.sum_of_rest(direct))
 
     def less_multiple_of_weights(self, u: Array) -> Array:
         """u less a multiple of the weights, as `vjp_in_scores` subtracts it."""
-        xp, slope = self.xp, self.scaled_slope
+        xp = self.xp
         is_dominant, exists = self.dominant_item()
+        if self.weights is None:
+            return xp.where(is_dominant, 0.0, u - self.level_of(u, None, is_dominant, exists))
         weights = self.relative_weights(is_dominant, exists)
-        mean = dot(xp, slope, u) / safe_denominator(xp, dot(xp, slope, weights))
-        level = xp.where(exists, total(xp, xp.where(is_dominant, u, 0.0)), mean)
-        return xp.where(is_dominant, 0.0, u - weights * level)
+        return xp.where(is_dominant, 0.0, u - weights * self.level_of(u, weights, is_dominant, exists))
 
-    def vjp_of_mask_in_mass(self, u: Array) -> tuple[Array, Array | None]:
-        """<v / V, u> as a sum of two parts: the first, and the second times V, None for 0."""
-        return dot(self.xp, self.dmask_dk(), u), None
+    def level_of(self, u: Array, weights: Array | None, is_dominant: Array, exists: Array) -> Array:
+        """What the weights are multiplied by: u at the dominant item, or the mean of u."""
+        xp, slope = self.xp, self.scaled_slope
+        of_weights = self.scaled_sum if weights is None else safe_denominator(xp, dot(xp, slope, weights))
+        mean = dot(xp, slope, u) / of_weights
+        return xp.where(exists, total(xp, xp.where(is_dominant, u, 0.0)), mean)
+
+    def sum_of_rest(self, values: Array) -> Array:
+        """The sum of what remains of v u, without v or in units of exp(-d)."""
+        return total(self.xp, values)
+
+    def terms_of_mass(self, u: Array) -> list[Callable[[], Array]]:
+        """The terms of <v / V, u> as a sum of two parts: of the first, and of the second times V, if there is one."""
+        return [lambda: self.dmask_dk() * u]
 
     # --- what second derivatives lack where 1 / V is clipped
 
@@ -497,12 +443,6 @@ class Linearization:
     def sign(self) -> Array:
         """The sign of z. Far from the threshold v' times it is minus the derivative of v' in z."""
         return self.xp.where(self.log_odds() > 0.0, 1.0, -self.xp.ones_like(self.x))
-
-
-def decay_of(xp: Any, exponent: Array) -> Array:
-    """exp(exponent), and exactly 0 where that is negligible beside 1."""
-    is_large = exponent > math.log(negligible(xp, exponent.dtype))
-    return exponential(xp, exponent) * xp.astype(is_large, exponent.dtype)
 
 
 class LogLinearization(Linearization):
@@ -544,11 +484,12 @@ class LogLinearization(Linearization):
         others = xp.where(is_dominant, 0.0, direct - p * sum_of_direct)
         return others + self.p_times(g - total(xp, others))
 
-    def vjp_of_mask_in_mass(self, u: Array) -> tuple[Array, Array]:
-        xp = self.xp
+    def terms_of_mass(self, u: Array) -> list[Callable[[], Array]]:
         upper = self.log_odds() > 0.0
-        above = total(xp, xp.where(upper, self.dmask_dk() * u, 0.0))
-        return above, total(xp, xp.where(upper, 0.0, self.dmask_dz() * u))
+        return [
+            lambda: self.xp.where(upper, self.dmask_dk() * u, 0.0),
+            lambda: self.xp.where(upper, 0.0, self.dmask_dz() * u),
+        ]
 
     def missing_rate(self) -> None:
         """This derivative has no factor v, and is clipped where the derivative of the offset is."""

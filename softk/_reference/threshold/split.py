@@ -33,16 +33,18 @@ class _Parts:
         m = len(groups)
         self.backend, self.xp, self.scores, self.dtype = backend, backend.xp, inputs[:m], inputs[m].dtype
         self.pieces: list[list[int]] = []
-        small: list[int] | None = None
+        small: dict[str | None, list[int]] = {}  # the piece of small parts of each group
         for i, (x, group) in enumerate(zip(self.scores, groups, strict=True)):
-            if group is not None or x.shape[-1] > SMALL:
+            # Where ties go to the first part, a shard is followed by the other shards of its part.
+            if x.shape[-1] > SMALL or (ordered and group is not None):
                 self.pieces.append([i])
-                small = None if ordered else small  # ties go to the first part
-            elif small is None:
-                small = [i]
-                self.pieces.append(small)
+                if ordered:
+                    small.clear()
+            elif group in small:
+                small[group].append(i)
             else:
-                small.append(i)
+                small[group] = [i]
+                self.pieces.append(small[group])
         self.groups = tuple(groups[piece[0]] for piece in self.pieces)
         self.is_whole = self.groups == (None,)
         self.over = backend if self.is_whole else PieceBackend(backend, self.groups)
