@@ -179,8 +179,6 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 @each_case
 def test_values(lib: Library, name: str, rng: Any) -> None:
-    if "jax" in lib.name:
-        pytest.skip("compiling takes too long; all of them are compiled together below")
     given = problem(rng, name)
     found = lib.evaluate(functools.partial(call, name), **given)
     assert found.dtype == "float64"
