@@ -106,7 +106,7 @@ define environment
 	$(1)/bin/python $(INSTALL) $(2)
 endef
 
-# allrank, whose loss the tests compare with, asks for a PyTorch of 2021. It is installed without what it asks for.
+# allrank, which tests and benchmarks compare with, asks for a PyTorch of 2021. It is installed without what it asks for.
 $(VENV)/ready: pyproject.toml
 	$(call environment,$(VENV),-e . --group test --group docs)
 	-@$(VENV)/bin/python $(INSTALL) --quiet --no-deps allrank==1.4.3
@@ -138,6 +138,7 @@ $(BENCH)/ready: pyproject.toml
 	$(call environment,$(BENCH),-e . --group bench)
 	-PATH="$(CURDIR)/$(BENCH)/bin:/usr/bin:/bin" $(BENCH)/bin/python -m pip install --quiet --no-build-isolation \
 		torchsort==0.1.10 > $(BENCH)/torchsort.log 2>&1
+	-@$(BENCH)/bin/python $(INSTALL) --quiet --no-deps allrank==1.4.3
 	@touch $@
 
 clean: ## remove all environments and what was built

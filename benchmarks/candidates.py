@@ -10,11 +10,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from .cases import Case
+from .cases import Case, Operator
 from .timing import Call
 
 Array = Any
@@ -26,6 +26,7 @@ REFERENCE = "softk.topk, no kernels"
 SELECT, INDICES = "softk.select", "hard top-k (values, indices)"
 BISECTION = "60 bisections"
 BISECTIONS = 60
+OPERATORS = get_args(Operator)
 MEMORY_SHARE = 0.3
 """A candidate that needs more than this share of the machine's memory is skipped."""
 
@@ -38,6 +39,8 @@ class Prepared(NamedTuple):
     numpy: Callable[[Array], np.ndarray]
 
 
+Kind = Literal["soft", "hard", "relaxation", "other"]
+"""softk's operator, the exact indicator, a different relaxation of the same hard operator, a different function."""
 Prepare = Callable[[Case, np.ndarray, np.ndarray], Prepared]
 """Takes (case, scores, cotangent)."""
 
@@ -48,15 +51,19 @@ class Candidate:
 
     name: str
     framework: Literal["NumPy", "PyTorch", "torch.compile", "JAX jit"]
-    kind: Literal["soft", "hard", "other"]  # the operator of softk.topk, the exact indicator, a different function
+    kind: Kind
     prepare: Prepare
     peer: bool = False
     power: int = 1  # the time grows as this power of n
     arrays: float = 0.0  # the number of n x n arrays per slice held at once
     obstacle: Callable[[Case], str | None] = lambda case: None  # the reason if it cannot compute a case
+    operators: tuple[Operator, ...] = ("topk",)  # of the cases on which it is measured
+    joint: bool = False  # it takes the scores of a joint case as they are; the others get them in one slice
 
     def belongs(self, case: Case) -> bool:
         """Whether the candidate is measured on a case."""
+        if case.operator not in self.operators:
+            return False
         if not self.peer:
             return self.obstacle(case) is None
         if case.peers == "all":
@@ -79,7 +86,7 @@ def few(entries: float) -> Callable[[Case], str | None]:
     """Refuse cases whose plan has so many entries that one call would take minutes."""
 
     def obstacle(case: Case) -> str | None:
-        needed = case.rows * case.n * (case.k + 1)
+        needed = case.size * (case.k + 1)
         return f"a plan of {needed:.1e} numbers" if needed > entries else None
 
     return obstacle
@@ -188,8 +195,10 @@ PEERS = (
         "ott.tools.soft_sort",
         "JAX",
         "`topk_mask` with `squashing_fun` the identity is the same operator, by Sinkhorn's iteration to its default "
-        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values. "
-        "Both with `implicit_diff=None`: their default derivative raises an error with the present lineax",
+        "tolerance, 1e-3 of the whole mass n; `sort(topk=k)` transports to k + 1 anchors and returns k sorted values; "
+        "`sort` and `ranks` to n anchors or `num_targets`. Among the operators that sort, epsilon is divided such that "
+        "all solve softk's problem. All with `implicit_diff=None`: the default derivative raises an error with the "
+        "present lineax",
     ),
     Peer(
         "POT",
@@ -203,19 +212,21 @@ PEERS = (
         "difftopk",
         "PyTorch",
         "`SoftSort` and the bitonic `DiffTopkNet` (n a power of two), whose rows for the first k places are added up: "
-        "relaxed permutation matrices, n x n numbers per slice",
+        "relaxed permutation matrices, n x n numbers per slice; `SoftSort` also sorts",
     ),
     Peer(
         "torchsort",
         "torchsort",
         "PyTorch",
-        "`soft_rank`: soft ranks by isotonic regression in compiled C++, which is not a mask",
+        "`soft_rank` and `soft_sort`: by isotonic regression in compiled C++. They are beside the masks, too, although "
+        "ranks are no mask",
     ),
     Peer(
         "softtorch",
         "softtorch",
         "PyTorch",
-        '`topk(method="ot", standardize=False)`: transport to k + 1 anchors; the index distributions are added up',
+        '`topk(method="ot", standardize=False)`: transport to k + 1 anchors; the index distributions are added up; '
+        '`sort` and `rank` with `method="softsort", standardize=False`',
         python=(3, 12),
     ),
     Peer(
@@ -224,6 +235,13 @@ PEERS = (
         "JAX",
         '`top_k(method="ot", standardize=False)`: as softtorch',
         python=(3, 12),
+    ),
+    Peer(
+        "allrank",
+        "allrank",
+        "PyTorch",
+        "`deterministic_neural_sort` and at most 50 iterations of `sinkhorn_scaling`, as in its NeuralNDCG: softk's "
+        "plan for `sort` and `rank`, once they have converged; n x n numbers per slice and iteration",
     ),
     Peer("fast-soft-sort", "fast_soft_sort", "NumPy", "soft ranks by isotonic regression", "not on PyPI"),
     Peer("LapSum", "lapsum", "PyTorch", "a mask from sums of Laplace distributions, in O(n log n)", "not on PyPI"),

@@ -15,6 +15,7 @@ import softk
 from .candidates import (
     BISECTION,
     BISECTIONS,
+    OPERATORS,
     REFERENCE,
     SINKHORN,
     SINKHORN_ITERATIONS,
@@ -43,8 +44,8 @@ def both(operator: Operator, case: Case) -> Callable[[Any, Any], tuple[Any, Any]
     return function
 
 
-def _prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepare:
-    def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+def prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepare:
+    def prepared(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
         # Enable float64 only for float64 cases: a peer that creates its own constants would otherwise always use it.
         jax.config.update("jax_enable_x64", case.dtype == "float64")
         place = jax.devices("gpu" if device == "cuda" else device)[0]
@@ -57,16 +58,16 @@ def _prepare(operator: Operator, device: str, *, gradient: bool = True) -> Prepa
             np.asarray,
         )
 
-    return prepare
+    return prepared
 
 
 def _softk(case: Case, x: Any) -> Any:
-    return softk.topk(x, case.k, epsilon=case.epsilon)
+    return softk.topk(x, case.k, axis=case.axis, epsilon=case.epsilon)
 
 
 def _reference(case: Case, x: Any) -> Any:
     with softk.kernels("none"):
-        return softk.topk(x, case.k, epsilon=case.epsilon)
+        return softk.topk(x, case.k, axis=case.axis, epsilon=case.epsilon)
 
 
 def _sorted(case: Case, x: Any) -> Any:
@@ -154,20 +155,20 @@ def candidates(device: str) -> list[Candidate]:
     """softk, the functions of the framework, and the installed peers."""
     here = installed("JAX")
     found = [
-        Candidate("softk.topk", "JAX jit", "soft", _prepare(_softk, device)),
-        Candidate(REFERENCE, "JAX jit", "soft", _prepare(_reference, device)),
-        Candidate("softk.sorted_topk", "JAX jit", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
-        Candidate("softmax", "JAX jit", "other", _prepare(_softmax, device)),
-        Candidate("sigmoid", "JAX jit", "other", _prepare(_sigmoid, device)),
-        Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", _prepare(_hard, device, gradient=False)),
-        Candidate(BISECTION, "JAX jit", "soft", _prepare(_bisection, device), peer=True),
-        Candidate(SINKHORN, "JAX jit", "soft", _prepare(_sinkhorn, device), peer=True),
+        Candidate("softk.topk", "JAX jit", "soft", prepare(_softk, device), joint=True),
+        Candidate(REFERENCE, "JAX jit", "soft", prepare(_reference, device), joint=True),
+        Candidate("softk.sorted_topk", "JAX jit", "other", prepare(_sorted, device), obstacle=few(1.5e6)),
+        Candidate("softmax", "JAX jit", "other", prepare(_softmax, device), operators=OPERATORS),
+        Candidate("sigmoid", "JAX jit", "other", prepare(_sigmoid, device)),
+        Candidate("hard top-k (top_k, scatter)", "JAX jit", "hard", prepare(_hard, device, gradient=False)),
+        Candidate(BISECTION, "JAX jit", "soft", prepare(_bisection, device), peer=True),
+        Candidate(SINKHORN, "JAX jit", "soft", prepare(_sinkhorn, device), peer=True),
     ]
     if "ott-jax" in here:
-        found.append(Candidate("OTT topk_mask", "JAX jit", "soft", _prepare(_ott_mask, device), peer=True))
-        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", _prepare(_ott_sort, device), True, obstacle=few(1.5e6))
+        found.append(Candidate("OTT topk_mask", "JAX jit", "soft", prepare(_ott_mask, device), peer=True))
+        sort = Candidate("OTT sort(topk=k)", "JAX jit", "other", prepare(_ott_sort, device), True, obstacle=few(1.5e6))
         found.append(sort)
     if "softjax" in here:
-        shares = _prepare(_softjax, device)
+        shares = prepare(_softjax, device)
         found.append(Candidate("softjax top_k, ot", "JAX jit", "other", shares, True, obstacle=few(1.5e6)))
     return found

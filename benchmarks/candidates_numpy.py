@@ -11,6 +11,7 @@ import softk
 
 from .candidates import (
     MOST_ITERATIONS,
+    OPERATORS,
     REFERENCE,
     SETTLED,
     SINKHORN,
@@ -27,10 +28,10 @@ from .cases import Case
 
 def _softk(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
     def forward() -> np.ndarray:
-        return softk.topk(x, case.k, epsilon=case.epsilon)
+        return softk.topk(x, case.k, axis=case.axis, epsilon=case.epsilon)
 
     def both() -> tuple[np.ndarray, np.ndarray]:
-        mask, pullback = softk.vjp(softk.topk, x, case.k, epsilon=case.epsilon)
+        mask, pullback = softk.vjp(softk.topk, x, case.k, axis=case.axis, epsilon=case.epsilon)
         return mask, pullback(u)["x"]
 
     return Prepared(forward, both, np.asarray)
@@ -123,10 +124,10 @@ def _sinkhorn(loop: Any) -> Prepare:
 def candidates(device: str) -> list[Candidate]:
     """All candidates. The device is ignored, because NumPy has only one."""
     return [
-        Candidate("softk.topk", "NumPy", "soft", _softk),
-        Candidate(REFERENCE, "NumPy", "soft", _reference),
+        Candidate("softk.topk", "NumPy", "soft", _softk, joint=True),
+        Candidate(REFERENCE, "NumPy", "soft", _reference, joint=True),
         Candidate("softk.sorted_topk", "NumPy", "other", _sorted, obstacle=few(1.5e6)),
-        Candidate("softmax (SciPy)", "NumPy", "other", _softmax),
+        Candidate("softmax (SciPy)", "NumPy", "other", _softmax, operators=OPERATORS),
         Candidate("sigmoid (SciPy)", "NumPy", "other", _sigmoid),
         Candidate("hard top-k (argpartition)", "NumPy", "hard", _hard),
         Candidate(SINKHORN, "NumPy", "soft", _sinkhorn(_loop), peer=True),

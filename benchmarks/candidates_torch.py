@@ -16,6 +16,7 @@ from .candidates import (
     BISECTION,
     BISECTIONS,
     INDICES,
+    OPERATORS,
     REFERENCE,
     SELECT,
     SINKHORN,
@@ -35,10 +36,10 @@ Operator = Callable[[Case, torch.Tensor], torch.Tensor]
 """Takes (case, scores). Returns an array of the shape of the scores, or with k values per slice."""
 
 
-def _prepare(operator: Operator, device: str, *, compiled: bool = False, gradient: bool = True) -> Prepare:
+def prepare(operator: Operator, device: str, *, compiled: bool = False, gradient: bool = True) -> Prepare:
     """Prepare an operator, or its compiled form, with autograd."""
 
-    def prepare(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    def prepared(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
         scores, cotangent = torch.asarray(x, device=device), torch.asarray(u, device=device)
         leaf = scores.clone().requires_grad_()
 
@@ -65,7 +66,7 @@ def _prepare(operator: Operator, device: str, *, compiled: bool = False, gradien
 
         return Prepared(forward, both if gradient else None, lambda array: array.detach().cpu().numpy())
 
-    return prepare
+    return prepared
 
 
 def _wait(device: str) -> None:
@@ -74,12 +75,12 @@ def _wait(device: str) -> None:
 
 
 def _softk(case: Case, x: torch.Tensor) -> torch.Tensor:
-    return softk.topk(x, case.k, epsilon=case.epsilon)
+    return softk.topk(x, case.k, axis=case.axis, epsilon=case.epsilon)
 
 
 def _reference(case: Case, x: torch.Tensor) -> torch.Tensor:
     with softk.kernels("none"):
-        return softk.topk(x, case.k, epsilon=case.epsilon)
+        return softk.topk(x, case.k, axis=case.axis, epsilon=case.epsilon)
 
 
 def _sorted(case: Case, x: torch.Tensor) -> torch.Tensor:
@@ -208,31 +209,31 @@ def candidates(device: str) -> list[Candidate]:
     """softk, the functions of the framework, and the installed peers."""
     here = installed("PyTorch")
     found = [
-        Candidate("softk.topk", "PyTorch", "soft", _prepare(_softk, device)),
-        Candidate(REFERENCE, "PyTorch", "soft", _prepare(_reference, device)),
-        Candidate("softk.sorted_topk", "PyTorch", "other", _prepare(_sorted, device), obstacle=few(1.5e6)),
-        Candidate(SELECT, "PyTorch", "other", _prepare(_select, device, gradient=False)),
-        Candidate(INDICES, "PyTorch", "other", _prepare(_indices, device, gradient=False)),
-        Candidate("softmax", "PyTorch", "other", _prepare(_softmax, device)),
-        Candidate("sigmoid", "PyTorch", "other", _prepare(_sigmoid, device)),
-        Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", _prepare(_hard, device, gradient=False)),
-        Candidate(BISECTION, "PyTorch", "soft", _prepare(_bisection, device), peer=True),
-        Candidate(SINKHORN, "PyTorch", "soft", _prepare(_sinkhorn, device), peer=True),
+        Candidate("softk.topk", "PyTorch", "soft", prepare(_softk, device), joint=True),
+        Candidate(REFERENCE, "PyTorch", "soft", prepare(_reference, device), joint=True),
+        Candidate("softk.sorted_topk", "PyTorch", "other", prepare(_sorted, device), obstacle=few(1.5e6)),
+        Candidate(SELECT, "PyTorch", "other", prepare(_select, device, gradient=False)),
+        Candidate(INDICES, "PyTorch", "other", prepare(_indices, device, gradient=False)),
+        Candidate("softmax", "PyTorch", "other", prepare(_softmax, device), operators=OPERATORS),
+        Candidate("sigmoid", "PyTorch", "other", prepare(_sigmoid, device)),
+        Candidate("hard top-k (topk, scatter)", "PyTorch", "hard", prepare(_hard, device, gradient=False)),
+        Candidate(BISECTION, "PyTorch", "soft", prepare(_bisection, device), peer=True),
+        Candidate(SINKHORN, "PyTorch", "soft", prepare(_sinkhorn, device), peer=True),
     ]
     if "POT" in here:
-        found.append(Candidate("POT solve_batch", "PyTorch", "soft", _prepare(_pot, device), peer=True))
+        found.append(Candidate("POT solve_batch", "PyTorch", "soft", prepare(_pot, device), peer=True))
     if "difftopk" in here:
-        softsort = _prepare(_softsort, device)
+        softsort = prepare(_softsort, device)
         found.append(Candidate("difftopk SoftSort", "PyTorch", "other", softsort, peer=True, power=2, arrays=4))
         bitonic = Candidate(
-            "difftopk bitonic", "PyTorch", "other", _prepare(_bitonic, device), True, 2, 24, _power_of_two
+            "difftopk bitonic", "PyTorch", "other", prepare(_bitonic, device), True, 2, 24, _power_of_two
         )
         found.append(bitonic)
     if "torchsort" in here:
-        found.append(Candidate("torchsort soft_rank", "PyTorch", "other", _prepare(_soft_rank, device), peer=True))
+        found.append(Candidate("torchsort soft_rank", "PyTorch", "other", prepare(_soft_rank, device), peer=True))
     if "softtorch" in here:
         found.append(
-            Candidate("softtorch topk, ot", "PyTorch", "other", _prepare(_softtorch, device), True, arrays=0.05)
+            Candidate("softtorch topk, ot", "PyTorch", "other", prepare(_softtorch, device), True, arrays=0.05)
         )
     return found
 
@@ -243,8 +244,8 @@ def compiled(device: str) -> list[Candidate]:
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     return [
-        Candidate("softk.topk", "torch.compile", "soft", _prepare(_softk, device, compiled=True)),
-        Candidate(BISECTION, "torch.compile", "soft", _prepare(_bisection, device, compiled=True), peer=True),
-        Candidate("softmax", "torch.compile", "other", _prepare(_softmax, device, compiled=True)),
-        Candidate("sigmoid", "torch.compile", "other", _prepare(_sigmoid, device, compiled=True)),
+        Candidate("softk.topk", "torch.compile", "soft", prepare(_softk, device, compiled=True)),
+        Candidate(BISECTION, "torch.compile", "soft", prepare(_bisection, device, compiled=True), peer=True),
+        Candidate("softmax", "torch.compile", "other", prepare(_softmax, device, compiled=True)),
+        Candidate("sigmoid", "torch.compile", "other", prepare(_sigmoid, device, compiled=True)),
     ]

@@ -16,6 +16,12 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 #: The frameworks, in the order of the tables.
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "compiled": "torch.compile", "jax": "JAX jit"}
 NOTHING = "-"
+SORTING = """\
+float32, epsilon 0.1: median and quartiles. **Error** is the largest difference to the exact result of the entropic
+problem, in units of the scores for sorted values and in ranks for ranks, and **derivative error** the largest one over
+the largest entry of the derivative. They are those of the first four slices, and n/a for a candidate that solves
+another problem. **From the hard result** is the largest difference to the hard sort or rank. It depends on what epsilon
+means to a candidate, and is no error."""
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 UNFOLDED = 16  # rows of a table that a page shows at once
 
@@ -77,9 +83,13 @@ def error(record: Record, name: str) -> str:
 
 
 def shape(record: Record) -> str:
-    """Format the shape and k of a case."""
+    """Format the shape and k of a case, and its operator unless that is the mask."""
     size = f"10^{round(math.log10(record['n']))}" if record["n"] >= 10**6 else str(record["n"])
-    return f"({record['rows']}, {size}) k={record['k']}"
+    scores, operator = f"({record['rows']}, {size})", record.get("operator", "topk")
+    if operator in ("sort", "rank"):
+        return f"{operator} of {scores}" + (f", {record['k']} anchors" if record["k"] < record["n"] else "")
+    both = " over both axes" if record.get("joint") else ""
+    return f"{'' if operator == 'topk' else f'{operator} of '}{scores} k={record['k']}{both}"
 
 
 def of(records: list[Record], **wanted: Any) -> list[Record]:
@@ -134,6 +144,31 @@ def details(records: list[Record]) -> str:
             rows.append([record["candidate"], framework, *cells])
     header = ["candidate", "framework", "forward, ms", "forward + backward, ms", "over softmax"]
     return table([*header, "mass error", "mask error", "derivative error"], rows, text=2)
+
+
+def sorting(records: list[Record]) -> str:
+    """The table of all candidates on one case of the operators that sort."""
+    rows = []
+    for framework in TITLES.values():
+        for record in of(records, framework=framework):
+            if record["status"] == "measured":
+                cells = [spread(record["forward"]), spread(record["both"]), ratio(record["both"])]
+                cells += [distance(record, name) for name in ("values", "gradient", "hard")]
+            else:
+                cells = [record["status"], *[NOTHING] * 5]
+            rows.append([record["candidate"], framework, *cells])
+    header = ["candidate", "framework", "forward, ms", "forward + backward, ms", "over softmax"]
+    return table([*header, "error", "derivative error", "from the hard result"], rows, text=2)
+
+
+def distance(record: Record, name: str) -> str:
+    """Format an error of a candidate that sorts."""
+    if record["errors"] is None or (name != "hard" and record["kind"] != "soft"):
+        return "n/a"
+    if name == "gradient" and record["both"] is None:
+        return NOTHING
+    value = record["errors"][name]
+    return "NaN" if value is None else f"{value:.2g}" if name == "hard" else f"{value:.0e}"
 
 
 def epsilons(records: list[Record]) -> str:
@@ -228,6 +263,13 @@ def page(result: dict[str, Any]) -> str:
         if chosen:
             parts += [f"### {shape(chosen[0])}", details(chosen)]
     parts += [compilation(records)]
+    ordered = of(records, group="sorted")
+    parts += ["## The operators that sort", SORTING] if ordered else []
+    for threads, title in (("all", "all threads"), ("one", "one thread")):
+        seen = dict.fromkeys(shape(record) for record in of(ordered, threads=threads))
+        for case in seen:
+            chosen = [one for one in of(ordered, threads=threads) if shape(one) == case and "candidate" in one]
+            parts += [f"### {case}, {title}", sorting(chosen)] if chosen else []
     parts += ["## Against epsilon", "(128, 1000) k=10." if not result["quick"] else "", epsilons(records)]
     parts += ["## Memory", memory(records)]
     parts += [f"`import softk` takes {1e3 * result['import_seconds']:.0f} ms if NumPy is already imported."]

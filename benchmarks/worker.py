@@ -16,8 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import memory, timing, truth
-from .candidates import PEERS, Candidate, Prepared, availability
+import numpy as np
+
+from . import memory, timing, truth, truth_sorted
+from .candidates import PEERS, Candidate, Kind, Prepared, availability
 from .cases import Case, plan, quick_plan
 from .processes import short
 
@@ -93,7 +95,9 @@ def measure_case(
 ) -> Iterator[Record]:
     """Measure all candidates on one case."""
     x, u = case.scores(), case.cotangent()
-    right = truth.solve(x, u, case.k, case.epsilon)
+    flat = case.flat()
+    flat_x, flat_u = (array.reshape(flat.rows, flat.n) for array in (x, u))
+    judge = judged_by(flat, flat_x, flat_u)
     records: list[Record] = []
     calls: dict[str, timing.Call] = {}
     estimates: dict[str, float] = {}
@@ -107,18 +111,17 @@ def measure_case(
             "kind": candidate.kind,
         }
         records.append(record)
-        reason = candidate.refuses(case) or _too_long(candidate, case, deadline, pace)
+        own, *arrays = (case, x, u) if candidate.joint else (flat, flat_x, flat_u)
+        reason = candidate.refuses(own) or _too_long(candidate, own, deadline, pace)
         if reason is not None:
             record |= {"status": "skipped", "reason": reason}
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # only the errors of candidates are recorded
-                prepared = candidate.prepare(case, x, u)
-                found = warm_up(candidate, case, prepared, record, pace)
-            record |= {"status": "measured", "errors": None}
-            if candidate.kind == "soft":
-                record["errors"] = truth.errors(*found, right, case.k)._asdict()
+                prepared = candidate.prepare(own, *arrays)
+                output, gradient = warm_up(candidate, own, prepared, record, pace)
+            record |= {"status": "measured", "errors": judge(candidate.kind, output, gradient)}
         except Exception as error:  # a candidate may raise anything; the error is its result
             record |= {"status": "failed", "reason": short(error)}
             continue
@@ -138,10 +141,33 @@ def measure_case(
     yield from records
 
 
+def judged_by(case: Case, x: np.ndarray, u: np.ndarray) -> Callable[..., Record | None]:
+    """A function of the kind, the output and the derivative of a candidate: the errors, if they are defined."""
+    if case.operator == "topk":
+        right = truth.solve(x, u, case.k, case.epsilon)
+
+        def errors(kind: Kind, output: np.ndarray, gradient: np.ndarray | None) -> Record | None:
+            if kind != "soft":
+                return None
+            whole = None if gradient is None else gradient.reshape(x.shape)
+            return truth.errors(output.reshape(x.shape), whole, right, case.k)._asdict()
+
+        return errors
+
+    exact = truth_sorted.solve(case, x, u)
+
+    def distances(kind: Kind, output: np.ndarray, gradient: np.ndarray | None) -> Record | None:
+        return None if kind == "other" else truth_sorted.errors(kind, output, gradient, exact)._asdict()
+
+    return distances
+
+
 def describe(case: Case, threads: str) -> Record:
     """The fields that identify a case in a record."""
     return {
         "group": case.group,
+        "operator": case.operator,
+        "joint": case.joint,
         "rows": case.rows,
         "n": case.n,
         "k": case.k,
@@ -255,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
 
         found = compiled(options.device)
     else:
-        found = import_module(f"benchmarks.candidates_{options.framework}").candidates(options.device)
+        modules = [import_module(f"benchmarks.{part}_{options.framework}") for part in ("candidates", "sorting")]
+        found = [candidate for module in modules for candidate in module.candidates(options.device)]
     if options.framework in ("torch", "compiled") and options.threads == "one":
         import torch
 

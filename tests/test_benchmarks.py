@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import plots, report, timing, truth
+from benchmarks import plots, report, sorting_numpy, timing, truth, truth_sorted
 from benchmarks.__main__ import merged
-from benchmarks.candidates import PEERS, Candidate, Prepared
+from benchmarks.candidates import OPERATORS, PEERS, SETTLED, Candidate, Prepared
 from benchmarks.candidates_numpy import candidates
-from benchmarks.cases import Case, plan, quick_plan
+from benchmarks.cases import SORTED, Case, plan, quick_plan
 from benchmarks.worker import measure, memory_records
 from softk.testing import Oracle
+
+from .plan_oracles import Ladder
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +33,15 @@ def _wrong(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
     return Prepared(lambda: both()[0], both, np.asarray)
 
 
+def _sorts(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
+    """The first scores in descending order, which no operator returns for a soft epsilon."""
+
+    def both() -> tuple[np.ndarray, np.ndarray]:
+        return -np.sort(-x, axis=-1)[:, : x.shape[-1] if case.operator == "rank" else case.k], u
+
+    return Prepared(lambda: both()[0], both, np.asarray)
+
+
 def _raises(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
     raise RuntimeError("no such thing")
 
@@ -39,6 +50,9 @@ def _raises(case: Case, x: np.ndarray, u: np.ndarray) -> Prepared:
 def records() -> list[dict[str, Any]]:
     everyone = [
         *candidates("cpu"),
+        *sorting_numpy.candidates("cpu"),
+        Candidate("sorts", "NumPy", "soft", _sorts, operators=OPERATORS[1:]),
+        Candidate("relaxed", "NumPy", "relaxation", _sorts, operators=OPERATORS[1:]),
         Candidate("wrong", "NumPy", "soft", _wrong),
         Candidate("raises", "NumPy", "soft", _raises),
         Candidate("greedy", "NumPy", "other", _wrong, power=2, arrays=1e12),
@@ -81,7 +95,8 @@ def test_the_truth_is_true(epsilon: float, dtype: str) -> None:
 
 def test_every_candidate_is_timed_with_its_errors(records: list[dict[str, Any]]) -> None:
     ours = [record for record in records if record.get("candidate") == "softk.topk" and record["group"] != "memory"]
-    assert len(ours) == len(quick_plan("all"))
+    assert len(ours) == len(quick_plan("all")) - 3
+    assert [record["rows"] for record in ours if record["joint"]] == [4]
     for record in ours:
         assert record["status"] == "measured"
         assert record["both"]["median"] > 0.0
@@ -95,11 +110,66 @@ def test_every_candidate_is_timed_with_its_errors(records: list[dict[str, Any]])
 
 def test_a_wrong_candidate_is_found_out(records: list[dict[str, Any]]) -> None:
     wrong = [record for record in records if record.get("candidate") == "wrong"]
-    assert len(wrong) == len(quick_plan("all"))
+    assert len(wrong) == len(quick_plan("all")) - 3
     for record in wrong:
         assert record["errors"]["mass"] <= 1e-6
         assert record["errors"]["mask"] >= 0.1
         assert record["errors"]["gradient"] >= 0.1
+
+
+@pytest.mark.parametrize("operator", OPERATORS[1:])
+@pytest.mark.parametrize("k", [5, 12])
+def test_the_truth_of_sorted_scores_is_true(operator: Any, k: int) -> None:
+    """Against the same transport in an arithmetic of 50 digits."""
+    case = Case("sorted", 2, 12, k, 0.3, operator=operator)
+    x, u = case.scores(), case.cotangent()
+    found = truth_sorted.solve(case, x, u)
+    epsilon, step = float(np.float32(0.3)), (12 - 1) / (k - 1)
+    for row in range(2):
+        scores, cotangent = x[row].astype(float), u[row].astype(float)
+        if operator == "sorted_topk":
+            oracle = Ladder(scores, k, epsilon)
+            wanted, gradient = oracle.values, oracle.vjp(values=cotangent[:k])["x"]
+            hard = np.sort(scores)[::-1][:k]
+        elif operator == "sort":
+            oracle = Ladder(scores, k, epsilon, unit=12 / k, step=step, largest=False)
+            wanted, gradient = oracle.values, oracle.vjp(values=cotangent[:k])["x"]
+            hard = Ladder(scores, k, 1e-4, unit=12 / k, step=step, largest=False).values
+        else:
+            oracle = Ladder(scores, k, epsilon, unit=12 / k, step=step, largest=False)
+            wanted, gradient = oracle.ranks, oracle.vjp(ranks=cotangent)["x"]
+            hard = np.argsort(np.argsort(scores))
+        assert np.max(np.abs(found.values[row] - wanted)) <= 1e-12
+        assert np.max(np.abs(found.gradient[row] - gradient)) <= 1e-11 * np.max(np.abs(gradient))
+        assert np.max(np.abs(found.hard[row] - hard)) <= 1e-8
+
+
+def test_long_slices_are_solved_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer anchors than there are in all, and the same result."""
+    case = Case("sorted", 1, 300, 60, 0.1, operator="rank")
+    whole = truth_sorted.solve(case, case.scores(), case.cotangent())
+    monkeypatch.setattr(truth_sorted, "CHUNK", 7)
+    chunks = truth_sorted.Plan(-np.sort(-case.scores()[0].astype(float)), np.full(60, 5.0), 0.01).chunks()
+    assert max(chunk.share.shape[1] for chunk in chunks) < 60
+    found = truth_sorted.solve(case, case.scores(), case.cotangent())
+    assert np.max(np.abs(found.values - whole.values)) <= 1e-10
+    assert np.max(np.abs(found.gradient - whole.gradient)) <= 1e-10 * np.max(np.abs(whole.gradient))
+
+
+def test_sorting_is_timed_with_its_errors(records: list[dict[str, Any]]) -> None:
+    ordered = [record for record in records if record["group"] == "sorted"]
+    for operator in OPERATORS[1:]:
+        own = {record["candidate"]: record for record in ordered if record["operator"] == operator}
+        # Sinkhorn's algorithm settles where its factors change by rounding only, before it has the solution.
+        for name, bound in ((f"softk.{operator}", 2e-6), (SETTLED, 3e-4)):
+            assert own[name]["errors"]["values"] <= bound
+            assert own[name]["errors"]["gradient"] <= bound
+            assert own[name]["both"]["over_softmax"] > 0.0
+        assert own["sorts"]["errors"]["values"] > 1e-2
+        assert own["sorts"]["errors"]["gradient"] > 1e-2
+        assert own["relaxed"]["errors"] == {**own["sorts"]["errors"], "values": None, "gradient": None}
+        assert own["softmax (SciPy)"]["errors"] is None
+    assert {record["kind"] for record in ordered} == {"soft", "relaxation", "other"}
 
 
 def test_what_cannot_be_measured_has_a_reason(records: list[dict[str, Any]]) -> None:
@@ -128,6 +198,11 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
         "softk.topk",
         "200 Sinkhorn iterations",
         "(4, 64) k=8",
+        "(4, 16) k=8 over both axes",
+        "sorted_topk of (5, 20) k=4, all threads",
+        "### sort of (5, 20), all threads",
+        "rank of (5, 20), 10 anchors, all threads",
+        "softk.rank",
         "no such thing",
         "an abacus",
         "2000-01-01",
@@ -163,7 +238,13 @@ def test_json(result: dict[str, Any], tmp_path: Path) -> None:
     loaded = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert loaded["nan"] == [None]
     assert len(loaded["records"]) == len(result["records"])
-    assert {record["group"] for record in loaded["records"]} == {"shapes", "epsilon", "lengths", "memory"}
+    assert {record["group"] for record in loaded["records"]} == {
+        "shapes",
+        "sorted",
+        "epsilon",
+        "lengths",
+        "memory",
+    }
 
 
 def test_pictures(result: dict[str, Any], tmp_path: Path) -> None:
@@ -180,6 +261,11 @@ def test_the_full_run_measures_what_it_should() -> None:
     assert {case.epsilon for case in cases if case.group == "epsilon"} >= {1.0, 0.1, 0.01, 0.001}
     assert max(case.n for case in cases if case.group == "lengths") == 10**7
     for threads in ("one", "all"):
+        ordered = [case for case in plan(threads) if case.group == "sorted"]
+        assert [(case.operator, case.rows, case.n, case.k) for case in ordered] == list(SORTED)
+        assert [(case.rows, case.n, case.k, case.axis) for case in plan(threads) if case.joint] == [
+            (4096, 16_384, 131_072, (0, 1))
+        ]
         assert {case.dtype for case in plan(threads)} == {"float32", "float64"}
 
 
