@@ -195,7 +195,7 @@ def ndcg(
     """
     if k is not None:
         k = check_count("k", k)
-    if gains not in ("exp2", "linear"):
+    if not isinstance(gains, str) or gains not in ("exp2", "linear"):
         raise ValueError(f"gains must be 'exp2' or 'linear', got {gains!r}")
     lists = _Lists(scores, axis, epsilon, where, reduction, relevance=relevance)
     xp, n = lists.xp, lists.n

@@ -647,6 +647,7 @@ def test_errors() -> None:
     complains(ValueError, "epsilon", "-1", "positive", softk.assign, scores, epsilon=-1.0)
     complains(ValueError, "epsilon", r"\(2,\)", r"\(2, 1, 1\)", softk.assign, scores, epsilon=np.ones(2))
     complains(ValueError, "method", "fast", "newton.*sinkhorn", softk.assign, scores, method="fast")
+    complains(ValueError, "method", "array", "newton.*sinkhorn", softk.assign, scores, method=np.ones(2))
     complains(ValueError, "tolerance", "0.0", "positive", softk.assign, scores, tolerance=0.0)
     complains(ValueError, "max_iterations", "0", "positive", softk.assign, scores, max_iterations=0)
 

@@ -608,6 +608,7 @@ def test_errors_of_all(name: str) -> None:
     complains(ValueError, "epsilon", r"\(2,\)", r"\(2, 1\)", f, X, Y, *rest, epsilon=np.ones(2))
     complains(TypeError, "where", "float64", "boolean", f, X, Y, *rest, where=Y)
     complains(ValueError, "reduction", "'max'", "'mean', 'sum' or 'none'", f, X, Y, *rest, reduction="max")
+    complains(ValueError, "reduction", "array", "'mean', 'sum' or 'none'", f, X, Y, *rest, reduction=Y[0])
     complains(TypeError, "eps", "eps", "use epsilon=", f, X, Y, *rest, eps=1)
     for derivative in (lambda: softk.vjp(f, X, Y, *rest), lambda: softk.jvp(f, X, Y, *rest, tangents={})):
         complains(TypeError, "f", rf"softk\.losses\.{name}", "composition of array operations.*autodiff", derivative)
@@ -637,6 +638,7 @@ def test_errors_of_several_k(f: Any) -> None:
         (TypeError, "k", "2.5", "Python integer", losses.ndcg, (X, Y), {"k": 2.5}),
         (ValueError, "k", "got 0", "at least 1", losses.ndcg, (X, Y), {"k": 0}),
         (ValueError, "gains", "'log'", "'exp2' or 'linear'", losses.ndcg, (X, Y), {"gains": "log"}),
+        (ValueError, "gains", "array", "'exp2' or 'linear'", losses.ndcg, (X, Y), {"gains": Y[0]}),
         (TypeError, "complement", "got 1", "True or False", losses.cross_entropy, (X, ONES, 1), {"complement": 1}),
         (ValueError, "labels", r"\(3,\)", r"\(2,\)", losses.cross_entropy, (X, np.ones(3, int), 1), {}),
         (ValueError, "labels", r"\(2, 4\)", "bool or floating", losses.cross_entropy, (X, Y.astype(int), 1), {}),

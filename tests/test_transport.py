@@ -549,6 +549,7 @@ def test_any_plan(problem: tuple[np.ndarray, np.ndarray, np.ndarray, float, np.n
         (ValueError, "epsilon", "0", "positive finite", {"epsilon": 0}),
         (ValueError, "axis", "2", "from -1 to 0", {"axis": 2}),
         (ValueError, "method", "'simplex'", "'newton' or 'sinkhorn'", {"method": "simplex"}),
+        (ValueError, "method", "array", "'newton' or 'sinkhorn'", {"method": np.ones(2)}),
         (ValueError, "tolerance", "0", "positive", {"tolerance": 0.0}),
         (ValueError, "tolerance", "nan", "positive", {"tolerance": NAN}),
         (ValueError, "tolerance", "'1'", "positive", {"tolerance": "1"}),

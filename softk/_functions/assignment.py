@@ -120,7 +120,7 @@ def assign(
     require_array("scores", scores)
     pairs = _Pairs(scores, capacities=capacities, epsilon=epsilon, weights=weights, where=where)
     check_temperature(pairs.xp, epsilon, pairs.working)
-    if method not in (None, "newton", "sinkhorn"):
+    if method is not None and (not isinstance(method, str) or method not in ("newton", "sinkhorn")):
         raise ValueError(f"method must be 'newton', 'sinkhorn' or None, got {method!r}")
     chosen = method or ("newton" if pairs.groups <= GROUPS else "sinkhorn")
     tolerance = check_tolerance(tolerance, float(pairs.xp.finfo(pairs.working).eps), pairs.items)

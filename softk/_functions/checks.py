@@ -120,7 +120,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_reduction(reduction: Any) -> None:
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 

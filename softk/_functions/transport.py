@@ -142,7 +142,7 @@ def transport(
     slices.require_sizes()
     xp = slices.xp
     check_temperature(xp, epsilon, slices.working)
-    if method not in ("newton", "sinkhorn"):
+    if not isinstance(method, str) or method not in ("newton", "sinkhorn"):
         raise ValueError(f"method must be 'newton' or 'sinkhorn', got {method!r}")
     tolerance = check_tolerance(tolerance, float(xp.finfo(slices.working).eps), slices.n)
     limit = check_iterations(max_iterations, STEPS if method == "newton" else 1000)
