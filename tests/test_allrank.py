@@ -35,9 +35,11 @@ def allrank(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("allrank.models.losses.neuralNDCG")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 0.1])
-def test_it_is_neural_ndcg_with_its_iteration_converged(allrank: Any, temperature: float, rng: Any) -> None:
-    """allRank computes in float32, with 50 iterations: off by more than 1e-5. With 20,000 it has softk's value."""
+@pytest.mark.parametrize(("temperature", "least"), [(1.0, 5e-6), (0.3, 1e-4), (0.1, 1e-4)])
+def test_it_is_neural_ndcg_with_its_iteration_converged(
+    allrank: Any, temperature: float, least: float, rng: Any
+) -> None:
+    """allRank computes in float32, and its 50 iterations are too few. With 20,000 it has softk's value."""
     scores, relevance = rng.standard_normal((8, 12)), rng.integers(0, 4, (8, 12))
     given = torch.tensor(scores, dtype=torch.float32), torch.tensor(relevance, dtype=torch.float32)
     own = allrank.sinkhorn_scaling
@@ -52,4 +54,4 @@ def test_it_is_neural_ndcg_with_its_iteration_converged(allrank: Any, temperatur
         patch.setattr(allrank, "sinkhorn_scaling", lambda plan, mask, **_: own(plan, mask, tol=1e-7, max_iter=20_000))
         converged = theirs()
     assert np.abs(converged - ours).max() < 2e-6
-    assert 5e-6 < np.abs(stopped - ours).max() < 1e-2
+    assert least < np.abs(stopped - ours).max() < 1e-2
