@@ -89,14 +89,15 @@ class Plan:
             first, last = (int(np.count_nonzero(self.thresholds > score)) for score in (own[0], own[-1]))
             while True:
                 anchors = slice(max(0, first - pad), min(m, last + pad + 1))
-                share = self._shares(own, self.thresholds[anchors.start : anchors.stop - 1])
+                share = self.shares(own, self.thresholds[anchors.start : anchors.stop - 1])
                 above, below = share[:, 0].max(), share[:, -1].max()
                 if (anchors.start == 0 or above < NEGLIGIBLE) and (anchors.stop == m or below < NEGLIGIBLE):
                     break
                 pad *= 2
             yield Chunk(scores, anchors, share)
 
-    def _shares(self, scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    def shares(self, scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+        """The shares of scores at the anchors between and beside these thresholds."""
         logs = np.zeros((len(scores), len(thresholds) + 1))
         np.cumsum((thresholds - scores[:, None]) / self.tau, axis=1, out=logs[:, 1:])
         logs -= logs.max(axis=1, keepdims=True)
@@ -128,12 +129,11 @@ def _slice(case: Case, x: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.nda
     if case.operator == "sorted_topk":
         plan = Plan(scores, np.append(np.ones(k), n - k)[:n], tau)  # for k = n there is no rest
     else:
-        plan = Plan(scores, np.full(k, n / k), tau * (k - 1) / (n - 1))
+        plan = Plan(scores, np.full(k, n / k), tau * k / n)
     if plan.error > 1e-9 * n / k:
         raise ArithmeticError(f"the exact solution of {case.label} misses a mass by {plan.error}")
     if case.operator == "rank":
-        height = np.linspace(n - 1, 0, k)
-        values, gradient = _ranks(plan, height, u[order])
+        values, gradient = _ranks(plan, u[order]) if k == n else _interpolated_ranks(plan, u[order])
         hard = np.arange(n - 1.0, -1.0, -1.0)
         back = np.argsort(order)
         return values[back], gradient[back], hard[back]
@@ -158,17 +158,48 @@ def _means(plan: Plan, k: int, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (values / plan.masses)[:k], gradient
 
 
-def _ranks(plan: Plan, height: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean height of the anchors of each score, and the derivative for the cotangent u."""
+def _ranks(plan: Plan, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean rank of the anchors of each score, and the derivative for the cotangent u. There are n anchors."""
+    height = np.arange(len(plan.masses) - 1.0, -1.0, -1.0)
     values = np.concatenate([share @ height[anchors] for _, anchors, share in plan.chunks()])
     return values, _through_the_plan(plan, lambda scores, anchors: np.outer(u[scores], height[anchors]))
+
+
+def _interpolated_ranks(plan: Plan, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ranks by fewer anchors, linear between nodes, and the derivative for the cotangent u.
+
+    The nodes are the outermost scores and the means of the anchors. The rank of a node is the mean of that of its
+    anchors. No two scores are equal.
+    """
+    scores, n, k = plan.scores, len(plan.scores), len(plan.masses)
+    means, _ = _means(plan, k, np.zeros(k))
+    nodes = np.concatenate([scores[:1], means, scores[-1:]])
+    share = plan.shares(nodes, plan.thresholds)
+    height = np.tile(n - n / k * (np.arange(k) + 0.5) - 0.5, (k + 2, 1))
+    height[0, 0] += (n / k - 1) / 2
+    height[-1, -1] -= (n / k - 1) / 2
+    ranks = np.sum(share * height, axis=1)
+    first = np.searchsorted(-means, -scores)
+    width = nodes[first] - nodes[first + 1]
+    place, slope = (nodes[first] - scores) / width, (ranks[first + 1] - ranks[first]) / width
+    values = (1 - place) * ranks[first] + place * ranks[first + 1]
+
+    by_node, by_rank = np.zeros_like(nodes), np.zeros_like(nodes)
+    for node, part in ((first, (1 - place) * u), (first + 1, place * u)):
+        np.add.at(by_rank, node, part)
+        np.add.at(by_node, node, slope * part)
+    pulled = _centered(share, by_rank[:, None] * height)
+    by_node += pulled @ (-np.arange(k) / plan.tau)
+    gradient = _means(plan, k, by_node[1:-1])[1] - slope * u
+    gradient[0] += by_node[0]
+    gradient[-1] += by_node[-1]
+    return values, gradient + _through_the_potentials(plan, list(plan.chunks()), pulled.sum(axis=0))
 
 
 def _through_the_plan(plan: Plan, cotangent: Callable[[slice, slice], np.ndarray]) -> np.ndarray:
     """The derivative of sum(cotangent * share) with respect to the scores.
 
-    A score adds to the logarithm of its share at anchor j, the first of which is 0, -j / tau times its change. The
-    potentials of the anchors change such that the masses stay the same.
+    A score adds to the logarithm of its share at anchor j, the first of which is 0, -j / tau times its change.
     """
     chunks = list(plan.chunks())
     place = -np.arange(len(plan.masses)) / plan.tau
@@ -177,9 +208,18 @@ def _through_the_plan(plan: Plan, cotangent: Callable[[slice, slice], np.ndarray
         pulled = _centered(share, cotangent(scores, anchors))
         gradient[scores] = pulled @ place[anchors]
         moved[anchors] += pulled.sum(axis=0)
+    return gradient + _through_the_potentials(plan, chunks, moved)
+
+
+def _through_the_potentials(plan: Plan, chunks: list[Chunk], moved: np.ndarray) -> np.ndarray:
+    """The derivative with respect to the scores, given that with respect to the logarithms of the shares at an anchor.
+
+    The potentials of the anchors change such that the masses stay the same.
+    """
+    gradient, place = np.zeros_like(plan.scores), -np.arange(len(plan.masses)) / plan.tau
     potentials = np.append(np.linalg.solve(plan.hessian(chunks)[:-1, :-1], moved[:-1]), 0.0)
     for scores, anchors, share in chunks:
-        gradient[scores] -= _centered(share, place[None, anchors]) @ potentials[anchors]
+        gradient[scores] = -_centered(share, place[None, anchors]) @ potentials[anchors]
     return gradient
 
 

@@ -124,7 +124,7 @@ def test_the_truth_of_sorted_scores_is_true(operator: Any, k: int) -> None:
     case = Case("sorted", 2, 12, k, 0.3, operator=operator)
     x, u = case.scores(), case.cotangent()
     found = truth_sorted.solve(case, x, u)
-    epsilon, step = float(np.float32(0.3)), (12 - 1) / (k - 1)
+    epsilon = float(np.float32(0.3))
     for row in range(2):
         scores, cotangent = x[row].astype(float), u[row].astype(float)
         if operator == "sorted_topk":
@@ -132,11 +132,11 @@ def test_the_truth_of_sorted_scores_is_true(operator: Any, k: int) -> None:
             wanted, gradient = oracle.values, oracle.vjp(values=cotangent[:k])["x"]
             hard = np.sort(scores)[::-1][:k]
         elif operator == "sort":
-            oracle = Ladder(scores, k, epsilon, unit=12 / k, step=step, largest=False)
+            oracle = Ladder(scores, k, epsilon, unit=12 / k, largest=False)
             wanted, gradient = oracle.values, oracle.vjp(values=cotangent[:k])["x"]
-            hard = Ladder(scores, k, 1e-4, unit=12 / k, step=step, largest=False).values
+            hard = Ladder(scores, k, 1e-4, unit=12 / k, largest=False).values
         else:
-            oracle = Ladder(scores, k, epsilon, unit=12 / k, step=step, largest=False)
+            oracle = Ladder(scores, k, epsilon, unit=12 / k, largest=False)
             wanted, gradient = oracle.ranks, oracle.vjp(ranks=cotangent)["x"]
             hard = np.argsort(np.argsort(scores))
         assert np.max(np.abs(found.values[row] - wanted)) <= 1e-12
