@@ -1,4 +1,4 @@
-"""Newton's method and Sinkhorn's algorithm on the sorted top-k: iterations, time and marginal error for each epsilon.
+"""Newton's method and Sinkhorn's algorithm on the sorted top-k: steps, time and error of the plan for each epsilon.
 
 ``python -m benchmarks.convergence`` prints the table, writes it into ``docs/transport.md`` and draws the picture there.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,71 +19,155 @@ import softk
 
 DOCS = Path(__file__).parent.parent / "docs"
 MARKS = ("<!-- convergence -->\n", "<!-- /convergence -->")
-EPSILONS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-METHODS = (("newton", None), ("sinkhorn", 200), ("sinkhorn", 1000))
-COLORS = ("#d94801", "#6baed6", "#08306b")
+EPSILONS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+ACCURACY = 1e-8
+"""The error of a column sum, in items, to which Sinkhorn's algorithm is run."""
+LIMIT = 3000
 SEEDS = 5
+REPEATS = 5
+OURS, GENERAL = "softk.sorted_topk", "Newton, array operations"
+PAPER, ACCURATE = "Sinkhorn, 200 iterations", f"Sinkhorn to {ACCURACY:g}"
+COLORS = {OURS: "#d94801", GENERAL: "#fdae6b", PAPER: "#6baed6", ACCURATE: "#08306b"}
 
 
-def solve(x: np.ndarray, k: int, epsilon: float, method: str, limit: int | None) -> tuple[softk.Plan, float]:
-    """The plan of the sorted top-k, with the anchors k, ..., 1, 0, and the time in seconds."""
-    anchors = np.arange(k, -1.0, -1.0)
-    marginals = np.ones(k + 1)
-    marginals[-1] = x.shape[-1] - k
+class Solved(NamedTuple):
+    """Iterations, 0 if they are not known, and the largest error of a column sum, in items."""
+
+    steps: float
+    error: float
+
+
+class Row(NamedTuple):
+    """A method at one epsilon: medians over the seeds, and the largest error of all seeds."""
+
+    steps: float
+    milliseconds: float
+    error: float
+
+
+def anchors_of(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The anchors k, ..., 1, 0, and their masses."""
+    return np.arange(k, -1.0, -1.0), np.append(np.ones(k), n - k)
+
+
+def sorted_topk(x: np.ndarray, k: int, epsilon: float) -> Solved:
+    """softk's operator, by a kernel where there is one."""
+    assignment = softk.sorted_topk(x, k, epsilon=epsilon).assignment
+    return Solved(0.0, float(np.max(np.abs(np.sum(assignment, axis=-1) - 1.0))))
+
+
+def transported(x: np.ndarray, k: int, epsilon: float, method: str, limit: int | None = None) -> Solved:
+    """The same plan by `softk.transport`, which has no kernel."""
+    anchors, masses = anchors_of(x.shape[-1], k)
+    options = {"tolerance": ACCURACY} if method == "sinkhorn" else {}
+    found = softk.transport(x, anchors, masses, epsilon=epsilon, method=method, max_iterations=limit, **options)
+    return Solved(float(found.iterations), float(found.marginal_error))
+
+
+def multiplied(x: np.ndarray, k: int, epsilon: float) -> Solved | None:
+    """Sinkhorn's algorithm with products of a matrix and vectors, or None where entries of the matrix underflow.
+
+    It has no exponentials in the loop, so it is several times faster than the iteration in the log domain.
+    """
+    anchors, masses = anchors_of(x.shape[-1], k)
+    logs = (2.0 * x * anchors[:, None] - anchors[:, None] ** 2) / epsilon
+    logs -= np.max(logs, axis=0)
+    if np.min(logs) < -600.0:
+        return None
+    matrix = np.exp(logs)
+    turned, factors = matrix.T.copy(), np.ones(k + 1)
+    steps = 0
+    while True:
+        sums = matrix @ (1.0 / (turned @ factors))
+        error = float(np.max(np.abs(factors * sums - masses)))
+        if error <= ACCURACY or steps == LIMIT:
+            return Solved(steps, error)
+        factors = masses / sums
+        steps += 1
+
+
+def accurate(x: np.ndarray, k: int, epsilon: float) -> Solved:
+    """Sinkhorn's algorithm to the accuracy, in the faster form that represents the numbers."""
+    return multiplied(x, k, epsilon) or transported(x, k, epsilon, "sinkhorn", LIMIT)
+
+
+METHODS: dict[str, Callable[[np.ndarray, int, float], Solved]] = {
+    OURS: sorted_topk,
+    GENERAL: lambda x, k, epsilon: transported(x, k, epsilon, "newton"),
+    PAPER: lambda x, k, epsilon: transported(x, k, epsilon, "sinkhorn", 200),
+    ACCURATE: accurate,
+}
+
+
+def timed(solve: Callable[[], Solved]) -> tuple[Solved, float]:
+    """The result, and the shortest time of a few calls, or of one if it is slow."""
+    shortest = np.inf
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        found = solve()
+        shortest = min(shortest, time.perf_counter() - start)
+        if shortest > 0.1:
+            break
+    return found, shortest
+
+
+def measure(n: int, k: int) -> dict[str, list[Row]]:
+    """All methods at every epsilon."""
+    scores = [np.random.default_rng(seed).uniform(size=n) for seed in range(SEEDS)]
+    table: dict[str, list[Row]] = {name: [] for name in METHODS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", softk.ConvergenceWarning)
-        start = time.perf_counter()
-        found = softk.transport(x, anchors, marginals, epsilon=epsilon, method=method, max_iterations=limit)
-        return found, time.perf_counter() - start
-
-
-def measure(n: int, k: int) -> list[list[tuple[float, float, float]]]:
-    """Median iterations and milliseconds, and the largest marginal error, over the seeds, by method and epsilon."""
-    scores = [np.random.default_rng(seed).uniform(size=n) for seed in range(SEEDS)]
-    table = []
-    for method, limit in METHODS:
-        rows = []
         for epsilon in EPSILONS:
-            runs = [solve(x, k, epsilon, method, limit) for x in scores]
-            rows.append(
-                (
-                    float(np.median([plan.iterations for plan, _ in runs])),
-                    1e3 * float(np.median([seconds for _, seconds in runs])),
-                    float(np.max([plan.marginal_error for plan, _ in runs])),
-                )
-            )
-        table.append(rows)
+            for name, solve in METHODS.items():
+                runs = [timed(partial(solve, x, k, epsilon)) for x in scores]
+                steps, errors = zip(*(found for found, _ in runs), strict=True)
+                seconds = [time for _, time in runs]
+                table[name].append(Row(float(np.median(steps)), 1e3 * float(np.median(seconds)), max(errors)))
     return table
 
 
-def name(method: str, limit: int | None) -> str:
-    return "Newton" if method == "newton" else f"Sinkhorn, at most {limit} iterations"
-
-
-def tabulate(table: list[list[tuple[float, float, float]]], n: int, k: int) -> str:
+def tabulate(table: dict[str, list[Row]], n: int, k: int) -> str:
+    """The table, with a sentence about its problem and one about its last column."""
+    titles = [f"{name}: " + ("ms" if name == OURS else "steps | ms") + " | error" for name in METHODS]
+    columns = 3 * len(METHODS) + 1
     lines = [
         f"{n} scores, uniform in [0, 1], k = {k}, float64; medians over {SEEDS} seeds, the largest error of all seeds.",
         "",
-        "| epsilon | " + " | ".join(f"{name(*m)}: steps | ms | error" for m in METHODS) + " |",
-        "|---:|" + "---:|" * (3 * len(METHODS)),
+        "| epsilon | " + " | ".join(titles) + " | its time over softk.sorted_topk's |",
+        "|---:|" + "---:|" * (columns - 1),
     ]
+    faster = 0
     for i, epsilon in enumerate(EPSILONS):
-        cells = [f"{rows[i][0]:.0f} | {rows[i][1]:.1f} | {rows[i][2]:.1e}" for rows in table]
+        cells = []
+        for name, rows in table.items():
+            steps = [] if name == OURS else [f"{rows[i].steps:.0f}"]
+            cells += [*steps, f"{rows[i].milliseconds:#.3g}".rstrip("."), f"{rows[i].error:.0e}"]
+        ratio = table[ACCURATE][i].milliseconds / table[OURS][i].milliseconds
+        reached = table[ACCURATE][i].error <= ACCURACY
+        faster += ratio > 1.0
+        cells.append(("" if reached else "above ") + (f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2g}"))
         lines.append(f"| {epsilon:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    where = "every epsilon" if faster == len(EPSILONS) else f"{faster} of {len(EPSILONS)} values of epsilon"
+    about = (
+        f"`softk.sorted_topk` is faster than Sinkhorn's algorithm to an error of {ACCURACY:g} at {where}.\n"
+        f"That algorithm stops after {LIMIT} iterations. Where no entry of its matrix underflows, which needs a large\n"
+        "epsilon, it multiplies by that matrix; else it is in the log domain."
+    )
+    return "\n".join([*lines, "", about]) + "\n"
 
 
-def draw(table: list[list[tuple[float, float, float]]], path: Path) -> None:
+def draw(table: dict[str, list[Row]], path: Path) -> None:
+    """The errors and the times of all methods against epsilon."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained")
-    for method, rows, color in zip(METHODS, table, COLORS, strict=True):
-        line = {"color": color, "marker": "o", "ms": 3.5, "lw": 1.8, "label": name(*method)}
-        left.loglog(EPSILONS, [max(row[2], 1e-16) for row in rows], **line)
-        right.loglog(EPSILONS, [row[1] for row in rows], **line)
+    for name, rows in table.items():
+        line = {"color": COLORS[name], "marker": "o", "ms": 3.5, "lw": 1.8, "label": name}
+        left.loglog(EPSILONS, [max(row.error, 1e-16) for row in rows], **line)
+        right.loglog(EPSILONS, [row.milliseconds for row in rows], **line)
     left.set(ylabel="items", title="largest error of a column sum")
     right.set(ylabel="milliseconds", title="time of the forward pass")
     left.axhline(1.0, color="black", lw=0.8, ls=":")

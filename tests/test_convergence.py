@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import assignment, compilation, convergence
@@ -12,6 +13,7 @@ from benchmarks import assignment, compilation, convergence
 def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "EPSILONS", (1.0, 0.01, 0.0003))
     monkeypatch.setattr(convergence, "SEEDS", 2)
+    monkeypatch.setattr(convergence, "LIMIT", 400)
     (tmp_path / "_static").mkdir()
     (tmp_path / "transport.md").write_text("before\n" + "old\n".join(convergence.MARKS) + "\nafter\n")
     monkeypatch.setattr("sys.argv", ["convergence", "--n", "60", "--k", "4", "--docs", str(tmp_path)])
@@ -25,12 +27,33 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")][1:]
     assert [float(row[0]) for row in rows] == [1.0, 0.01, 0.0003]
     for row in rows:
-        newton, short, long = (float(row[i]) for i in (3, 6, 9))
-        assert float(row[1]) <= 60
-        assert newton <= 1e-8
-        assert newton <= long <= max(short, 1e-8)
-    assert float(rows[-1][6]) > 1e-2
+        ours, newton, short, long = (float(row[i]) for i in (2, 5, 8, 11))
+        assert ours <= 1e-12
+        assert newton <= 1e-12
+        assert float(row[3]) <= 60
+        assert ours < long <= max(short, 1e-8)
+        assert ("above" in row[12]) == (long > 1e-8)
+        ratio = float(row[10]) / float(row[1])
+        assert float(row[12].removeprefix(" above")) == pytest.approx(ratio, rel=0.06)
+    assert float(rows[-1][8]) > 1e-2
+    assert "above" in rows[-1][12]
+    faster = sum(float(row[10]) > float(row[1]) for row in rows)
+    assert f"at {'every epsilon' if faster == 3 else f'{faster} of 3 values of epsilon'}" in printed
     assert (tmp_path / "_static" / "convergence.png").stat().st_size > 1000
+
+
+def test_both_forms_of_sinkhorn_s_algorithm_are_the_same(rng: np.random.Generator) -> None:
+    """Products of a matrix and vectors, where nothing underflows, or the log domain."""
+    x = rng.uniform(size=60)
+    for epsilon in (3.0, 0.3):
+        one = convergence.multiplied(x, 4, epsilon)
+        other = convergence.transported(x, 4, epsilon, "sinkhorn", 3000)
+        assert one is not None
+        assert one.steps == other.steps
+        assert one.error == pytest.approx(other.error, rel=1e-4)
+        assert convergence.accurate(x, 4, epsilon) == one
+    assert convergence.multiplied(x, 4, 0.01) is None
+    assert convergence.accurate(x, 4, 0.01).error <= convergence.ACCURACY
 
 
 def test_table_of_assignments(
