@@ -17,6 +17,7 @@ pytestmark = pytest.mark.kernels
 
 MASK, HARD, SOLVER = (PRIMITIVES[name] for name in ("topk_mask", "topk_hard_mask", "solve_threshold"))
 LOG, THRESHOLD = PRIMITIVES["topk_log_mask"], PRIMITIVES["topk_threshold"]
+PLAN, SORT, RANK = (PRIMITIVES[name] for name in ("sorted_plan", "soft_sort", "soft_rank"))
 
 
 def serves(*_: Any, **__: Any) -> None:
@@ -42,6 +43,16 @@ def test_the_reference_passes(primitive: Any, part: str) -> None:
     assert not report.refused
     assert "infinite scores, float32, contiguous" in report.served
     assert ("NaN, float16, contiguous" in report.served) == primitive.narrow
+
+
+@pytest.mark.parametrize("part", ["forward", "vjp"])
+@pytest.mark.parametrize("primitive", [PLAN, SORT, RANK], ids=lambda primitive: primitive.name)
+def test_the_reference_passes_for_sorting_and_ranking(primitive: Any, part: str) -> None:
+    only = few("one score", "7 of 40, where", "8 of 8, epsilon 0.1", "8 of 8, epsilon 0.001", "the first 2 of 8, where")
+    report = check_kernel(kernel(primitive, part), np.asarray, only=only)
+    assert not report.refused
+    assert "7 of 40, where, float64, strided" in report.served
+    assert ("the first 2 of 8, where, float32, contiguous" in report.served) == (primitive is PLAN)
 
 
 @pytest.mark.full
@@ -175,6 +186,13 @@ FAULTS: dict[str, tuple[Any, Any, Any, str]] = {
         f"tangent of the offset, {primitive.name}": (primitive, "jvp", (1, change), "the tangent of the offset")
         for primitive, change in ((MASK, _times(1.001)), (HARD, _seven), (LOG, _seven), (THRESHOLD, _seven))
     },
+    "values": (SORT, "forward", (0, _times(1.001)), "values is off by"),
+    "assignment": (PLAN, "forward", (1, _times(1.001)), "assignment is off by"),
+    "rank": (RANK, "forward", (0, np.nan_to_num), "NaN is not where it must be in rank"),
+    "offset of a plan": (PLAN, "forward", (2, _more(1e-2)), "the cotangent of x is off by"),
+    "lost offset": (RANK, "forward", (1, np.nan_to_num), "the offset is not NaN where the reference's is"),
+    "cotangent of x, rank": (RANK, "vjp", (0, _times(1.001)), "the cotangent of x is off by"),
+    "cotangent of tau": (PLAN, "vjp", (1, _more(1.0)), "the cotangent of tau is off by"),
     "error": (MASK, "forward", _keeping(_raising), r"ValueError\('a fault'\)"),
 }
 
@@ -184,7 +202,9 @@ def test_a_fault_is_found(fault: str) -> None:
     primitive, part, compute, text = FAULTS[fault]
     if isinstance(compute, tuple):
         compute = changed(primitive, part, *compute)
-    only = few("plain", "weighted", "numbers", "NaN", "fewer than k", "where", "tied scores")
+    only = few(
+        "plain", "weighted", "numbers", "NaN", "fewer than k", "where", "tied scores", "8 of 8, epsilon by slice"
+    )
     text = f"kernel example of {primitive.name}, {part}: problem [^:]*: .*({text})"
     with pytest.raises(AssertionError, match=f"(?s){text}"):
         check_kernel(kernel(primitive, part, compute), np.asarray, dtypes=("float32",), only=only, threads=1)
@@ -267,8 +287,10 @@ def test_states_of_other_kernels_are_tried(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_arguments() -> None:
-    with pytest.raises(ValueError, match=r"kernel must compute one of solve_threshold, .*, got 'sorted_plan'"):
-        check_kernel(kernel(PRIMITIVES["sorted_plan"], "forward"), np.asarray)
+    with pytest.raises(ValueError, match=r"kernel must compute one of solve_threshold, .*, got 'transport_plan'"):
+        check_kernel(kernel(PRIMITIVES["transport_plan"], "forward"), np.asarray)
+    with pytest.raises(ValueError, match="kernel must compute forward or vjp of soft_rank, got 'jvp'"):
+        check_kernel(kernel(RANK, "jvp"), np.asarray)
     with pytest.raises(ValueError, match="dtypes must be among float16, bfloat16, float32, float64, got 'int8'"):
         check_kernel(kernel(MASK, "forward"), np.asarray, dtypes=("int8",))
     with pytest.raises(ValueError, match=r"layouts must be among contiguous, .*, got 'sparse'"):

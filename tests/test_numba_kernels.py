@@ -11,15 +11,12 @@ import torch
 
 import softk
 import softk_numba
-from softk._reference.plan.ranking import soft_rank
-from softk._reference.plan.sorting import soft_sort, sorted_plan
 from softk.backend import Kernel, backend_of
 from softk.testing import check_kernel
 
 pytestmark = pytest.mark.kernels
 
-#: Those for one threshold. `tests/test_numba_ladders.py` has those for sorting, which `check_kernel` does not take.
-KERNELS = [kernel for kernel in softk_numba.KERNELS if kernel.primitive not in (sorted_plan, soft_sort, soft_rank)]
+KERNELS = softk_numba.KERNELS
 IDS = [f"{kernel.primitive.name}-{kernel.part}" for kernel in KERNELS]
 
 

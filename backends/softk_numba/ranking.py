@@ -19,31 +19,17 @@ FIRST, MIDDLE, LAST = 0, 1, 2
 EPS = 2.0**-52
 
 
-@compiled(EXACT)
-def write_ranks(active, taken, first, low, high, at, tails, found):
-    """The mean anchor of every score: that of its peak, and the tails on both sides."""
-    begin = 0
-    for j in range(active + 1):
-        end = first[j] if j < active else taken
-        for i in range(begin, end):
-            found[i] = j
-        begin = end
-    for j in range(active):
-        shift = at[0, j] - low[j]
-        for i in range(low[j], first[j]):
-            found[i] += tails[shift + i]
-        shift = at[1, j] - first[j]
-        for i in range(first[j], high[j]):
-            found[i] -= tails[shift + i]
-
-
 # --- the nodes
 
 
 @compiled(EXACT)
-def fill_nodes(x, infinite, means, nodes):
-    """The scores of the nodes. A mean that is infinite counts as the outermost finite score."""
-    top, low = (x[infinite], x[x.shape[0] - 1]) if infinite < x.shape[0] else (0.0, 0.0)
+def fill_nodes(scores, means, nodes):
+    """The scores of the nodes. A mean that is infinite counts as the outermost finite score.
+
+    `scores` are the sorted scores, how many they are, and how many of them are infinite.
+    """
+    x, taken, infinite = scores
+    top, low = (x[infinite], x[taken - 1]) if infinite < taken else (0.0, 0.0)
     last = nodes.shape[0] - 1
     nodes[0], nodes[last] = top, low
     for k in range(1, last):
@@ -51,9 +37,9 @@ def fill_nodes(x, infinite, means, nodes):
 
 
 @compiled(EXACT)
-def ties_of(x, infinite):
+def ties_of(scores):
     """How many finite scores are the largest, and the smallest."""
-    taken = x.shape[0]
+    x, taken, infinite = scores
     stop, start = infinite, taken
     while stop < taken and x[stop] == x[infinite]:
         stop += 1
@@ -90,10 +76,9 @@ def share_node(x, peak, boundaries, share):
     """The shares of a node, and the anchors from the first to the last that gets one.
 
     `peak` is a lower bound of the anchor that gets the largest share. That anchor is returned, too. `boundaries` are
-    their temperature, reference and offset, and the least share beside the largest.
+    their temperature, reference, offset and number, and the least share beside the largest.
     """
-    tau, reference, offset, cut = boundaries
-    active = reference.shape[0]
+    tau, reference, offset, active, cut = boundaries
     while peak < active and (x - reference[peak]) / tau < offset[peak]:
         peak += 1
     share[peak] = total = 1.0
@@ -149,12 +134,13 @@ def place_between(x, k, nodes, ranks, slopes):
 
 
 @compiled(EXACT)
-def interpolate(x, infinite, nodes, ranks, slopes, found):
+def interpolate(scores, nodes, ranks, slopes, found):
     """The ranks of the scores."""
+    x, taken, infinite = scores
     k, last = 0, nodes.shape[0] - 2
     for i in range(infinite):
         found[i] = 0.5 * (infinite - 1.0)
-    for i in range(infinite, x.shape[0]):
+    for i in range(infinite, taken):
         while k < last and nodes[k + 1] > x[i]:
             k += 1
         place, _ = place_between(x[i], k, nodes, ranks, slopes)
@@ -165,12 +151,13 @@ def interpolate(x, infinite, nodes, ranks, slopes, found):
 
 
 @compiled(EXACT)
-def pull_scores(row, x, infinite, nodes, ranks, slopes, index, ubar, xbar, by_node, by_rank):
+def pull_scores(row, scores, nodes, ranks, slopes, index, ubar, xbar, by_node, by_rank):
     """The cotangents of the scores, of the nodes and of their ranks at constant nodes, from those of the ranks."""
+    x, taken, infinite = scores
     k, last = 0, nodes.shape[0] - 2
     for one in range(nodes.shape[0]):
         by_node[one] = by_rank[one] = 0.0
-    for i in range(infinite, x.shape[0]):
+    for i in range(infinite, taken):
         while k < last and nodes[k + 1] > x[i]:
             k += 1
         place, slope = place_between(x[i], k, nodes, ranks, slopes)
@@ -188,7 +175,7 @@ def pull_nodes(nodes, means, anchors, boundaries, share, room, by_rank, by_node,
 
     Returns the cotangent of the temperature. `room` is room for two numbers for each anchor.
     """
-    tau, reference, _, _ = boundaries
+    tau, reference, _, _, _ = boundaries
     for j in range(by_offset.shape[0]):
         by_offset[j] = 0.0
     before, behind = room[0], room[1]
@@ -221,7 +208,7 @@ def pull_nodes(nodes, means, anchors, boundaries, share, room, by_rank, by_node,
 
 
 @compiled(EXACT)
-def pull_means(x, infinite, ties, means, by_node, vbar, xbar):
+def pull_means(scores, ties, means, by_node, vbar, xbar):
     """The cotangents of the means, and those of the outermost scores, which ties share, from those of the nodes."""
     last = means.shape[0] + 1
     top, low = by_node[0], by_node[last]
@@ -233,7 +220,7 @@ def pull_means(x, infinite, ties, means, by_node, vbar, xbar):
             low += by_node[j + 1]
         else:
             vbar[j] = by_node[j + 1]
-    taken = x.shape[0]
+    _, taken, infinite = scores
     for i in range(infinite, infinite + ties[0]):
         xbar[i] += top / ties[0]
     for i in range(taken - ties[1], taken):

@@ -14,8 +14,9 @@ from softk._native import native_gradient
 from softk._reference.threshold.masks import mask as mask_primitive
 from softk.backend import Array, Backend, backend_of
 
+from .calls import DERIVATIVES
 from .cases import Problem, problems
-from .kernels import DERIVATIVES, MASK, MASS
+from .kernels import MASK, MASS
 from .memory import same_bits, values_of
 from .oracle import EXACT, Oracle
 

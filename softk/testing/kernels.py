@@ -12,29 +12,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softk._reference.plan.sorting import sorted_plan
 from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Array, Backend, Kernel, backend_of, choosing
 
+from .calls import DERIVATIVES, WORKING, Case
 from .cases import Problem, problems
-from .memory import LAYOUTS, UnsupportedError, address, poisoned, same_bits, values_of
+from .ladders import LADDERS, LadderCase, LadderProblem, ladder_problems
+from .memory import LAYOUTS, UnsupportedError, same_bits
 
 __all__ = ["KernelReport", "check_kernel"]
 
-#: The numbers that softk promises: the mass and the mask in eps, derivatives relative to the largest entry.
+#: The numbers that softk promises: the mass and the mask in eps.
 MASS, MASK = 16.0, 32.0
-DERIVATIVES = {"float32": 2e-5, "float64": 1e-11}
 #: How far a kernel may be from the reference, in eps, where neither is held to the oracle.
 EDGE = 8.0
 
-#: The dtype that scores of a dtype are computed in.
-WORKING = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
-
 #: The problems whose arrays are tried in every layout.
 IN_ALL_LAYOUTS = ("weighted", "where weighted", "deep batch", "repeated rows")
+LADDERS_IN_ALL_LAYOUTS = ("7 of 40, where", "the first 2 of 8, where")
 
 MASKS = (mask, hard_mask)
-FAMILY = (solver, mask, hard_mask, log_mask, threshold)
+FAMILY = (solver, mask, hard_mask, log_mask, threshold, *LADDERS)
 
 
 class KernelReport(NamedTuple):
@@ -58,10 +58,10 @@ def check_kernel(
     *,
     dtypes: Sequence[str] = ("float32", "float64"),
     layouts: Sequence[str] = tuple(LAYOUTS),
-    only: Callable[[Problem], bool] | None = None,
+    only: Callable[[Any], bool] | None = None,
     threads: int = 4,
 ) -> KernelReport:
-    """Hold a kernel of the mask family to its contract.
+    """Hold a kernel of a mask, or of sorting and ranking, to its contract.
 
     Every problem of `problems` that the kernel does not refuse is computed by the kernel and by the reference. The
     kernel must return the same tuple: its length, None, shapes, dtypes and devices. Masks, thresholds and derivatives
@@ -70,11 +70,13 @@ def check_kernel(
     must the state of every other kernel of the same name. The same call must give the same bits, from memory that held
     something else before, and from several threads at once. What is given must stay as it is.
 
+    Kernels of sorting and ranking have problems of their own, and are held to the reference in double precision.
+
     Parameters
     ----------
     kernel : Kernel
-        A part of one of the primitives "solve_threshold", "topk_mask", "topk_hard_mask", "topk_log_mask" and
-        "topk_threshold".
+        A part of one of the primitives "solve_threshold", "topk_mask", "topk_hard_mask", "topk_log_mask",
+        "topk_threshold", "sorted_plan", "soft_sort" and "soft_rank"; of the last three the forward pass or the vjp.
     make : callable
         ``make(values) -> array``: an array of the library, on the device, that the kernel is for, from a NumPy array of
         float32, float64 or booleans. The other dtypes are converted from float32 by the library.
@@ -99,7 +101,7 @@ def check_kernel(
         If the kernel breaks its contract, or refuses everything. The text has the names of the kernel, the problem, the
         dtype and the layout.
     ValueError
-        If the primitive is of another family, or a dtype or layout is unknown.
+        If the primitive is of another family, the part one that is not checked, or a dtype or layout unknown.
 
     Examples
     --------
@@ -121,6 +123,8 @@ def check_kernel(
     if kernel.primitive not in FAMILY:
         names = ", ".join(primitive.name for primitive in FAMILY)
         raise ValueError(f"kernel must compute one of {names}, got {kernel.primitive.name!r}")
+    if kernel.primitive in LADDERS and kernel.part == "jvp":
+        raise ValueError(f"kernel must compute forward or vjp of {kernel.primitive.name}, got {kernel.part!r}")
     for label, given, known in (("dtypes", dtypes, WORKING), ("layouts", layouts, LAYOUTS)):
         for value in given:
             if value not in known:
@@ -171,23 +175,30 @@ def _cases(
     make: Callable[[np.ndarray], Array],
     dtype: str,
     layouts: Iterable[str],
-    only: Callable[[Problem], bool] | None,
-) -> Iterator[_Case]:
-    for problem in _rounded_problems(dtype):
+    only: Callable[[Any], bool] | None,
+) -> Iterator[Case]:
+    is_ladder = kernel.primitive in LADDERS
+    for problem in ladder_problems() if is_ladder else _rounded_problems(dtype):
         if only is not None and not only(problem):
             continue
-        if kernel.primitive is hard_mask and (problem.weights is not None or np.any(problem.k != np.floor(problem.k))):
+        if isinstance(problem, LadderProblem):
+            if kernel.primitive is not sorted_plan and not problem.is_whole:
+                continue
+        elif kernel.primitive is hard_mask and (
+            problem.weights is not None or np.any(problem.k != np.floor(problem.k))
+        ):
             continue
         for layout in layouts:
-            if layout != "contiguous" and problem.name not in IN_ALL_LAYOUTS:
+            if layout != "contiguous" and problem.name not in (*IN_ALL_LAYOUTS, *LADDERS_IN_ALL_LAYOUTS):
                 continue
             try:
-                yield _Case(kernel, backend, make, problem, dtype, layout)
+                kind: Any = LadderCase if is_ladder else _Case
+                yield kind(kernel, backend, make, problem, dtype, layout)
             except UnsupportedError:
                 continue
 
 
-class _Case:
+class _Case(Case):
     """One problem, in one dtype and one layout."""
 
     def __init__(
@@ -199,12 +210,8 @@ class _Case:
         dtype: str,
         layout: str,
     ) -> None:
-        self.kernel, self.backend, self.problem = kernel, backend, problem
-        self.make, self.dtype, self.layout = make, dtype, layout
-        self.working = WORKING[dtype]
-        self.name = f"{problem.name}, {dtype}, {layout}"
-        self.xp = backend.xp
-        self.eps = float(np.finfo(self.working).eps)
+        super().__init__(kernel, backend, make, problem.name, dtype, layout)
+        self.problem = problem
         self.rounding = 0.0 if self.working == dtype else float(self.xp.finfo(getattr(self.xp, dtype)).eps)
         x = problem.x
         self.batch, self.n = x.shape[:-1], x.shape[-1]
@@ -235,114 +242,11 @@ class _Case:
             return (x, k, tau, *others)
         return (x, self.array(np.where(valid, mass, 0.0)), self.array(np.where(valid, temperature, 1.0)), *others)
 
-    def array(self, values: np.ndarray, dtype: str | None = None) -> Array:
-        """An array of the library in the layout of this case."""
-        dtype = dtype or self.working
-
-        def made(values: np.ndarray) -> Array:
-            found = self.make(values)
-            return found if dtype in ("bool", self.working) else self.xp.astype(found, getattr(self.xp, dtype))
-
-        values = np.ascontiguousarray(values) if np.ndim(values) else np.asarray(values)
-        values = values if dtype == "bool" else values.astype(self.working)
-        return LAYOUTS[self.layout](self.xp, made, values)
-
     def per_slice(self, values: Any, scale: float = 1.0) -> Array:
         scaled = scale * values
         return self.array(np.asarray(scaled, self.working))
 
-    def random(self, shape: tuple[int, ...], seed: int, dtype: str | None = None) -> tuple[np.ndarray, Array]:
-        """Random numbers that are exact in the dtype, for NumPy and for the library."""
-        values = np.random.default_rng(seed).integers(-64, 65, size=shape) / 32.0
-        return values, self.array(values, dtype)
-
-    # -- failures
-
-    def require(self, condition: bool, message: Callable[[], str] | str) -> None:
-        if not condition:
-            raise AssertionError(self.text(message if isinstance(message, str) else message()))
-
-    def text(self, message: str) -> str:
-        name = f"kernel {self.kernel.name} of {self.kernel.primitive.name}, {self.kernel.part}"
-        return f"{name}: problem {self.name}: {message}"
-
-    # -- the calls
-
-    def refuses(self, *groups: Any, **options: Any) -> str | None:
-        """Why the kernel refuses: a text that depends on no value."""
-        with choosing(self.kernel.name):
-            reason = self.kernel.refuses(self.backend, *groups, **options)
-            self.require(
-                reason is None or (isinstance(reason, str) and bool(reason.strip())),
-                f"refuses must return a text or None, got {reason!r}",
-            )
-            others = tuple(
-                tuple(self.xp.zeros_like(value) if hasattr(value, "dtype") else value for value in group)
-                for group in groups
-            )
-            again = self.kernel.refuses(self.backend, *others, **options)
-        self.require(again == reason, f"refuses must not look at values: {reason!r}, of zeros {again!r}")
-        return reason
-
-    def compute(self, *groups: Any, **options: Any) -> tuple[Any, ...]:
-        """What the kernel returns: the same twice, and nothing that it was given is overwritten."""
-        given = [value for group in groups for value in group if hasattr(value, "dtype")]
-        copies = [self.values(value).copy() for value in given]
-        with choosing(self.kernel.name), self.backend.quiet():
-            # The first call may compile, and a compiler must find the library's own functions.
-            self.kernel.compute(self.backend, *groups, **options)
-            with poisoned(math.nan):
-                found = self.kernel.compute(self.backend, *groups, **options)
-                first: list[Any] = [self.values(value).copy() if hasattr(value, "dtype") else value for value in found]
-            with poisoned(7e7):
-                second = self.kernel.compute(self.backend, *groups, **options)
-        for value, before in zip(given, copies, strict=True):
-            self.require(same_bits(self.values(value), before), "it overwrites an array that it was given")
-        for i, (one, other) in enumerate(zip(first, second, strict=True)):
-            if hasattr(other, "dtype"):
-                self.require(
-                    same_bits(one, self.values(other)),
-                    f"result {i} differs from call to call: it was not written, or was made of memory that was not",
-                )
-        for i, (one, other) in enumerate(zip(found, second, strict=True)):
-            shared = hasattr(one, "dtype") and address(one) is not None and address(one) == address(other)
-            self.require(not shared, f"result {i} shares memory with that of another call")
-        return tuple(found)
-
-    def by_reference(self, part: str, *groups: Any, **options: Any) -> tuple[Any, ...]:
-        with choosing("none"), self.backend.quiet():
-            found: tuple[Any, ...] = getattr(self.kernel.primitive, part)(self.backend, *groups, **options)
-        return found
-
-    def values(self, value: Array) -> np.ndarray:
-        return values_of(self.backend, value)
-
-    def require_forms(self, found: tuple[Any, ...], expected: tuple[Any, ...], needed: Any = None) -> None:
-        """The same tuple but for its values."""
-        self.require(len(found) == len(expected), f"it returns {len(found)} results, the reference {len(expected)}")
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            if needed is not None and not needed[i]:
-                continue
-            self.require(
-                (one is None) == (other is None), f"result {i} is {_kind(one)}, the reference's {_kind(other)}"
-            )
-            if one is None:
-                continue
-            self.require(hasattr(one, "dtype") and backend_of(one) is self.backend, f"result {i} is a {type(one)}")
-            for what, mine, wanted in (
-                ("shape", tuple(one.shape), tuple(other.shape)),
-                ("dtype", one.dtype, other.dtype),
-                ("device", self.backend.device(one), self.backend.device(other)),
-            ):
-                self.require(mine == wanted, f"result {i} has the {what} {mine}, the reference's {wanted}")
-
     # -- the checks
-
-    def check(self) -> str | None:
-        """Why the kernel refuses the problem; None where it served it and kept its contract."""
-        if self.kernel.part == "forward":
-            return self.check_forward()
-        return self.check_vjp() if self.kernel.part == "vjp" else self.check_jvp()
 
     def check_forward(self) -> str | None:
         reason = self.refuses(self.inputs, **self.options)
@@ -404,15 +308,6 @@ class _Case:
             scale = np.abs(exact) + 8.0 * np.broadcast_to(problem.epsilon, exact.shape)
             self.require_small(np.abs(mine - exact) / scale, 8.0 * self.eps, "the threshold")
 
-    def require_small(self, error: np.ndarray, bound: Any, what: str) -> None:
-        excess = error - bound
-        if np.all(excess <= 0.0):
-            return
-        place = np.unravel_index(int(np.argmax(np.where(np.isnan(excess), math.inf, excess))), error.shape)
-        label = ", ".join(map(str, place))
-        most = np.broadcast_to(bound, error.shape)[place]
-        self.require(False, f"{what} is off by {error[place]:.3g} at [{label}], more than {most:.3g}")
-
     def require_mask(self, mine: np.ndarray) -> None:
         problem = self.problem
         self.require(bool(np.all((mine >= 0.0) & (mine <= 1.0))), "the mask is not in [0, 1]")
@@ -443,6 +338,19 @@ class _Case:
         rank = np.empty(order.shape, int)
         np.put_along_axis(rank, order, np.broadcast_to(np.arange(self.n), order.shape), axis=-1)
         return np.where(able & (rank < self.problem.k), 1.0, 0.0)
+
+    def groups(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kernel = self.kernel
+        if kernel.part == "forward":
+            return (self.inputs,), self.options
+        _, outputs = next(self.states())
+        if kernel.part == "jvp":
+            dx = self.random((*self.batch, self.n), 3, self.dtype)[1]
+            return (self.inputs, outputs, (dx, None, None, None, None)), {}
+        one = kernel.primitive is threshold
+        _, u = self.random((*self.batch, 1 if one else self.n), 1, None if one else self.dtype)
+        needed = tuple(i < 3 or (i == 3 and value is not None) for i, value in enumerate(self.inputs))
+        return (self.inputs, outputs, (u, None), needed), {}
 
     # -- the state
 
@@ -476,23 +384,6 @@ class _Case:
             above, level = ((x > reference).sum(-1, keepdims=True), (x >= reference).sum(-1, keepdims=True))
         wrong = matters & ((above > k) | (level < k))
         self.require(not wrong.any(), lambda: f"the reference score {reference[wrong]} does not separate the k largest")
-
-    def states(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """The outputs of the forward pass, by the reference and by the kernels of the same name."""
-        expected = self.by_reference("forward", self.inputs, **self.options)
-        results = len(self.kernel.primitive.results)
-        yield "the reference", (*(None for _ in range(results)), *expected[results:])
-        for other in self.backend.kernels:
-            if (
-                other.name != self.kernel.name
-                or other.part != "forward"
-                or other.primitive is not self.kernel.primitive
-            ):
-                continue
-            with choosing(other.name), self.backend.quiet():
-                if other.refuses(self.backend, self.inputs, **self.options) is None:
-                    found = other.compute(self.backend, self.inputs, **self.options)
-                    yield "the kernel", (*(None for _ in range(results)), *found[results:])
 
     # -- the rules
 
@@ -738,16 +629,12 @@ class _Case:
             self.require_small(np.abs(mine - wanted), tolerance * scale, f"the {prefix}{name}")
 
 
-def _kind(value: Any) -> str:
-    return "None" if value is None else "an array"
-
-
 def _check_threads(
     kernel: Kernel,
     backend: Backend,
     make: Callable[[np.ndarray], Array],
     dtypes: Sequence[str],
-    only: Callable[[Problem], bool] | None,
+    only: Callable[[Any], bool] | None,
     threads: int,
 ) -> None:
     """The same bits from several threads at once, on the longest problem that the kernel serves."""
@@ -757,25 +644,11 @@ def _check_threads(
     cases = list(_cases(kernel, backend, make, dtype, ("contiguous",), only))
     cases.sort(key=lambda case: -case.n)
     for case in cases:
-        groups: tuple[Any, ...] = (case.inputs,)
-        options = case.options if kernel.part == "forward" else {}
-        if kernel.part != "forward":
-            _, outputs = next(case.states())
-            _, u = case.random(
-                (*case.batch, 1 if kernel.primitive is threshold else case.n),
-                1,
-                None if kernel.primitive is threshold else dtype,
-            )
-            needed = tuple(i < 3 or (i == 3 and value is not None) for i, value in enumerate(case.inputs))
-            groups = (
-                (case.inputs, outputs, (u, None), needed)
-                if kernel.part == "vjp"
-                else (case.inputs, outputs, (case.random((*case.batch, case.n), 3, dtype)[1], None, None, None, None))
-            )
+        groups, options = case.groups()
         if case.refuses(*groups, **options) is not None:
             continue
 
-        def call(_: int, case: _Case = case, groups: Any = groups, options: Any = options) -> list[Any]:
+        def call(_: int, case: Case = case, groups: Any = groups, options: Any = options) -> list[Any]:
             with backend.quiet():
                 found = kernel.compute(backend, *groups, **options)
             return [case.values(value) if value is not None else None for value in found]
