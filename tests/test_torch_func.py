@@ -244,6 +244,52 @@ def test_second_derivatives_in_every_pair_of_arguments(function: str, pair: str,
             assert_close(block, at.get(function, 2, name, other).reshape(block.shape), 1e-9)
 
 
+#: Functions of the scores (4), a k and an epsilon: of every operator one.
+OPERATORS = {
+    "topk": lambda x, k, epsilon: softk.topk(x, k, epsilon=epsilon),
+    "weights": lambda x, k, epsilon: softk.topk(x, k, epsilon=epsilon, weights=torch.exp(0.3 * x)),
+    "hard": lambda x, k, epsilon: softk.topk(x, 2, epsilon=epsilon, hard=True),
+    "log_topk": lambda x, k, epsilon: softk.log_topk(x, k, epsilon=epsilon),
+    "threshold": lambda x, k, epsilon: softk.threshold(x, k, epsilon=epsilon, keepdims=True) * x,
+    "quantile": lambda x, k, epsilon: softk.quantile(x, k / 4.0, epsilon=epsilon) * x,
+    "budget": lambda x, k, epsilon: softk.budget.topk({"a": x[:1], "b": x[1:]}, k, epsilon=epsilon)["b"].sum() * x,
+    "bounds": lambda x, k, epsilon: (
+        softk.budget.topk({"a": x[:1], "b": x[1:]}, k, epsilon=epsilon, most={"a": 0.4, "b": 3.0})["b"].sum() * x
+    ),
+    "segment_topk": lambda x, k, epsilon: softk.segment_topk(x, 1, [2, 2], epsilon=epsilon) * k * x,
+    "sorted_topk": lambda x, k, epsilon: softk.sorted_topk(x, 2, epsilon=epsilon).values.sum() * k * x,
+    "sort": lambda x, k, epsilon: softk.sort(x, epsilon=epsilon) * k,
+    "rank": lambda x, k, epsilon: softk.rank(x, epsilon=epsilon) * k,
+    "rank, few anchors": lambda x, k, epsilon: softk.rank(x, epsilon=epsilon, num_anchors=3) * k,
+    "transport": lambda x, k, epsilon: softk.transport(x, x[:3].cos(), k + x[1:].abs(), epsilon=epsilon).plan[:, 0],
+    "assign": lambda x, k, epsilon: softk.assign(x[:, None] * x[:2], epsilon=epsilon[0]).plan[:, 0] * k,
+    "neighbors": lambda x, k, epsilon: softk.neighbors.weights(x[:, None], x[:, None] + 0.1 * k, 2, epsilon=epsilon)[0],
+    "attention": lambda x, k, epsilon: softk.attention.weights(x[None], x[:, None] * x, k, epsilon=epsilon)[0],
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_curvature_along_all_arguments_at_once(operator: str) -> None:
+    """Reverse mode within forward mode, as for a product of a Hessian and a vector, and both beside differences.
+
+    Where one argument moves alone, a tangent that is lost for the sake of another's is not seen.
+    """
+    x, k = torch.tensor([0.2, 1.7, -0.5, 0.9]).double(), torch.tensor([1.6]).double()
+    epsilon, u = torch.tensor([0.5]).double(), torch.tensor([0.3, -1.0, 0.7, 0.2]).double()
+    given, moved = (x, k, epsilon), (torch.tensor([0.1, 0.4, -0.3, 0.2]).double(), 0.7 * k, -0.5 * epsilon)
+    gradient = torch.func.grad(weighted(OPERATORS[operator], u), (0, 1, 2))
+    found = torch.func.jvp(gradient, given, moved)[1]
+
+    def slope(h: float) -> list[Any]:
+        ends = [
+            gradient(*(value + sign * h * d for value, d in zip(given, moved, strict=True))) for sign in (1.0, -1.0)
+        ]
+        return [(one - other) / (2.0 * h) for one, other in zip(*ends, strict=True)]
+
+    expected = [(4.0 * fine - coarse) / 3.0 for fine, coarse in zip(slope(5e-4), slope(1e-3), strict=True)]
+    assert_close(torch.cat(found), torch.cat(expected), 1e-8)
+
+
 def test_hessian(rng: Any) -> None:
     values = closed_form.problem(rng)
     at, u = closed_form.Slice(**values), random(rng, 7)

@@ -8,7 +8,7 @@ from typing import Any
 
 from softk.backend import Array, Backend
 
-from .limits import clip, limits, negligible, safe_denominator
+from .limits import limits, negligible, safe_denominator
 
 
 def selectable(xp: Any, x: Array, where: Array | None) -> Array:
@@ -30,7 +30,11 @@ def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Arr
     scaled_tau = tau * factor
     reach = bound.farthest * scaled_tau
     scaled_x = xp.minimum(x, bound.largest) * factor
-    z = clip(xp, scaled_x - reference * factor, -reach, reach) / scaled_tau
+    apart = scaled_x - reference * factor
+    # A choice, not the larger of two: PyTorch's tangent of `maximum` adds that of the bound and subtracts it again. The
+    # bound is so large that nothing else is left.
+    apart = xp.where(apart > reach, reach, apart)
+    z = xp.where(apart < -reach, -reach, apart) / scaled_tau
     return z if offset is None else z - offset
 
 
