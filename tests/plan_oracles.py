@@ -267,10 +267,12 @@ class Ladder:
         x = self.transported.x
         middle = self.unit * (np.arange(self.rows) + 0.5) - 0.5
         ranks = np.tile(middle, (self.rows + 2, 1))
-        ties = [np.count_nonzero(x == end) for end in (max(x), min(x))]
-        ranks[0, 0] -= max(0.5 * (self.unit - ties[0]), 0.0)
-        ranks[-1, -1] += max(0.5 * (self.unit - ties[1]), 0.0)
-        return self.number(ranks)
+        found = self.number(ranks)
+        weights, zero = self._scale * self.transported.a, 0 * self.transported.epsilon
+        ties = [weights[x == end].sum() for end in (max(x), min(x))]
+        found[0, 0] = found[0, 0] - max((self.unit - ties[0]) / 2, zero)
+        found[-1, -1] = found[-1, -1] + max((self.unit - ties[1]) / 2, zero)
+        return found
 
     def _nodes(self) -> tuple[np.ndarray, np.ndarray]:
         """The scores and the ranks of the nodes."""
@@ -303,10 +305,12 @@ class Ladder:
         if self.rows == self.kept.size:
             ranks = np.einsum("j,dji->di", np.arange(self.rows), self._of_rows(dshare))
         else:
-            ranks = self._interpolated(dx, dvalues, tangents)
+            ranks = self._interpolated(dx, dvalues, dweights, tangents)
         return found | {"ranks": ranks}
 
-    def _interpolated(self, dx: np.ndarray, dvalues: np.ndarray, tangents: dict[str, np.ndarray]) -> np.ndarray:
+    def _interpolated(
+        self, dx: np.ndarray, dvalues: np.ndarray, dweights: np.ndarray, tangents: dict[str, np.ndarray]
+    ) -> np.ndarray:
         of = self.transported
         nodes, ranks = self._nodes()
         above, place = self._places(nodes)
@@ -314,6 +318,11 @@ class Ladder:
         outermost = [dx[:, end].sum(axis=1)[:, None] / np.count_nonzero(end) for end in ends]
         dnodes = np.concatenate([outermost[0], dvalues, outermost[1]], axis=1)
         dranks = (of.rates_at(nodes, dnodes, tangents)[:, :, : self.rows] * self._ranks_of_anchors()).sum(axis=2)
+        # The ranks of the outermost anchors depend on the weights of the outermost scores, unless these fill them.
+        weights, share = self._scale * of.a, of.shares_at(nodes)
+        for k, j, end, sign in ((0, 0, ends[0], 0.5), (-1, self.rows - 1, ends[1], -0.5)):
+            if weights[end].sum() < self.unit:
+                dranks[:, k] = dranks[:, k] + sign * share[k, j] * dweights[:, end].sum(axis=1)
         width = nodes[above] - nodes[above + 1]
         dplace = (dnodes[:, above] - dx - place * (dnodes[:, above] - dnodes[:, above + 1])) / width
         moved = (1 - place) * dranks[:, above] + place * dranks[:, above + 1]

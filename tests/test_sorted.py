@@ -468,6 +468,43 @@ def test_weights_of_a_sort_and_a_rank(light: Library, anchors: int | None, rng: 
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("anchors", [None, 4])
+def test_weights_at_the_ends_of_the_range(light: Library, anchors: int | None) -> None:
+    """Weights whose sum overflows are as good as others. Those that are no weights make their slice NaN."""
+    x = np.asarray([0.3, 2.0, -1.0, 0.7, 1.1, -0.4, 0.1, 1.6], np.float32)
+    weights = np.asarray([1.0, 3.0, 0.5, 2.0, 1.0, 1.0, 4.0, 0.25], np.float32)
+
+    def both(x: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+        x, weights = light.array(np.broadcast_to(x, weights.shape).copy()), light.array(weights)
+        options = {"epsilon": 0.2, "weights": weights, "num_anchors": anchors}
+        return [light.numpy(f(x, **options)) for f in (softk.sort, softk.rank)]
+
+    # Powers of 2 change no digit.
+    for one, other in zip(both(x, weights), both(x, weights * np.float32(2.0**125)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    bad = np.stack([0.0 * weights, -weights, np.where(np.arange(8) == 2, np.inf, weights), weights])
+    bad[3, 5] = np.nan
+    for found in both(x, bad.astype(np.float32)):
+        assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 1e-4])
+def test_heavy_scores_at_the_ends_of_ranks_by_few_anchors(light: Library, epsilon: float) -> None:
+    """A weight counts as so many scores: the ranks are those of a score that is repeated."""
+    x, weights = np.asarray([3.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0]), np.asarray([3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0])
+    for top in (3.0, INF):
+        x[0] = top
+        options = {"epsilon": epsilon, "num_anchors": 4, "descending": True}
+        found = light.numpy(
+            softk.rank(light.array(x), weights=light.array(weights), **(options | {"epsilon": epsilon}))
+        )
+        repeated = np.repeat(x, weights.astype(int))
+        # The distance of the anchors is 7 / 4 here, and 12 / 4 there: so is the temperature, for the same epsilon.
+        wanted = light.numpy(softk.rank(light.array(repeated), **(options | {"epsilon": epsilon * 12.0 / 7.0})))
+        first = np.cumsum(weights).astype(int) - weights.astype(int)
+        np.testing.assert_allclose((found + 0.5) * 12.0 / 7.0 - 0.5, wanted[first], rtol=0, atol=1e-10)
+
+
 # --- the published properties of a soft sort
 
 

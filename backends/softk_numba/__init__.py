@@ -3,10 +3,10 @@
 They serve every framework whose arrays lie in memory, of float16, bfloat16, float32 and float64. This file says when.
 `launch` calls them. `masks`, `log_masks` and `thresholds` are the kernels, and `loops` the loops over rows that they
 share. `solve`, `rule` and `log_rule` have what is done in a row, `lanes` the same for several short rows at once, with
-the type of `vectors`. `ladders` are the kernels for sorting and ranking: `sorting` puts the scores of a row in order,
-`bands` has its plan and `systems` its linear systems, all in memory that `pointers` reaches. `rows` reads and writes a
-row, `operations` has the arithmetic, `pool` the threads and `cache` the compilation. Numba is imported when the first
-array arrives that a kernel will serve.
+the type of `vectors`. `ladders` are the kernels for sorting and ranking. `sorting` puts the scores of a row in order,
+`bands` has its plan, `systems` its linear systems and `ranking` the ranks by few anchors, in memory that `pointers`
+reaches. `rows` reads and writes a row, `operations` has the arithmetic, `pool` the threads and `cache` the compilation.
+Numba is imported when the first array arrives that a kernel will serve.
 """
 
 from __future__ import annotations

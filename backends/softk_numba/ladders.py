@@ -2,8 +2,8 @@
 
 `bands` has what is done in a slice. This file reads the slices, chooses the scores that matter, and writes the results.
 All arithmetic is in float64, whose range is far beyond that of float32: every slice of float32 is solved here. A slice
-of float64 that is out of the ordinary is left to the reference: one with a score of +inf, without a score that can be
-selected, with a temperature near the ends of the range, or in which Newton's method does not converge.
+of float64 that is out of the ordinary is left to the reference: one with a score of +inf or of 1e150, without a score
+that can be selected, with a temperature near the ends of the range, or in which Newton's method does not converge.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ def fill_nodes(unit, count, infinite, bound, band, room, found, means, nodes):
 
 @kernel(EXACT)
 def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, references, left, bound, start, stop):
-    """The state, which slices are left to the reference, and what has rows: values and assignment, or ranks."""
+    """Write the state, flag slices for the reference in `left`, and write the results that have rows.
+
+    The results are values and assignment, or values alone, or ranks.
+    """
     n, b = x.shape[1], offsets.shape[1]
     raw = room_for(n, where.shape[0] > 0, offsets)
     numbers, integers = np.empty(bands.size_of(n, b)), np.empty(bands.INTEGERS * b, np.int64)

@@ -1,8 +1,9 @@
 r"""Systems with the Jacobian J of the masses above the boundaries, within the windows of `bands`.
 
 Few boundaries, or a narrow band, are solved by Cholesky's factorization, others by conjugate gradients. The matrix J
-acts like a smoothing along the boundaries. For a slow right-hand side it is its row sums, for a fast one the mass of
-the anchors limits it. The preconditioner is the sum of both inverses; six to twenty steps reach the rounding.
+acts like a smoothing along the boundaries. If v changes slowly from boundary to boundary, J v is about v times the row
+sums of J. If v alternates, J v is about as large as the masses of the anchors. The preconditioner is the sum of both
+inverses; six to twenty steps reach the rounding.
 """
 
 from __future__ import annotations
@@ -267,17 +268,17 @@ def conjugate_gradients(right, tolerance, least, band, tails, sums, parts, room,
 
 
 @compiled(INLINED)
-def prepare(masses, band, edges, smallest, is_near, sums, parts, room):
+def prepare(masses, band, edges, smallest, keeps_rows, sums, parts, room):
     """What `solve` needs of J: its factor and the width of it, or its row sums and a width of -1.
 
-    The row sums are kept where J is near the one before.
+    With `keeps_rows`, the row sums of an earlier J are kept: the preconditioner need not be exact.
     """
     b = band.b
     width = width_of(band)
     if b <= DENSE or width <= BAND:
         factorize(width, band, edges, smallest, room)
         return width
-    if is_near:
+    if keeps_rows:
         return -1
     for j in range(b):
         room.ahead[j] = 1.0

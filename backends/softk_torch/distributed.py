@@ -35,8 +35,8 @@ def topk(
     """Soft top-k along an axis whose scores are spread over the processes of a group.
 
     Every process passes its own part and gets its own part of the mask, which sums to `k` over all processes. The
-    scores are not sent: the processes exchange a few numbers per slice, at most 24 times, and at most twice for the
-    gradients. Every process must call it.
+    scores are not sent: the processes exchange a few numbers per slice. For the mask they do so at most 24 times, or 27
+    times with `weights` or `hard`, and at most twice for the gradients. Every process must call it.
 
     Parameters
     ----------

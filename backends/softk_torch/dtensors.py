@@ -133,9 +133,15 @@ def share(value: torch.Tensor, of: torch.Tensor) -> Share:
     mesh, is_spread = first.device_mesh, isinstance(of, DTensor)
     placements = [Replicate() if place.is_partial() else place for place in first.placements]
     selected = [dim for dim, place in enumerate(placements) if _is_shard(place)]
-    if any(isinstance(placements[dim], _StridedShard) for dim in selected) or (selected and not is_spread):
+    if any(isinstance(placements[dim], _StridedShard) for dim in selected):
         raise NotImplementedError(
-            f"a DTensor of the placements {first.placements} must be redistributed here, for example to Replicate()"
+            f"a leaf, and what broadcasts to it, must not have strided shards, got the placements {first.placements}; "
+            "redistribute it, for example to Replicate()"
+        )
+    if selected and not is_spread:
+        raise NotImplementedError(
+            "what broadcasts to a leaf that is an ordinary tensor must be replicated, got the placements "
+            f"{first.placements}; redistribute it to Replicate()"
         )
     own, back = list(placements), list(placements)
     for dim in selected:
@@ -145,7 +151,9 @@ def share(value: torch.Tensor, of: torch.Tensor) -> Share:
         else:  # the same for all items along this axis, so every process has a part of the cotangent
             own[dim], back[dim] = Replicate(), Partial()
     shape, everywhere = tuple(value.shape), [Replicate()] * mesh.ndim
-    given: Any = value.placements if isinstance(value, DTensor) and value is not first else None
+    given: Any = None
+    if isinstance(value, DTensor) and value is not first:
+        given = [Replicate() if place.is_partial() else place for place in value.placements]
 
     def local(values: torch.Tensor) -> torch.Tensor:
         if not isinstance(values, DTensor):

@@ -179,7 +179,8 @@ def topk(
     `softk.jvp` take and return trees.
 
     Leaves of at most 65,536 scores are joined, and a tree without larger ones is computed by the kernels. Larger leaves
-    are not copied: the reference implementation computes them from sums over each leaf, in at most 24 passes.
+    are not copied: the reference implementation computes them from sums over each leaf, in at most 24 passes without
+    `weights` and `hard`. It also computes leaves that are sharded over processes.
 
     In PyTorch the leaves may be DTensors, such as the parameters of FSDP2, without `least` and `most`. A mask has the
     placements of its scores. The processes exchange a few numbers. An ordinary tensor beside DTensors must be the same

@@ -156,13 +156,13 @@ def sort(
         ranks do not show whether it fits the scores. A tenth of their standard deviation is a good start.
     weights : array, optional
         Item weights, at least 0, broadcasting to the shape of `x`: how much of the anchors' mass each score fills. Only
-        their ratios matter, because they are divided by their mean.
+        their ratios matter, because they are divided by their mean. If all are 0, the values are NaN.
     where : array of bool, optional
-        Items to sort, broadcasting to the shape of `x`. The last values, one for each item that is left out, are
-        ``+inf``, or ``-inf`` if `descending`.
+        Items to sort, broadcasting to the shape of `x`. Anchors that lack items have the value ``+inf``, or ``-inf`` if
+        `descending`. They come last. With n anchors there is one for each item that is left out.
     num_anchors : int, optional
-        The number of anchors, from 2 to n; n by default. Fewer anchors, of the mass n / num_anchors and as far apart,
-        reduce the cost to O(n num_anchors). Each value is then the mean of n / num_anchors scores.
+        The number of anchors, from 2 to n; n by default. Each has the mass n / num_anchors, and neighboring anchors
+        are n / num_anchors apart. The cost is O(n num_anchors). Each value is the mean of n / num_anchors scores.
 
     Returns
     -------
@@ -221,9 +221,10 @@ def rank(
     descending : bool, optional
         Give rank 0 to the largest score.
     num_anchors : int, optional
-        The number of anchors, from 2 to n; n by default. With fewer anchors, the ranks are those of the values of
-        `softk.sort`, and linear in the scores between these. In the middle they then differ from the ranks by n anchors
-        by a small part of n / num_anchors, and at both ends by at most about two thirds of it.
+        The number of anchors, from 2 to n; n by default. With fewer anchors, the ranks of the values of `softk.sort`
+        are computed, and those of the scores are interpolated linearly between them. A rank then differs from the one
+        by n anchors by a small part of n / num_anchors in the middle of the order. At both ends it differs by at most
+        about two thirds of n / num_anchors.
 
     Returns
     -------
@@ -255,7 +256,9 @@ def rank(
 def _anchored(slices: Slices, epsilon: Any, where: Any, weights: Any, num_anchors: int | None) -> dict[str, Any]:
     require_scores(slices)
     n = slices.n
-    rows = n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x")
+    rows = (
+        n if num_anchors is None else whole_number("num_anchors", num_anchors, min(2, n), n, "the size of x along axis")
+    )
     return _ladder(slices, epsilon, where, weights, rows, n / rows)
 
 

@@ -25,7 +25,7 @@ class Shares:
 
     @property
     def are_any(self) -> bool:
-        """Whether a leaf is spread over processes."""
+        """Whether an array of the call is a spread one. One that is replicated is, too."""
         return any(share is not None for share in self.shares.values())
 
     def part(self, name: str, value: Any, path: str) -> Any:

@@ -128,6 +128,7 @@ class PlanLinearization:
         wbar = self.across(difference + weights * slack)
         del difference
         slack = slack - origin
+        # Bounded, because infinite cotangents of different terms would cancel to NaN.
         rate = 1.0 / xp.maximum(tau, 1.0 / limits(xp, tau.dtype).farthest)
         xbar = xp.sum(xp.where(self.moving(), wbar * rate, 0.0), axis=-2)
         taubar = -self.total(self.apart * wbar) / tau

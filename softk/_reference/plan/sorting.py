@@ -25,11 +25,19 @@ Arrays = tuple[Array, ...]
 
 
 def _scale(xp: Any, x: Array, effective: Array) -> tuple[Array, Array]:
-    """The inverse of the mean weight (..., 1), and of how many scores it is the mean."""
+    """The inverse of the mean weight (..., 1), and of how many scores it is the mean.
+
+    It is NaN for weights that are negative, infinite, or all 0.
+    """
     count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
-    total = xp.sum(effective, axis=-1, keepdims=True)
     count = safe_denominator(xp, count)
-    return count / safe_denominator(xp, total), count
+    # The sum of the weights may overflow, so it is formed in units of the largest.
+    largest = xp.max(effective, axis=-1, keepdims=True)
+    valid = xp.all(effective >= 0.0, axis=-1, keepdims=True) & (largest < math.inf)
+    valid = valid & ((largest > 0.0) | xp.all(x == -math.inf, axis=-1, keepdims=True))
+    unit = xp.where(largest > 0.0, largest, 1.0)
+    total = safe_denominator(xp, xp.sum(effective / unit, axis=-1, keepdims=True))
+    return xp.where(valid, count / total / unit, math.nan), count
 
 
 def _ladder(xp: Any, inputs: tuple[Any, ...], rows: int) -> Task:
@@ -186,20 +194,20 @@ def means_pulled(
     ubar: Array | None,
     c: Array | None,
     taubar: Any,
+    abar: Any,
 ) -> tuple[Array, Array, Array | None]:
     """Cotangents of scores, temperature and weights, from those of the means, of the plan and of the offsets.
 
-    `taubar` is what else has been found of the temperature of each boundary.
+    `taubar` and `abar` are what else has been found of the temperature of each boundary, and of the divided weights.
     """
     xp, weights, direct = backend.xp, rule.task.weights, None
-    abar: Any = 0.0
     if vbar is not None:
         share = (weights * rule.share)[..., :-1, :]
         found, direct = Means(backend, rule.task, outputs[-1], inputs[2]).pull(share, vbar)
         ubar = found if ubar is None else ubar + found
     if ubar is not None:
         ubar = xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
-        abar = 0.0 if inputs[4] is None else xp.sum(ubar * rule.share, axis=-2)
+        abar = 0.0 if inputs[4] is None else abar + xp.sum(ubar * rule.share, axis=-2)
         ubar = weights * ubar
     xbar, taubar, abar = pull(rule, inputs, ubar, c, taubar, abar)
     return xbar if direct is None else xbar + direct, taubar, abar
@@ -219,7 +227,7 @@ def _sorted_vjp(
 ) -> Inputs:
     vbar, ubar, c = cotangents
     rule = linearize(backend, inputs, outputs)
-    xbar, taubar, abar = means_pulled(backend, rule, inputs, outputs, vbar, ubar, c, 0.0)
+    xbar, taubar, abar = means_pulled(backend, rule, inputs, outputs, vbar, ubar, c, 0.0, 0.0)
     return xbar, taubar, None, None, abar
 
 
