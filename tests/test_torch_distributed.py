@@ -283,7 +283,7 @@ elif case == "budget":
     grid, strided = init_device_mesh("cpu", (2, 1)), [_StridedShard(0, split_factor=2), Shard(0)]
     strided = DTensor.from_local(torch.randn(4), grid, strided, run_check=False, shape=torch.Size([8]), stride=(1,))
     for message, call in (
-        ("must be redistributed", lambda: softk.budget.topk([strided], 2)),
+        ("must not have strided shards", lambda: softk.budget.topk([strided], 2)),
         ("x must not be sharded along the selected axis", lambda: softk.topk(strided, 2)),
         ("least and most must be None", lambda: softk.budget.topk(sharded, 20, least=1)),
         ("must be sharded along its first axis with hard=True", lambda: softk.budget.topk(mixed, 20, hard=True)),

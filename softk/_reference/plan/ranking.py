@@ -65,8 +65,7 @@ class _Nodes:
         none = xp.zeros_like(top)
         near, beyond = xp.concat([top, near, low], axis=-1), xp.concat([none, beyond, none], axis=-1)
         ranks = self._rank(backend, near, beyond, reference, offset)
-        self._interpolate(backend, clip(xp, x, low, top), near, beyond, *ranks)
-        self.slope = xp.where(finite, self.slope, 0.0)
+        self._interpolate(backend, clip(xp, x, low, top), finite, near, beyond, *ranks)
 
     def _rank(
         self, backend: Backend, near: Array, beyond: Array, reference: Array, offset: Array
@@ -96,7 +95,9 @@ class _Nodes:
         self.rate = 1.0 / xp.maximum(self.tau, 1.0 / bound.farthest)  # no larger than any other derivative
         return own, apart
 
-    def _interpolate(self, backend: Backend, x: Array, near: Array, beyond: Array, own: Array, apart: Array) -> None:
+    def _interpolate(
+        self, backend: Backend, x: Array, finite: Array, near: Array, beyond: Array, own: Array, apart: Array
+    ) -> None:
         """The interval of each score, its place there, from 0 to 1, its rank, and how fast the rank falls with it."""
         xp = self.xp
         nodes = xp.expand_dims((near + beyond)[..., 1:-1], axis=-1)
@@ -112,7 +113,8 @@ class _Nodes:
         rise = (next_ - own) + (other - one)
         steep = xp.sum(self.fall * self.rate, axis=-2)
         at_node = xp.where(at_begin, *self._around(steep))
-        self.slope = xp.where(at_begin | at_end, at_node, rise * (UNIT / width))
+        slope = xp.where(at_begin | at_end, at_node, rise * (UNIT / width))
+        self.slope = xp.where(finite, slope, 0.0)
         self.found = own + (one + self.place * rise)
         if backend.differentiates_operations:
             off = xp.where(at_begin, above, xp.where(at_end, -below, 0.0)) / UNIT
