@@ -103,7 +103,7 @@ def quick_plan(threads: str) -> list[Case]:
     if threads == "one":
         return shapes[:1]
     shapes.append(Case("shapes", 4, 16, 8, peers="none", joint=True))
-    ordered = [Case("sorted", 5, 20, k, operator=f) for f, k in (("sorted_topk", 4), ("sort", 20), ("rank", 10))]
+    ordered = [Case("sorted", 5, 20, k, operator=f) for f, k in (("sorted_topk", 4), ("sort", 20), ("rank", 20))]
     epsilons = [Case("epsilon", 4, 64, 8, epsilon, peers="none") for epsilon in (1.0, 0.01)]
     lengths = [Case("lengths", 1, n, max(1, n // 100), peers="none", forward=False) for n in (100, 1000)]
     return shapes + ordered + epsilons + lengths

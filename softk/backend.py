@@ -494,6 +494,22 @@ class Backend:
         parts = [function(*rows_of(count, start, start + rows, first, *others)) for start in range(0, count, rows)]
         return tuple(self.xp.concat(list(column), axis=-2) for column in zip(*parts, strict=True))
 
+    def clip(self, values: Array, least: Array, most: Array) -> Array:
+        """The values clipped to an interval whose ends are arrays, with exact tangents of all three.
+
+        Parameters
+        ----------
+        values, least, most : array
+            Arrays that broadcast to the shape of the values.
+
+        Returns
+        -------
+        array
+            The clipped values. NaN stays NaN.
+        """
+        values = self.xp.maximum(values, least)
+        return self.xp.minimum(values, most)
+
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         """The scores of the given ranks along the last axis. Rank 1 is the largest score.
 

@@ -112,6 +112,12 @@ class TorchBackend(Backend):
         """Only the compiler does, for ``torch.compile(torch.func.grad(f))`` and export."""
         return bool(torch.compiler.is_compiling())
 
+    def clip(self, values: Array, least: Array, most: Array) -> Array:
+        # The tangents of `torch.maximum` and `torch.clamp` add that of the bound and subtract it again. Beside that of
+        # a large bound, the tangent of the values is rounded to nothing.
+        values = torch.where(values > most, most, values)
+        return torch.where(values < least, least, values)
+
     def select(self, x: Array, ranks: Array | tuple[int, ...]) -> Array:
         if not isinstance(ranks, tuple):
             ranks = ranks.expand(*x.shape[:-1], ranks.shape[-1])

@@ -310,6 +310,13 @@ class PieceBackend(Backend):
             return self.inner.memory(x)
         return x if all(self.inner.memory(array) is not None for array in x.arrays) else None
 
+    def clip(self, values: Any, least: Array, most: Array) -> Any:
+        return (
+            values.map(self.inner.clip, least, most)
+            if isinstance(values, Pieces)
+            else super().clip(values, least, most)
+        )
+
     def constant(self, x: Any) -> Any:
         return x.map(self.inner.constant) if isinstance(x, Pieces) else self.inner.constant(x)
 

@@ -30,11 +30,7 @@ def logits(backend: Backend, x: Array, reference: Array, tau: Array, offset: Arr
     scaled_tau = tau * factor
     reach = bound.farthest * scaled_tau
     scaled_x = xp.minimum(x, bound.largest) * factor
-    apart = scaled_x - reference * factor
-    # A choice, not the larger of two: PyTorch's tangent of `maximum` adds that of the bound and subtracts it again. The
-    # bound is so large that nothing else is left.
-    apart = xp.where(apart > reach, reach, apart)
-    z = xp.where(apart < -reach, -reach, apart) / scaled_tau
+    z = backend.clip(scaled_x - reference * factor, -reach, reach) / scaled_tau
     return z if offset is None else z - offset
 
 
