@@ -201,7 +201,7 @@ def test_page(result: dict[str, Any], tmp_path: Path) -> None:
         "(4, 16) k=8 over both axes",
         "sorted_topk of (5, 20) k=4, all threads",
         "### sort of (5, 20), all threads",
-        "rank of (5, 20), 10 anchors, all threads",
+        "rank of (5, 20), all threads",
         "softk.rank",
         "no such thing",
         "an abacus",
