@@ -280,7 +280,7 @@ class _Check:
 
         def function(x: Array, shared: Array, each: Array, absent: None) -> tuple[Array, ...]:
             self.require(absent is None, "None must be passed as it is")
-            return x * shared + each, self.xp.sum(x, axis=-1, keepdims=True)
+            return x * self.xp.broadcast_to(shared, x.shape) + each, self.xp.sum(x, axis=-1, keepdims=True)
 
         first = self.values(x) * self.values(shared) + self.values(each)
         for rows in (1, 2, 3):
