@@ -40,13 +40,18 @@ class Shares:
 
     def number(self, name: str, value: Any) -> Any:
         """A value that is the same on every process, as an ordinary array. Numbers stay as they are."""
-        share = self.backend.share(value, value) if is_array(value) else None
+        share = self._replicated(name, value) if is_array(value) else None
         if share is None:
             return value
-        if share.group is not None:
-            raise NotImplementedError(f"{name} must have the same value on every process, but it is sharded")
         self.shares[name], self.given[name] = share, value
         return share.local(value)
+
+    def _replicated(self, name: str, value: Array) -> Share | None:
+        """How an array is spread that must be the same on every process."""
+        share = self.backend.share(value, value)
+        if share is not None and share.group is not None:
+            raise NotImplementedError(f"{name} must have the same value on every process, but it is sharded")
+        return share
 
     def require_order(self) -> None:
         """Require that ties are broken as in leaves that are whole."""
@@ -74,11 +79,12 @@ class Shares:
         share, push, pull = next(iter(self.shares.values())), restore.push, restore.pull
         if share is None or push is None or pull is None:
             return restore
-        return replace(
-            restore,
-            push=lambda x: share.everywhere(push(x)),
-            pull=lambda bar: pull(self.number("cotangent", bar)),
-        )
+
+        def local(bar: Array) -> Array:
+            own = self._replicated("cotangent", bar)
+            return bar if own is None else own.local(bar)
+
+        return replace(restore, push=lambda x: share.everywhere(push(x)), pull=lambda bar: pull(local(bar)))
 
 
 def _spread(argument: Argument, share: Share, *, transposed: bool) -> Argument:
