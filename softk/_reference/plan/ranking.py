@@ -285,10 +285,11 @@ def _jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: I
     nodes = _nodes(backend, inputs, rule.task, share, reference, offset)
     dvalues = sorting.means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da)
     moved = nodes.push(tangents, dvalues, doffset, da)
-    first: Any = 0.0
+    moved = xp.where(xp.abs(x) == math.inf, 0.0, moved)
     if da is not None:
         first = 0.5 * xp.sum(xp.where(x == math.inf, da[..., 0, :], 0.0), axis=-1, keepdims=True)
-    return xp.where(xp.abs(x) == math.inf, xp.where(x > 0.0, first, 0.0), moved), doffset
+        moved = xp.where(x == math.inf, first, moved)
+    return moved, doffset
 
 
 def _vjp(
