@@ -534,6 +534,33 @@ class Backend:
         ranks = broadcast_like(xp, ranks, (*x.shape[:-1], ranks.shape[-1]), x[..., :1])
         return xp.take_along_axis(ordered, x.shape[-1] - ranks, axis=-1)
 
+    def solve(self, matrix: Array, right: Array) -> Array:
+        """The solution of ``matrix @ solution = right`` for symmetric positive definite matrices.
+
+        Parameters
+        ----------
+        matrix : array
+            Shape (..., b, b), with a diagonal of about 1.
+        right : array
+            Shape (..., b, r).
+
+        Returns
+        -------
+        array
+            Shape (..., b, r).
+        """
+        xp, b = self.xp, matrix.shape[-1]
+        if hasattr(xp, "linalg"):
+            return xp.linalg.solve(matrix, right)
+        # Gauss-Jordan elimination without pivoting, which a positive definite matrix does not need.
+        index = xp.reshape(xp.arange(b, device=self.device(matrix)), (b, 1))
+        index = xp.broadcast_to(index, (*matrix.shape[:-1], 1))
+        table = xp.concat([matrix, right], axis=-1)
+        for i in range(b):
+            pivot = table[..., i : i + 1, :] / table[..., i : i + 1, i : i + 1]
+            table = xp.where(index == i, pivot, table - table[..., :, i : i + 1] * pivot)
+        return table[..., b:]
+
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         """The k largest scores along the last axis in descending order, and their indices, by the library's own top-k.
 

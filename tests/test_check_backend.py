@@ -85,6 +85,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
     "scatter": ({"scatter": lambda self, values, indices, size: np.ones((3, 4))}, "scatter: the result"),
     "segments": ({"reduce_segments": lambda self, x, *_: np.zeros((3, 3))}, "reduce_segments: the sum"),
     "repeat": ({"repeat": _one_step}, "repeat: 2 steps is off by 1"),
+    "solve": ({"solve": lambda self, matrix, right: right}, "solve: matrices times the solutions"),
     "map_rows": ({"map_rows": _first_rows}, "map_rows: 1 rows at a time, the first result"),
     "select": ({"select": lambda self, x, ranks: np.sort(x)[..., : np.shape(ranks)[-1]]}, "select: the scores of rank"),
 }

@@ -443,9 +443,9 @@ def _uncorrected(rule: Any) -> Any:
 
 
 def _with_a_sign_changed(rule: Any) -> Any:
-    """In M w the boundaries above instead of those below."""
+    """In M w the boundaries above are subtracted."""
     rule = copy.copy(rule)
-    rule.across = lambda w: 2.0 * rule.above * rule.below * w - plan_rule.PlanLinearization.across(rule, w)
+    rule.across = lambda before, behind: plan_rule.PlanLinearization.across(rule, -before, behind)
     return rule
 
 

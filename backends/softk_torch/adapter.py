@@ -132,6 +132,10 @@ class TorchBackend(Backend):
         found = torch.topk(found, most - least + 1, dim=-1).values
         return pick(xp, found, [rank - least for rank in ranks])
 
+    def solve(self, matrix: Array, right: Array) -> Array:
+        # `torch.linalg.solve` looks at whether the matrix is singular, and would wait for the device.
+        return torch.linalg.solve_ex(matrix, right).result
+
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         values, indices = torch.topk(x, k, dim=-1)
         return values, indices
@@ -338,20 +342,12 @@ def _take_along_axis(x: torch.Tensor, indices: torch.Tensor, /, *, axis: int = -
     return torch.gather(x, axis, indices)
 
 
-def _solve(matrix: torch.Tensor, right: torch.Tensor, /) -> torch.Tensor:
-    """Without a look at whether the matrix is singular, which would wait for the device."""
-    found: torch.Tensor = torch.linalg.solve_ex(matrix, right).result
-    return found
-
-
 #: torch as the standard has it, but for what its transforms and compilers need:
 #: - `concat`, because batched gradients do not know `torch.concat`;
 #: - `maximum` and `minimum` of a number, which stays a number: a graph holds no tensor for it, and the derivative at
 #:   the bound is not halved;
-#: - `argsort`, `take_along_axis` and `full`, because an exported program has symbols for sizes and no stable order;
-#: - `linalg.solve`, which does not wait for the device.
-xp, linalg = ModuleType(compat.__name__), ModuleType(compat.linalg.__name__)
-vars(linalg).update({**vars(compat.linalg), "solve": _solve})
+#: - `argsort`, `take_along_axis` and `full`, because an exported program has symbols for sizes and no stable order.
+xp = ModuleType(compat.__name__)
 _own = {
     "argsort": _argsort,
     "concat": _concat,
@@ -359,7 +355,6 @@ _own = {
     "maximum": _maximum,
     "minimum": _minimum,
     "take_along_axis": _take_along_axis,
-    "linalg": linalg,
 }
 vars(xp).update({**vars(compat), **_own})
 

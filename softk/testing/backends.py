@@ -38,7 +38,7 @@ DIFFERENTIATED = ("weighted", "where weighted", "smallest", "deep batch", "share
 #: The methods of a backend that are checked by themselves.
 HOOKS = (
     *("constant", "memory", "holds", "cache_key", "repeat", "map_rows"),
-    *("select", "top_k", "scatter", "reduce_segments", "device", "quiet"),
+    *("select", "top_k", "solve", "scatter", "reduce_segments", "device", "quiet"),
 )
 
 Gradient = Callable[[Callable[[Array], Array], Array, Array], Array | None]
@@ -273,6 +273,12 @@ class _Check:
         for limit, wanted in ((2, self.values(x) + 2.0), (40, np.full((3, 4), 9.0))):
             (found,) = self.backend.repeat(step, (x,), limit)
             self.near(f"{limit} steps", self.values(found), wanted, 0.0)
+
+    def check_solve(self, x: Array) -> None:
+        near = np.asarray([[1.0, -0.6, 0.3], [-0.6, 1.0, 0.2], [0.3, 0.2, 1.0]])
+        matrices, right = np.stack([np.eye(3), near]), np.asarray([[[1.0], [2.0], [4.0]], [[-1.0], [0.5], [3.0]]])
+        found = self.values(self.backend.solve(self.make(matrices), self.make(right)))
+        self.near("matrices times the solutions", matrices @ found, right, 1e-12)
 
     def check_map_rows(self, x: Array) -> None:
         shared = self.make(np.asarray([1.0, 2.0, 3.0, 4.0]))

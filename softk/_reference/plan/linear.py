@@ -11,7 +11,7 @@ def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
     Parameters
     ----------
     backend : Backend
-        The framework of the arrays. Its ``linalg`` extension is used if its namespace has one.
+        The framework of the arrays.
     matrix : array
         Shape (..., b, b), positive semidefinite.
     right : array
@@ -35,17 +35,4 @@ def solve_definite(backend: Backend, matrix: Array, right: Array) -> Array:
     matrix = xp.where(active & xp.matrix_transpose(active), matrix / scale / xp.matrix_transpose(scale), 0.0)
     matrix = xp.where(diagonal, 1.0 + b * float(info.eps), matrix)
     right = xp.where(active, right / scale, 0.0)
-    found = xp.linalg.solve(matrix, right) if hasattr(xp, "linalg") else _eliminate(backend, matrix, right)
-    return xp.where(active, found / scale, 0.0)
-
-
-def _eliminate(backend: Backend, matrix: Array, right: Array) -> Array:
-    """Gauss-Jordan elimination without pivoting, which a positive definite matrix does not need."""
-    xp, b = backend.xp, matrix.shape[-1]
-    index = xp.reshape(xp.arange(b, device=backend.device(matrix)), (b, 1))
-    index = xp.broadcast_to(index, (*matrix.shape[:-1], 1))
-    table = xp.concat([matrix, right], axis=-1)
-    for i in range(b):
-        pivot = table[..., i : i + 1, :] / table[..., i : i + 1, i : i + 1]
-        table = xp.where(index == i, pivot, table - table[..., :, i : i + 1] * pivot)
-    return table[..., b:]
+    return xp.where(active, backend.solve(matrix, right) / scale, 0.0)

@@ -87,26 +87,28 @@ def _approach_within(
     # A saturated offset makes the shares above or below the boundary exactly 0.
     offset = xp.where(ends.everything, -bound.saturated, xp.where(ends.nothing, bound.saturated, offset))
 
-    def step(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Any, Array]:
-        offset, count, previous, careful, done = state
+    def step(state: tuple[Array, ...]) -> tuple[Any, Array]:
+        # When a slice has converged, the last steps, the corrections, are whole ones. They are turns of the same loop,
+        # because a compiler takes long for each copy of a step.
+        offset, count, corrections, previous, careful, converged = state
         size, wanted = _step(backend, z - offset, mass, task.masses, task.weights)
         decrement = xp.sum(size * wanted, axis=-2, keepdims=True)
         careful = careful | (decrement > previous)
         potentials = running(xp, size, reverse=True)
         span = xp.max(potentials, axis=-2, keepdims=True) - xp.min(potentials, axis=-2, keepdims=True)
         length = xp.where(careful, span, xp.max(xp.abs(size), axis=-2, keepdims=True))
-        short = xp.where(length == 0.0, 1.0, xp.log1p(length) / safe_denominator(xp, length))
-        offset = xp.where(done, offset, offset + short * size)
-        count = xp.where(done, count, count + 1.0)
+        whole = converged | (length == 0.0)
+        short = xp.where(whole, 1.0, xp.log1p(length) / safe_denominator(xp, length))
+        offset = xp.where(corrections < CORRECTIONS, offset + short * size, offset)
+        corrections = xp.where(converged, corrections + 1.0, corrections)
+        count = xp.where(converged, count, count + 1.0)
         # Newton's error is squared by each step: the two corrections take eps^(1/4) to eps. A NaN also ends the loop.
-        done = done | ~(span > bound.eps**0.25)
-        return (offset, count, decrement, careful, done), done
+        converged = converged | ~(span > bound.eps**0.25) | (count >= limit)
+        return (offset, count, corrections, decrement, careful, converged), corrections >= CORRECTIONS
 
     none = xp.zeros_like(offset[..., :1, :])
-    state = (offset, none, none + math.inf, none > 0.0, none > 0.0)
-    offset, count, *_ = backend.repeat(step, state, limit)
-    for _ in range(CORRECTIONS):
-        offset = offset + _step(backend, z - offset, mass, task.masses, task.weights)[0]
+    state = (offset, none, none, none + math.inf, none > 0.0, none >= limit)
+    offset, count, *_ = backend.repeat(step, state, limit + CORRECTIONS)
     valid = xp.all(ends.valid, axis=-2, keepdims=True) & (task.tau > 0.0) & (task.tau <= bound.largest)
     # A window omits scores more than log(n / eps) plus the margin below the lower side of every gap. They are
     # negligible if the boundary is above that side; otherwise their tail is compared with what the boundary shares.

@@ -61,24 +61,28 @@ class PlanLinearization:
         count = xp.astype(xp.count_nonzero(self.peak, axis=-1, keepdims=True), self.apart.dtype)
         return self.total(xp.where(self.peak, values, 0.0)) / safe_denominator(xp, count)
 
-    def across(self, w: Array) -> Array:
-        """dQ = M w for each score, for a change w of the log-odds."""
-        before = running(self.xp, self.above * w)[..., 1:, :]
-        before = self.below * before
-        behind = running(self.xp, self.below * w, reverse=True)[..., 1:, :]
-        return self.above * behind + before
+    def sums(self, w: Array) -> tuple[Array, Array]:
+        """sum_{l < j} Q_l w_l and sum_{l >= j} R_l w_l for each score and all anchors j: what M w and dP consist of."""
+        return running(self.xp, self.above * w), running(self.xp, self.below * w, reverse=True)
 
-    def spread(self, w: Array) -> Array:
-        """dP, for all anchors."""
-        change = running(self.xp, self.below * w, reverse=True)
-        change = change - running(self.xp, self.above * w)
-        return change * self.share
+    def across(self, before: Array, behind: Array) -> Array:
+        """dQ = M w for each score, from the `sums` of a change w of the log-odds."""
+        before = self.below * before[..., 1:, :]
+        return self.above * behind[..., 1:, :] + before
 
-    def weighed(self, w: Array) -> Array:
-        """sum_i a_i M_i w_i, in the unknowns of the system."""
-        weights = self.task.weights
-        boundaries = self.total(self.across(w) * weights)
-        return self.system.choose(boundaries, self.total((self.spread(w) * weights)[..., :-1, :]))
+    def spread(self, before: Array, behind: Array) -> Array:
+        """dP, for all anchors, from the `sums`."""
+        return (behind - before) * self.share
+
+    def weighed(self, w: Array, weights: Array | None) -> Array:
+        """sum_i a_i M_i w_i, in the unknowns of the system. The weights a are 1 if they are None."""
+
+        def summed(values: Array) -> Array:
+            return self.total(values if weights is None else values * weights)
+
+        sums = self.sums(w)
+        boundaries = summed(self.across(*sums))
+        return self.system.choose(boundaries, summed(self.spread(*sums)[..., :-1, :]))
 
     def moving(self) -> Array:
         """Whether a tangent moves a score: only finite scores move."""
@@ -101,14 +105,14 @@ class PlanLinearization:
         # Measure w from the dominating score, where it is then exactly 0.
         origin = self.at_peak(w)
         w = xp.where(self.alone, 0.0, w - origin)
-        change = self.weighed(w)
+        change = self.weighed(w, self.task.weights)
         if da is not None:
             by_weights = self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
             change = change + unit * by_weights
         if dmasses is not None:
             change = change - unit * self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
         ds = self.system.solve(change)
-        return self.spread(w - ds) / unit, (ds + origin) / unit
+        return self.spread(*self.sums(w - ds)) / unit, (ds + origin) / unit
 
     def pull(self, u: Array | None, c: Array | None) -> tuple[Array, Array, Array, Array]:
         """Cotangents of the scores (..., n), tau, weights (..., n) and c, from those of the plan and of the offsets."""
@@ -119,13 +123,12 @@ class PlanLinearization:
             xp, self.at_peak(xp.broadcast_to(weights, self.apart.shape))
         )
         difference = xp.where(self.alone, 0.0, difference - weights * origin)
-        boundaries = self.total(self.across(difference))
-        wanted = -self.system.choose(boundaries, self.total(self.spread(difference)[..., :-1, :]))
+        wanted = -self.weighed(difference, None)
         if c is not None:
             before = xp.concat([xp.zeros_like(c[..., :1, :]), c[..., :-1, :]], axis=-2)
             wanted = wanted + self.system.choose(c, c - before)
         slack = self.system.solve(wanted)
-        wbar = self.across(difference + weights * slack)
+        wbar = self.across(*self.sums(difference + weights * slack))
         del difference
         slack = slack - origin
         # Bounded, because infinite cotangents of different terms would cancel to NaN.
