@@ -801,3 +801,54 @@ def test_tangents_that_are_large_beside_the_temperature(eager: Library, epsilon:
     x, anchors, marginals, dx, small = (eager.array(v) for v in (x, anchors, marginals, dx, small))
     _, rate = softk.jvp(softk.transport, x, anchors, marginals, epsilon=small, tangents={"x": dx})
     np.testing.assert_array_equal(eager.numpy(rate), np.zeros((4, 3), "f4"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_derivatives_of_sorted_values_near_the_largest_number(eager: Library, dtype: str) -> None:
+    """They do not depend on a common factor of the scores and epsilon."""
+    rng = np.random.default_rng(3)
+    pattern, epsilon, largest = (
+        np.asarray([1.5, -1.75, 0.25, 1.0, -0.5]),
+        np.asarray([0.75]),
+        np.finfo(dtype).maxexp - 1,
+    )
+    calls: dict[str, tuple[int, Any]] = {
+        "sort": (5, lambda x, epsilon: softk.sort(x, epsilon=epsilon)),
+        "sort by 3": (3, lambda x, epsilon: softk.sort(x, epsilon=epsilon, num_anchors=3)),
+        "sorted_topk": (2, lambda x, epsilon: softk.sorted_topk(x, 2, epsilon=epsilon).values),
+    }
+    if eager.name == "jax":  # compiling takes long, and the other calls have the same rule
+        calls = {"sort": calls["sort"]}
+    with softk.kernels("none"):
+        for name, (size, call) in calls.items():
+            moved = [
+                v.astype(dtype) for v in (3.0 * rng.normal(size=size), 2.0 * rng.normal(size=5), np.asarray([0.5]))
+            ]
+            results = []
+            for power in (0, largest):
+                given = [(2.0**power * value).astype(dtype) for value in (pattern, epsilon)]
+                results.append(_both_rules(eager, call, name, given, *moved))
+            for one, other in zip(*results, strict=True):
+                assert np.max(np.abs(one)) > 0.1
+                assert_close(name, other, one, 2e-5 if dtype == "float32" else 1e-11)
+
+
+def _both_rules(lib: Library, call: Any, name: str, given: list[Any], u: Any, dx: Any, de: Any) -> list[np.ndarray]:
+    """Cotangents of x and epsilon, and the tangent of the values along both; in JAX by its own reverse mode."""
+    if lib.name == "jax":
+        import jax
+
+        _, pull = jax.vjp(call, *map(lib.array, given))
+        return [np.asarray(value, float) for value in pull(lib.array(u))]
+    x, epsilon = map(lib.array, given)
+    function = softk.sorted_topk if name == "sorted_topk" else softk.sort
+    options = {"num_anchors": 3} if name == "sort by 3" else {}
+    args = (x, 2) if name == "sorted_topk" else (x,)
+    tangents = {"x": lib.array(dx), "epsilon": lib.array(de)}
+    _, rate = softk.jvp(function, *args, epsilon=epsilon, tangents=tangents, **options)
+    _, pullback = softk.vjp(function, *args, epsilon=epsilon, **options)
+    cotangent = lib.array(u)
+    if name == "sorted_topk":
+        rate, cotangent = rate[0], (cotangent, lib.array(np.zeros((2, 5), u.dtype)))
+    pulled = pullback(cotangent)
+    return [np.asarray(lib.numpy(value), float) for value in (pulled["x"], pulled["epsilon"], rate)]

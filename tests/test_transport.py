@@ -227,6 +227,24 @@ def test_anchors_twice(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(all_equal.plan, np.tile([0.125, 0.375, 0.5], (8, 1)), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_plan_does_not_depend_on_a_common_factor(light: Library, dtype: str) -> None:
+    """Of the scores and epsilon: an anchor's square is only a part of its potential. Equal anchors share evenly."""
+    x, masses = np.asarray([1.5, -1.75, 0.25, 1.0]), np.ones(4)
+
+    def plan(power: int, anchors: list[float]) -> np.ndarray:
+        given = (np.asarray(value, dtype) for value in (x * 2.0**power, np.asarray(anchors), masses))
+        return solve(light, *given, epsilon=0.75 * 2.0**power).plan
+
+    most = np.finfo(dtype).maxexp - 1
+    # Equal anchors are as if at a small distance, which is not small enough for the largest scores.
+    for anchors, powers in (([0.0, 0.25, 1.0, 0.25], (12, 24, 40, most // 2)), ([0.0, 0.25, 1.0, 0.5], (40, most - 2))):
+        expected = plan(0, anchors)
+        assert expected.max() < 0.9
+        for power in powers:
+            np.testing.assert_allclose(plan(power, anchors), expected, rtol=0, atol=PLAN * EPS[dtype])
+
+
 def test_marginals_are_normalised(rng: np.random.Generator) -> None:
     x, weights = rng.normal(size=8), rng.uniform(0.2, 2.0, 8)
     for items in (None, weights):

@@ -88,15 +88,24 @@ def push(rule: PlanLinearization, tangents: Inputs, da: Array | None) -> tuple[A
 
 
 def pull(
-    rule: PlanLinearization, inputs: tuple[Any, ...], ubar: Array | None, c: Array | None, taubar: Any, abar: Any
+    rule: PlanLinearization,
+    inputs: tuple[Any, ...],
+    ubar: Array | None,
+    c: Array | None,
+    taubar: Any,
+    abar: Any,
+    unit: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Cotangents of the scores, the temperature and the weights, from those of the plan and of the offsets.
 
     `taubar` and `abar` are what else has been found of the temperature of each boundary, and of the divided weights.
+    All cotangents that are given were multiplied by `unit` (..., 1), if there is one.
     """
     xp, tau, weights = rule.xp, inputs[1], inputs[4]
     xbar, by_boundary, own, _ = rule.pull(ubar, c)
     shared = xp.sum(by_boundary + taubar, axis=-2)
+    if unit is not None:
+        xbar, shared, own, abar = xbar / unit, shared / unit, own / unit, abar / unit
     shared = shared if tau.ndim else xp.sum(shared)
     if weights is None:
         return xbar, shared, None
@@ -104,6 +113,18 @@ def pull(
     scale, count = _scale(xp, x, effective_weights(xp, x, weights))
     mean = xp.sum(own * rule.task.weights[..., 0, :], axis=-1, keepdims=True) / count
     return xbar, shared, xp.where(x == -math.inf, 0.0, scale * (own - mean))
+
+
+def small_unit(rule: PlanLinearization) -> Array:
+    """The unit (..., 1) of the derivative of sorted values: 1, but a small power of 2 if a score is huge.
+
+    Differences of scores times cotangents could overflow, although the derivatives of the values are of the size of 1.
+    Cotangents are multiplied by the unit, and tangents divided; their results are divided and multiplied.
+    """
+    xp, x = rule.xp, rule.task.x
+    size = xp.max(xp.where(xp.abs(x) < math.inf, xp.abs(x), 0.0), axis=-1, keepdims=True)
+    huge = 2.0 ** math.floor(math.log2(limits(xp, x.dtype).farthest))
+    return xp.where(size > huge, 1.0 / huge, xp.ones_like(size))
 
 
 def column(xp: Any, values: Array) -> Array:
@@ -128,8 +149,10 @@ class Means:
         # The reference may be a clipped infinity, so it is clipped to the range of the finite scores.
         near = clip(xp, reference[..., 0], xp.where(some, least, 0.0), xp.where(some, most, 0.0))
         self.xp, self.finite, self.near = xp, xp.expand_dims(finite, axis=-2), near
-        far = limits(xp, x.dtype).largest
-        apart = clip(xp, xp.expand_dims(x, axis=-2) - xp.expand_dims(near, axis=-1), -far, far)
+        # The difference of two scores may overflow; a fourth of it does not.
+        size = xp.maximum(xp.abs(least), xp.abs(most))
+        self.unit = xp.where(some & (size > 0.25 * limits(xp, x.dtype).largest), 0.25, xp.ones_like(size))
+        apart = xp.expand_dims(self.unit * x, axis=-2) - xp.expand_dims(self.unit * near, axis=-1)
         self.apart = xp.where(self.finite, apart, 0.0)
         before = unit * xp.broadcast_to(xp.astype(xp.arange(rows, device=backend.device(x)), x.dtype), near.shape)
         count = xp.astype(xp.count_nonzero(x > -math.inf, axis=-1, keepdims=True), x.dtype)
@@ -142,24 +165,30 @@ class Means:
 
     def beyond(self, share: Array) -> Array:
         """What the finite means exceed `near` by."""
+        return self._beyond(share) / self.unit
+
+    def _beyond(self, share: Array) -> Array:
         return self.xp.sum(share * self.apart, axis=-1) / self.mass
 
     def of(self, share: Array) -> Array:
-        found = self.beyond(share)
-        return self.xp.where(self.xp.isnan(found), math.nan, self.near + found + self.end)
+        beyond = self._beyond(share)
+        found = (self.unit * self.near + beyond) / self.unit + self.end
+        return self.xp.where(self.xp.isnan(beyond), math.nan, found)
 
     def push(self, share: Array, dshare: Array, dx: Array | None) -> Array:
         xp = self.xp
         moved = dshare * self.apart
         if dx is not None:
-            moved = moved + share * xp.where(self.finite, xp.expand_dims(dx, axis=-2), 0.0)
-        return xp.sum(moved, axis=-1) / self.mass
+            dx = xp.expand_dims(self.unit * dx, axis=-2)
+            moved = moved + share * xp.where(self.finite, dx, 0.0)
+        return xp.sum(moved, axis=-1) / self.mass / self.unit
 
     def pull(self, share: Array, vbar: Array) -> tuple[Array, Array]:
         """Cotangents of the rows of the plan and of the scores."""
         xp = self.xp
-        vbar = xp.expand_dims(vbar / self.mass, axis=-1)
-        return vbar * self.apart, xp.sum(xp.where(self.finite, vbar * share, 0.0), axis=-2)
+        vbar = vbar / self.mass
+        by_share, vbar = xp.expand_dims(vbar / self.unit, axis=-1), xp.expand_dims(vbar, axis=-1)
+        return by_share * self.apart, xp.sum(xp.where(self.finite, vbar * share, 0.0), axis=-2)
 
 
 def _sorted_forward(backend: Backend, inputs: tuple[Any, ...], *, rows: int, ranks: tuple[int, ...] | None) -> Arrays:
@@ -195,10 +224,11 @@ def means_pulled(
     c: Array | None,
     taubar: Any,
     abar: Any,
+    unit: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Cotangents of scores, temperature and weights, from those of the means, of the plan and of the offsets.
 
-    `taubar` and `abar` are what else has been found of the temperature of each boundary, and of the divided weights.
+    `taubar`, `abar` and `unit` are as for `pull`.
     """
     xp, weights, direct = backend.xp, rule.task.weights, None
     if vbar is not None:
@@ -209,17 +239,24 @@ def means_pulled(
         ubar = xp.concat([ubar, xp.zeros_like(ubar[..., :1, :])], axis=-2)
         abar = 0.0 if inputs[4] is None else abar + xp.sum(ubar * rule.share, axis=-2)
         ubar = weights * ubar
-    xbar, taubar, abar = pull(rule, inputs, ubar, c, taubar, abar)
-    return xbar if direct is None else xbar + direct, taubar, abar
+    xbar, taubar, abar = pull(rule, inputs, ubar, c, taubar, abar, unit)
+    if direct is None:
+        return xbar, taubar, abar
+    return xbar + (direct if unit is None else direct / unit), taubar, abar
 
 
 def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
     rule = linearize(backend, inputs, outputs)
+    unit = small_unit(rule)
+    tangents = tuple(None if tangent is None else tangent / unit for tangent in tangents)
     weights, da = rule.task.weights, weights_pushed(rule, inputs, tangents[4])
     dshare, doffset = push(rule, tangents, da)
     dvalues = means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da)
-    dshare = weights * dshare if da is None else weights * dshare + da * rule.share
-    return dvalues, dshare[..., :-1, :], doffset
+    rows = backend.xp.expand_dims(unit, axis=-1)
+    dshare = (weights * rows) * dshare
+    if da is not None:
+        dshare = dshare + (da * rows) * rule.share
+    return dvalues * unit, dshare[..., :-1, :], doffset * rows
 
 
 def _sorted_vjp(
@@ -227,7 +264,11 @@ def _sorted_vjp(
 ) -> Inputs:
     vbar, ubar, c = cotangents
     rule = linearize(backend, inputs, outputs)
-    xbar, taubar, abar = means_pulled(backend, rule, inputs, outputs, vbar, ubar, c, 0.0, 0.0)
+    unit = small_unit(rule)
+    rows = backend.xp.expand_dims(unit, axis=-1)
+    vbar = None if vbar is None else vbar * unit
+    ubar, c = (None if value is None else value * rows for value in (ubar, c))
+    xbar, taubar, abar = means_pulled(backend, rule, inputs, outputs, vbar, ubar, c, 0.0, 0.0, unit)
     return xbar, taubar, None, None, abar
 
 

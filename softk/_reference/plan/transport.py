@@ -67,12 +67,16 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     anchors, marginals = order.sorted(anchors), order.sorted(marginals)
     valid = xp.all((marginals >= 0.0) & (marginals < math.inf), axis=-1, keepdims=True)
     taken = marginals > 0.0
-    # tau is divided by the distance, which is therefore 1 beside an anchor of marginal 0, and bounded below elsewhere.
+    # tau is divided by the distance, which is therefore 1 beside an anchor of marginal 0, and bounded below elsewhere:
+    # at the largest temperature, the scores differ by a small part of it.
     both = taken[..., :-1] & taken[..., 1:]
-    least = tau / limits(xp, x.dtype).farthest ** 0.5
+    x = selectable(xp, x, where)
+    bound = limits(xp, x.dtype)
+    size = xp.max(xp.where(xp.abs(x) < math.inf, xp.abs(x), 0.0), axis=-1, keepdims=True)
+    size = xp.minimum(xp.maximum(size, 1.0), 0.25 * bound.largest / bound.farthest**0.5)
+    least = xp.maximum(tau / (size * bound.farthest**0.5), float(xp.finfo(x.dtype).smallest_normal))
     distance = xp.where(both, anchors[..., :-1] - anchors[..., 1:], 1.0)
     distance = xp.where(distance <= least, least, distance)
-    x = selectable(xp, x, where)
     effective = effective_weights(xp, x, weights)
     whole, total = (xp.sum(values, axis=-1, keepdims=True) for values in (marginals, effective))
     scale = total / xp.where(valid & (whole > 0.0), whole, math.nan)
