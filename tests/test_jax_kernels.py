@@ -127,6 +127,12 @@ def test_the_kernel_of_each_transform(rng: Any) -> None:
     assert targets(lambda x: softk.threshold(x, k, epsilon=epsilon), x) == ["solve_float32"]
     assert targets(lambda x: softk.topk(x, 2, hard=True), x) == ["solve_float32"]
 
+    def logs(x: Any) -> Any:
+        return softk.log_topk(x, k, epsilon=epsilon)
+
+    assert targets(lambda x: jax.jvp(logs, (x,), (u,)), x) == ["log_mask_float32", "push_log_float32"]
+    assert targets(lambda x: jax.vjp(logs, x)[1](u), x) == ["log_mask_float32", "pull_log_float32"]
+
 
 # --- values and first derivatives
 
@@ -164,6 +170,47 @@ def test_values_and_derivatives(dtype: str, weighted: bool, epsilon: float, rng:
     closed_form.assert_close(np.asarray(moved, float), closed_form.push("topk", exact(tangents), rounded), tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weighted"),
+    [
+        ("float32", False),
+        ("float64", False),
+        ("bfloat16", False),
+        pytest.param("float32", True, marks=pytest.mark.full),
+    ],
+)
+def test_logarithms(dtype: str, weighted: bool, rng: Any) -> None:
+    """The logarithm of the oracle's mask m. A cotangent u of it is one of u / m of the mask."""
+    values = problem(rng, dtype, weighted)
+    given, tangents = tuple(values.values()), {name: random(rng, value) for name, value in values.items()}
+
+    def f(x: Any, k: Any, epsilon: Any, weights: Any = None) -> Any:
+        return softk.log_topk(x, k, epsilon=epsilon, weights=weights)
+
+    tolerance, rounded = TOLERANCE[dtype], exact(values)
+    mask = closed_form.topk(**rounded).astype(float)
+    out, pull = jax.vjp(jax.jit(f), *given)
+    assert out.dtype == dtype
+    closed_form.assert_close(np.asarray(out, float), np.log(mask), max(tolerance, MASK[dtype]))
+    u = random(rng, out)
+    expected = closed_form.pullback("topk", np.asarray(u, float) / mask, rounded)
+    for (name, value), found in zip(values.items(), pull(u), strict=True):
+        assert (found.shape, found.dtype) == (value.shape, value.dtype)
+        closed_form.assert_close(np.asarray(found, float), expected[name], tolerance)
+    _, moved = jax.jvp(f, given, tuple(tangents.values()))
+    closed_form.assert_close(
+        np.asarray(moved, float), closed_form.push("topk", exact(tangents), rounded) / mask, tolerance
+    )
+
+
+@pytest.mark.parametrize("name", ["hessian", "reverse of forward", "vmap over k", "linear transpose"])
+def test_transforms_of_logarithms(name: str, rng: Any) -> None:
+    values = problem(rng)
+    x, k, epsilon = values["x"][0], values["k"][0, 0], values["epsilon"][0, 0]
+    every = transforms(lambda x, k, epsilon: softk.log_topk(x, k, epsilon=epsilon), random(rng, x))
+    assert_same(lambda: every[name](x, k, epsilon), 5e-5)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_removed_items(hard: bool, rng: Any) -> None:
     values = problem(rng)
@@ -177,9 +224,11 @@ def test_removed_items(hard: bool, rng: Any) -> None:
     assert_same(both, 2e-5)
 
 
+@pytest.mark.parametrize("function", ["topk", "log_topk"])
 @pytest.mark.parametrize("x64", [False, True])
-def test_edges(x64: bool) -> None:
+def test_edges(x64: bool, function: str) -> None:
     """Infinities, NaN, ties, k at the ends and beyond them: rows do not affect each other."""
+    f = getattr(softk, function)
     big = float(np.finfo(np.float32).max)
     rows = [
         ([1.0, 0.0, -1.0, 0.5], 2.0),
@@ -201,8 +250,8 @@ def test_edges(x64: bool) -> None:
         u = jnp.asarray([[0.3, -1.0, 0.7, 0.2]] * len(rows), "float32")
 
         def both() -> Any:
-            mask, pull = jax.vjp(lambda x: softk.topk(x, k, epsilon=jnp.float32(0.2)), x)
-            return mask, *pull(u), jax.jvp(lambda x: softk.topk(x, k, epsilon=jnp.float32(0.2)), (x,), (u,))[1]
+            mask, pull = jax.vjp(lambda x: f(x, k, epsilon=jnp.float32(0.2)), x)
+            return mask, *pull(u), jax.jvp(lambda x: f(x, k, epsilon=jnp.float32(0.2)), (x,), (u,))[1]
 
         found, expected = both(), by_reference(both)
     for one, two in zip(found, expected, strict=True):

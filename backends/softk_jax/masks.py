@@ -1,19 +1,19 @@
-"""The mask by Numba's kernels, as operations of JAX."""
+"""The mask and its logarithm by Numba's kernels, as operations of JAX."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from softk._reference.threshold.masks import hard_mask, mask
+from softk._reference.threshold.masks import hard_mask, log_mask, mask
 from softk._reference.threshold.solve import solver
-from softk.backend import Array, Backend, Kernel
+from softk.backend import Array, Backend, Kernel, Primitive
 
 from .kernels import Inputs, adapter, all_of, called, define, differentiate, form, refuses, summed, there
 
@@ -66,37 +66,37 @@ def _solved(*operands: Any, present: Any, batch: Any, ranks: Any) -> list[Array]
         return list(solver.forward(adapter(), inputs, ranks=ranks))
 
 
-def _masked(*operands: Any, present: Any, batch: Any) -> list[Array]:
+def _masked(primitive: Primitive, *operands: Any, present: Any, batch: Any) -> list[Array]:
     inputs = _canonical("mask", batch, all_of(present, operands))
     with adapter().quiet(inputs[0]):
-        return list(mask.forward(adapter(), inputs, ranks=None))
+        return list(primitive.forward(adapter(), inputs, ranks=None))
 
 
 @partial(jax.checkpoint, static_argnums=(0,))
 def _push_once(static: tuple[Any, ...], *operands: Any) -> list[Array]:
-    present, batch = static
+    primitive, present, batch = static
     given = _canonical("push", batch, all_of(present, operands))
     inputs, state, tangents = given[:PROBLEM], given[PROBLEM : PROBLEM + STATE], given[PROBLEM + STATE :]
     with adapter().quiet(inputs[0]):
-        rule: Any = mask.jvp
-        moved, doffset = rule(adapter(), inputs, (None, *state), tangents)
+        assert primitive.jvp is not None
+        moved, doffset = primitive.jvp(adapter(), inputs, (None, *state), tangents)
     return [jnp.asarray(moved), _full(jnp.asarray(doffset), batch, False)]
 
 
-def _pushed(*operands: Any, present: Any, batch: Any) -> list[Array]:
-    found: list[Array] = _push_once((present, batch), *operands)
+def _pushed(primitive: Primitive, *operands: Any, present: Any, batch: Any) -> list[Array]:
+    found: list[Array] = _push_once((primitive, present, batch), *operands)
     return found
 
 
-def _pulled(*operands: Any, present: Any, batch: Any, needed: tuple[bool, ...]) -> list[Array]:
-    """The transpose of `push`."""
+def _pulled(primitive: Primitive, *operands: Any, present: Any, batch: Any, needed: tuple[bool, ...]) -> list[Array]:
+    """The transpose of `_pushed`."""
     given = all_of(present, operands)
     problem, (u, c) = given[: PROBLEM + STATE], given[PROBLEM + STATE :]
     avals = _tangent_avals(problem, batch)
     of_tangents = (*(value is not None for value in problem), *needed)
 
     def push(*tangents: Array) -> list[Array]:
-        return _pushed(*there(problem), *tangents, present=of_tangents, batch=batch)
+        return _pushed(primitive, *there(problem), *tangents, present=of_tangents, batch=batch)
 
     example = [aval for aval, is_needed in zip(avals, needed, strict=True) if is_needed]
     cotangents = [_full(u, batch, True), jnp.zeros(avals[1].shape, avals[1].dtype) if c is None else c]
@@ -133,24 +133,24 @@ def _solve_by_kernel(*operands: Any, present: Any, batch: Any, ranks: Any) -> li
     return [*(numbers[i] for i in range(4)), *(flags[i] for i in range(4))]
 
 
-def _mask_by_kernel(*operands: Any, present: Any, batch: Any) -> list[Array]:
+def _mask_by_kernel(name: str, *operands: Any, present: Any, batch: Any) -> list[Array]:
     given = _operands("mask", present, operands)
-    return called("mask", given[0], present[3], _mask_avals(*operands, present=present, batch=batch), given)
+    return called(name, given[0], present[3], _mask_avals(*operands, present=present, batch=batch), given)
 
 
-def _push_by_kernel(*operands: Any, present: Any, batch: Any) -> list[Array]:
+def _push_by_kernel(name: str, *operands: Any, present: Any, batch: Any) -> list[Array]:
     given = _operands("push", present, operands)
-    return called("push", given[0], present[3], _push_avals(*operands, present=present, batch=batch), given)
+    return called(name, given[0], present[3], _push_avals(*operands, present=present, batch=batch), given)
 
 
-def _pull_by_kernel(*operands: Any, present: Any, batch: Any, needed: tuple[bool, ...]) -> list[Array]:
+def _pull_by_kernel(name: str, *operands: Any, present: Any, batch: Any, needed: tuple[bool, ...]) -> list[Array]:
     given = _operands("pull", present, operands)
     results = _tangent_avals(given, batch)
     for i, is_needed in enumerate(needed):
         if not is_needed:
             shape = (0, given[0].shape[-1]) if i in (0, 3) else (0,)
             results[i] = form(shape, results[i].dtype)
-    found = called("pull", given[0], present[3], results, given)
+    found = called(name, given[0], present[3], results, given)
     return [value for value, is_needed in zip(found, needed, strict=True) if is_needed]
 
 
@@ -179,7 +179,7 @@ def _pull_avals(*operands: Any, present: Any, batch: Any, needed: tuple[bool, ..
 # --- transposes
 
 
-def _push_transposed(cotangents: Any, *operands: Any, present: Any, batch: Any) -> list[Any]:
+def _push_transposed(pull: Any, cotangents: Any, *operands: Any, present: Any, batch: Any) -> list[Any]:
     count = sum(present[: PROBLEM + STATE])
     u, c = cotangents
     linear = all_of(present[PROBLEM + STATE :], operands[count:])
@@ -194,7 +194,7 @@ def _push_transposed(cotangents: Any, *operands: Any, present: Any, batch: Any) 
     ]
 
 
-def _pull_transposed(cotangents: Any, *operands: Any, present: Any, batch: Any, needed: Any) -> list[Any]:
+def _pull_transposed(push: Any, cotangents: Any, *operands: Any, present: Any, batch: Any, needed: Any) -> list[Any]:
     count = sum(present[: PROBLEM + STATE])
     given = iter(cotangents)
     tangents = [next(given) if is_needed else None for is_needed in needed]
@@ -235,14 +235,41 @@ def _batch(part: str, operation: Any, operands: Any, axes: Any, **params: Any) -
 # --- the operations
 
 
+class Operations(NamedTuple):
+    """The operations of the mask, or of its logarithm: forward, for tangents and for cotangents."""
+
+    forward: Any
+    push: Any
+    pull: Any
+
+
+def _define(primitive: Primitive, name: str, push_name: str, pull_name: str) -> Operations:
+    by_push, by_pull = partial(_pushed, primitive), partial(_pulled, primitive)
+    forward = define(
+        name,
+        _mask_avals,
+        partial(_masked, primitive),
+        partial(_mask_by_kernel, name),
+        partial(_batch, "mask"),
+        weights=3,
+    )
+    push = define(
+        push_name, _push_avals, by_push, partial(_push_by_kernel, push_name), partial(_batch, "push"), weights=3
+    )
+    pull = define(
+        pull_name, _pull_avals, by_pull, partial(_pull_by_kernel, pull_name), partial(_batch, "pull"), weights=3
+    )
+    ad.primitive_jvps[push] = partial(differentiate, push, by_push, PROBLEM + STATE, False)
+    # Always of the result's cotangent.
+    ad.primitive_jvps[pull] = partial(differentiate, pull, by_pull, PROBLEM + STATE, True)
+    ad.primitive_transposes[push] = partial(_push_transposed, pull)
+    ad.primitive_transposes[pull] = partial(_pull_transposed, push)
+    return Operations(forward, push, pull)
+
+
 solve = define("solve", _solve_avals, _solved, _solve_by_kernel, partial(_batch, "solve"), weights=3)
-masking = define("mask", _mask_avals, _masked, _mask_by_kernel, partial(_batch, "mask"), weights=3)
-push = define("push", _push_avals, _pushed, _push_by_kernel, partial(_batch, "push"), weights=3)
-pull = define("pull", _pull_avals, _pulled, _pull_by_kernel, partial(_batch, "pull"), weights=3)
-ad.primitive_jvps[push] = partial(differentiate, push, _pushed, PROBLEM + STATE, False)
-ad.primitive_jvps[pull] = partial(differentiate, pull, _pulled, PROBLEM + STATE, True)  # always of the mask's cotangent
-ad.primitive_transposes[push] = _push_transposed
-ad.primitive_transposes[pull] = _pull_transposed
+of_mask = _define(mask, "mask", "push", "pull")
+of_log_mask = _define(log_mask, "log_mask", "push_log", "pull_log")
 
 
 # --- when they serve
@@ -264,17 +291,23 @@ def _solve(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -
     return _bind(solve, inputs, ranks=ranks)
 
 
-def _mask(backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None) -> tuple[Array, ...]:
-    return _bind(masking, inputs)
+def _forward(
+    operations: Operations, backend: Backend, inputs: Inputs, *, ranks: tuple[int, ...] | None
+) -> tuple[Array, ...]:
+    return _bind(operations.forward, inputs)
 
 
-def _push(backend: Backend, inputs: Inputs, outputs: Inputs, tangents: Inputs) -> tuple[Array, ...]:
-    return _bind(push, (*inputs[:PROBLEM], *outputs[1:], *tangents[:TANGENTS]))
+def _push(
+    operations: Operations, backend: Backend, inputs: Inputs, outputs: Inputs, tangents: Inputs
+) -> tuple[Array, ...]:
+    return _bind(operations.push, (*inputs[:PROBLEM], *outputs[1:], *tangents[:TANGENTS]))
 
 
 KERNELS = (
     Kernel("numba", solver, "forward", refuses, _solve),
-    Kernel("numba", mask, "forward", refuses, _mask),
-    Kernel("numba", mask, "jvp", _refuses_rule, _push),
-    Kernel("numba", hard_mask, "jvp", _refuses_rule, _push),
+    Kernel("numba", mask, "forward", refuses, partial(_forward, of_mask)),
+    Kernel("numba", mask, "jvp", _refuses_rule, partial(_push, of_mask)),
+    Kernel("numba", hard_mask, "jvp", _refuses_rule, partial(_push, of_mask)),
+    Kernel("numba", log_mask, "forward", refuses, partial(_forward, of_log_mask)),
+    Kernel("numba", log_mask, "jvp", _refuses_rule, partial(_push, of_log_mask)),
 )

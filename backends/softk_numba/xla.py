@@ -18,7 +18,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-from . import ladders, masks
+from . import ladders, log_masks, masks
 from .cache import callback, declared
 from .launch import bound_of
 from .operations import EXACT
@@ -162,13 +162,22 @@ def _matrices(buffer, kind):
 
 def _handlers(dtype, weighted):
     """The handlers of all parts for scores of a dtype."""
-    return _mask_handlers(dtype, weighted) | _ladder_handlers(dtype)
+    of_mask = masks.mask_rows, masks.push_rows, masks.pull_rows
+    of_log = log_masks.log_rows, log_masks.push_log_rows, log_masks.pull_log_rows
+    handlers = _solve_handlers(dtype, weighted) | _ladder_handlers(dtype)
+    for names, kernels in ((("mask", "push", "pull"), of_mask), (("log_mask", "push_log", "pull_log"), of_log)):
+        handlers |= zip(names, _mask_handlers(dtype, weighted, *kernels), strict=True)
+    return handlers
 
 
-def _mask_handlers(dtype, weighted):
-    kind = KIND_OF[dtype]
+def _kinds(dtype, weighted):
+    """How the scores, the numbers of each row and the weights are read."""
     number = FLOAT64 if dtype == "float64" else FLOAT32
-    weight = number if weighted else NONE
+    return KIND_OF[dtype], number, number if weighted else NONE
+
+
+def _solve_handlers(dtype, weighted):
+    kind, number, weight = _kinds(dtype, weighted)
     bound = bound_of(np.dtype(str(KINDS[number])))
 
     def solve(address):
@@ -193,12 +202,20 @@ def _mask_handlers(dtype, weighted):
         )
         return 0
 
+    return {"solve": solve}
+
+
+def _mask_handlers(dtype, weighted, mask_rows, push_rows, pull_rows):
+    """The handlers of the mask, or of its logarithm: forward, for tangents and for cotangents."""
+    kind, number, weight = _kinds(dtype, weighted)
+    bound = bound_of(np.dtype(str(KINDS[number])))
+
     def mask(address):
         frame = words(address, 15)
         if is_other_stage(frame):
             return 0
         out = matrix(result(frame, 0), kind)
-        masks.mask_rows(
+        mask_rows(
             matrix(operand(frame, 0), kind),
             matrix(operand(frame, 3), weight),
             matrix(operand(frame, 4), BOOL),
@@ -218,7 +235,7 @@ def _mask_handlers(dtype, weighted):
         if is_other_stage(frame):
             return 0
         moved = matrix(result(frame, 0), kind)
-        masks.push_rows(
+        push_rows(
             matrix(operand(frame, 0), kind),
             matrix(operand(frame, 3), weight),
             matrix(operand(frame, 4), BOOL),
@@ -243,7 +260,7 @@ def _mask_handlers(dtype, weighted):
         if is_other_stage(frame):
             return 0
         offsets = vector(operand(frame, 5), number)
-        masks.pull_rows(
+        pull_rows(
             matrix(operand(frame, 0), kind),
             matrix(operand(frame, 3), weight),
             matrix(operand(frame, 4), BOOL),
@@ -263,7 +280,7 @@ def _mask_handlers(dtype, weighted):
         )
         return 0
 
-    return {"solve": solve, "mask": mask, "push": push, "pull": pull}
+    return mask, push, pull
 
 
 def _ladder_handlers(dtype):

@@ -157,7 +157,7 @@ def _log_linearize(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays) -
 
 def _log_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inputs) -> Arrays:
     rule = _log_linearize(backend, inputs, outputs)
-    found, offset, _ = rule.push(*tangents[:-1])
+    found, offset, _ = rule.push(*tangents[:4])
     return found, offset
 
 
