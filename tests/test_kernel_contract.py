@@ -155,6 +155,7 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "topk_mask_of_segments": (SEGMENTS, {"ranks": None}),
     "topk_hard_mask_of_segments": ((X[:, None, :], np.full((2, 2, 1), 1.0), *SEGMENTS[2:]), {"ranks": None}),
     **dict.fromkeys(("topk_mask", "topk_log_mask", "topk_threshold", "solve_threshold"), MASKS),
+    "topk_log_mask_at": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, 0.3 * ONE, 0.5 * ONE), {}),
     "topk_hard_mask": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None}),
     "topk_selection": ((X, 2.0 + 0.0 * ONE, 0.1 * ONE, None, None), {"ranks": None, "count": 2}),
     "empty_mask": ((X[:, :0], ONE, ONE, None, None), {}),

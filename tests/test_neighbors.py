@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import softk
 from softk import neighbors
 from softk._reference.neighbors import block
+from softk.backend import Kernel, backend_of
 
 from . import closed_form
 from .closed_form import WIDE, assert_close, differences
@@ -374,15 +377,15 @@ def test_blocks_change_nothing(function: str, cells: int, rng: Any, monkeypatch:
     rate = softk.jvp(public, *args, tangents=tangents, **options)[1]
     monkeypatch.setattr(block, "CELLS", cells)
     calls = []
-    forward = block.Block.solve
+    run = block.Block.run
 
-    def counted(self: Any, ranks: Any) -> Any:
-        calls.append(self.scores.shape[0])
-        return forward(self, ranks)
+    def counted(self: Any, primitive: Any, part: Any, *groups: Any, **more: Any) -> Any:
+        calls.append((part, self.scores.shape[0]))
+        return run(self, primitive, part, *groups, **more)
 
-    monkeypatch.setattr(block.Block, "solve", counted)
+    monkeypatch.setattr(block.Block, "run", counted)
     blocked, pullback = softk.vjp(public, *args, **options)
-    assert calls == ([1] * Q if cells == 1 else [2, 2])
+    assert calls == [("forward", rows) for rows in ([1] * Q if cells == 1 else [2, 2])]
     assert_close(blocked, out, 1e-15)
     found = pullback(cotangent)
     assert set(found) == set(expected)
@@ -415,6 +418,141 @@ def test_memory_is_that_of_a_block(rng: Any, monkeypatch: pytest.MonkeyPatch) ->
     dense = 8 * n * n
     assert peak - before < dense / 3, f"{(peak - before) / dense:.2f} of a dense array"
     assert peak - before > 8 * cells  # so that a smaller block would be seen
+
+
+# --- kernels
+
+#: The kernels of a block: forward, and for a derivative of the points alone.
+KERNELS = {
+    "weights": [("topk_mask", "forward"), ("topk_mask", "vjp")],
+    "class_probabilities": [("topk_mask", "forward"), ("topk_mask", "vjp")],
+    "loss": [("topk_log_mask", "forward"), ("topk_log_mask_at", "forward"), ("topk_log_mask", "vjp")],
+}
+
+
+Plain = tuple[Callable[..., Any], Any, Any, tuple[Any, ...], dict[str, Any]]
+
+
+def plain(
+    function: str, xp: Any, rng: Any, dtype: str = "float32", count: int = 6, n: int = 40, d: int = MANY
+) -> Plain:
+    """A function, its points, and the rest: integer labels, a fractional k, and each point leaves out itself."""
+    points, k = rng.normal(size=(n, d)).astype(dtype), 2.5
+    labels = xp.asarray(rng.integers(0, CLASSES, n))
+    options: dict[str, Any] = {
+        "epsilon": 0.5,
+        "where": xp.asarray(rng.uniform(size=(1, n)) < 0.9),
+        "exclude": xp.asarray(np.arange(count)),
+    }
+    args: tuple[Any, ...] = (k,)
+    if function == "class_probabilities":
+        args, options["num_classes"] = (labels, k), CLASSES
+    if function == "loss":
+        args, options["reduction"] = (labels[:count], labels, k), "none"
+    return getattr(neighbors, function), xp.asarray(points[:count]), xp.asarray(points), args, options
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_compute_a_block(function: str, name: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    f, queries, keys, args, options = plain(function, pytest.importorskip(name), rng)
+    backend = backend_of(queries)
+    used: list[tuple[str, str]] = []
+
+    def watched(kernel: Kernel) -> Kernel:
+        def compute(*args: Any, **options: Any) -> Any:
+            used.append((kernel.primitive.name, kernel.part))
+            return kernel.compute(*args, **options)
+
+        return replace(kernel, compute=compute)
+
+    monkeypatch.setattr(backend, "kernels", tuple(map(watched, backend.kernels)))
+    if name == "torch":
+        queries.requires_grad_()
+        keys.requires_grad_()
+        f(queries, keys, *args, **options).sum().backward()
+    else:
+        out, pullback = softk.vjp(f, queries, keys, *args, **options)
+        pullback(np.ones_like(out))
+    assert used == KERNELS[function]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_of_a_compiled_block(function: str, rng: Any) -> None:
+    """They are operations of the graphs."""
+    pytest.importorskip("numba")
+    torch = pytest.importorskip("torch")
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    f, queries, keys, args, options = plain(function, torch, rng)
+    found = []
+
+    def of(queries: Any, keys: Any) -> Any:
+        return f(queries, keys, *args, **options)
+
+    def record(graph: Any, inputs: Any) -> Any:
+        found.extend(node.args[:2] for node in graph.graph.nodes if "softk.compute" in str(node.target))
+        return make_boxed_func(graph)
+
+    points = queries.requires_grad_(), keys.requires_grad_()
+    out = torch.compile(of, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))(*points)
+    u = torch.asarray(rng.normal(size=tuple(out.shape))).to(out)
+    expected = of(*points)
+    gradients, wanted = torch.autograd.grad(out, points, u), torch.autograd.grad(expected, points, u)
+    assert found == KERNELS[function]
+    for one, two in zip((out.detach(), *gradients), (expected.detach(), *wanted), strict=True):
+        assert_close(one, two, 1e-6)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_in_a_program_of_jax(function: str, rng: Any) -> None:
+    pytest.importorskip("numba")
+    jax = pytest.importorskip("jax")
+    f, queries, keys, args, options = plain(function, jax.numpy, rng)
+
+    def total(queries: Any, keys: Any) -> Any:
+        return jax.numpy.sum(f(queries, keys, *args, **options))
+
+    text = jax.jit(jax.grad(total, (0, 1))).lower(queries, keys).compile().as_text()
+    found = re.findall(r'custom_call_target="softk_(\w+)"', text)
+    log = "log_" if function == "loss" else ""
+    assert found == [f"{log}mask_float32", "pull_log_float32" if log else "pull_float32"]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("epsilon", [0.5, 0.01], ids=["soft", "near-hard"])
+@pytest.mark.parametrize("d", [2, MANY])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_and_reference_agree(
+    function: str, d: int, epsilon: float, dtype: str, tolerance: float, rng: Any
+) -> None:
+    """Of 40 queries and 3000 keys: values, and derivatives for a random cotangent and along random tangents."""
+    pytest.importorskip("numba")
+    f, queries, keys, args, options = plain(function, np, rng, dtype, 40, 3000, d)
+    options["epsilon"] = epsilon
+    tangents = {"queries": rng.normal(size=queries.shape), "keys": rng.normal(size=keys.shape)}
+    tangents = {name: value.astype(dtype) for name, value in tangents.items()}
+    u = None
+
+    def everything() -> list[Any]:
+        nonlocal u
+        out, pullback = softk.vjp(f, queries, keys, *args, **options)
+        u = rng.normal(size=out.shape).astype(dtype) if u is None else u
+        return [out, *pullback(u).values(), softk.jvp(f, queries, keys, *args, tangents=tangents, **options)[1]]
+
+    found = everything()
+    with softk.kernels("none"):
+        expected = everything()
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert np.abs(two).max() > 0.0
+        assert_close(one, two, tolerance)
 
 
 # --- what values may be

@@ -20,7 +20,7 @@ from typing import Any
 
 from softk._reference.plan.ranking import soft_rank
 from softk._reference.plan.sorting import soft_sort, sorted_plan
-from softk._reference.threshold.masks import hard_mask, log_mask, mask, threshold
+from softk._reference.threshold.masks import hard_mask, log_mask, log_mask_at, mask, threshold
 from softk._reference.threshold.solve import solver
 from softk.backend import Backend, Kernel, Part, Primitive, is_in_host_memory
 
@@ -141,6 +141,12 @@ def _push_log_mask(backend: Backend, *groups: Any) -> tuple[Any, ...]:
     return launch.pushed(log_masks.push_log_rows, *groups, per_item=True)
 
 
+def _log_mask_at(backend: Backend, inputs: Inputs) -> tuple[Any, ...]:
+    from . import launch, log_masks
+
+    return launch.placed(log_masks.log_at_rows, inputs)
+
+
 def _pull_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
     from . import launch, thresholds
 
@@ -190,6 +196,7 @@ KERNELS = (
     Kernel("numba", log_mask, "forward", _refuses, _log_mask, _note),
     Kernel("numba", log_mask, "vjp", _refuses_rule, _pull_log_mask, _note),
     Kernel("numba", log_mask, "jvp", _refuses_rule, _push_log_mask, _note),
+    Kernel("numba", log_mask_at, "forward", _refuses, _log_mask_at, _note),
     Kernel("numba", threshold, "vjp", _refuses_rule, _pull_threshold, _note),
     Kernel("numba", threshold, "jvp", _refuses_rule, _push_threshold, _note),
     Kernel("numba", sorted_plan, "forward", _refuses_ladder, partial(_climb, sorted_plan), _note),

@@ -170,6 +170,15 @@ def solved(kernel: Any, inputs: Inputs) -> tuple[Any, ...]:
     return found, offset, reference
 
 
+def placed(kernel: Any, inputs: Inputs) -> tuple[Any, ...]:
+    """A result of the shape of the scores at thresholds that are known."""
+    x, k, tau, offset, reference = inputs
+    problem = Problem((x, k, tau, None, None))
+    found, rows = problem.per_item(problem.given)
+    problem.run(kernel, numbers_of(offset), numbers_of(reference), rows)
+    return (found,)
+
+
 def settled(inputs: Inputs, ranks: tuple[int, ...] | None) -> tuple[Any, ...]:
     """What the solver settles to."""
     problem = Problem(inputs)

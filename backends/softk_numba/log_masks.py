@@ -16,38 +16,55 @@ from .solve import log_odds
 
 
 @compiled(WITHOUT_SUMS)
-def write_log_mask(x, reference, inverse, offset, out):
-    """min(z, 0) - log1p(exp(-|z|)), for scores that are not +inf.
+def log_sigmoid(z, number):
+    """min(z, 0) - log1p(exp(-|z|)), in the dtype `number`.
 
     log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3, is a series that vectorizes: 16 terms leave 2^-56.
     """
-    number = x.dtype.type
     one, two, none = number(1.0), number(2.0), number(0.0)
-    farthest = reach_of(number)
+    decay = exponential(-math.fabs(z))
+    decay = decay if math.fabs(z) < reach_of(number) else none
+    s = decay / (two + decay)
+    t = s * s
+    series = number(1.0 / 33.0)
+    series = series * t + number(1.0 / 31.0)
+    series = series * t + number(1.0 / 29.0)
+    series = series * t + number(1.0 / 27.0)
+    series = series * t + number(1.0 / 25.0)
+    series = series * t + number(1.0 / 23.0)
+    series = series * t + number(1.0 / 21.0)
+    series = series * t + number(1.0 / 19.0)
+    series = series * t + number(1.0 / 17.0)
+    series = series * t + number(1.0 / 15.0)
+    series = series * t + number(1.0 / 13.0)
+    series = series * t + number(1.0 / 11.0)
+    series = series * t + number(1.0 / 9.0)
+    series = series * t + number(1.0 / 7.0)
+    series = series * t + number(1.0 / 5.0)
+    series = series * t + number(1.0 / 3.0)
+    series = series * t + one
+    return (z if z < none else none) - two * s * series
+
+
+@compiled(WITHOUT_SUMS)
+def write_log_mask(x, reference, inverse, offset, out):
+    """The logarithms, for scores that are not +inf."""
+    number = x.dtype.type
     for i in range(x.shape[0]):
-        z = (x[i] - reference) * inverse - offset
-        decay = exponential(-math.fabs(z))
-        decay = decay if math.fabs(z) < farthest else none
-        s = decay / (two + decay)
-        t = s * s
-        series = number(1.0 / 33.0)
-        series = series * t + number(1.0 / 31.0)
-        series = series * t + number(1.0 / 29.0)
-        series = series * t + number(1.0 / 27.0)
-        series = series * t + number(1.0 / 25.0)
-        series = series * t + number(1.0 / 23.0)
-        series = series * t + number(1.0 / 21.0)
-        series = series * t + number(1.0 / 19.0)
-        series = series * t + number(1.0 / 17.0)
-        series = series * t + number(1.0 / 15.0)
-        series = series * t + number(1.0 / 13.0)
-        series = series * t + number(1.0 / 11.0)
-        series = series * t + number(1.0 / 9.0)
-        series = series * t + number(1.0 / 7.0)
-        series = series * t + number(1.0 / 5.0)
-        series = series * t + number(1.0 / 3.0)
-        series = series * t + one
-        out[i] = (z if z < none else none) - two * s * series
+        out[i] = log_sigmoid((x[i] - reference) * inverse - offset, number)
+
+
+@compiled(WITHOUT_SUMS)
+def write_log_mask_at(x, reference, inverse, offset, largest, farthest, out):
+    """The logarithms, as a rule sees them: +inf is the largest score, and no score is farther than `farthest`."""
+    number = x.dtype.type
+    for i in range(x.shape[0]):
+        value = x[i] if x[i] < largest else largest
+        z = (value - reference) * inverse
+        z = z if z < farthest else farthest
+        z = z if z > -farthest else -farthest
+        found = log_sigmoid(z - offset, number)
+        out[i] = found if value >= -largest else number(-math.inf)
 
 
 @kernel(EXACT)
@@ -90,6 +107,34 @@ def log_rows(x, weights, where, k, tau, found, offsets, references, bound, start
                     out[i] = min(z, 0.0) - math.log1p(math.exp(-math.fabs(z)))
         store_row(out, found, row)
         offsets[row], references[row] = offset, reference
+
+
+@kernel(EXACT)
+def log_at_rows(x, weights, where, k, tau, offsets, references, found, bound, start, stop):
+    """The same at thresholds that are known. Nothing is weighted or removed."""
+    n = x.shape[1]
+    number = offsets.dtype.type
+    largest, farthest = bound.largest, bound.farthest
+    raw = room_for(n, not is_read_in_place(x, offsets), offsets)
+    clean = room_for(n, not is_read_in_place(found, offsets), offsets)
+    for row in range(start, stop):
+        values, out = row_of(x, row, raw), target_of(found, row, clean)
+        temperature, offset, reference = number_of(tau, row), np.float64(offsets[row]), np.float64(references[row])
+        if offset != offset:
+            fill(out, math.nan)
+        elif number_of(k, row) <= 0.0:
+            fill(out, -math.inf)
+        elif bound.coldest < temperature < bound.hottest:
+            inverse = number(1.0 / temperature)
+            write_log_mask_at(
+                values, number(reference), inverse, number(offset), number(largest), number(farthest), out
+            )
+        else:
+            for i in range(n):
+                z = log_odds(min(np.float64(values[i]), largest), reference, temperature)
+                z = min(max(z, -farthest), farthest) - offset
+                out[i] = min(z, 0.0) - math.log1p(math.exp(-math.fabs(z))) if values[i] > -math.inf else -math.inf
+        store_row(out, found, row)
 
 
 pull_log_rows = pull_loop("pull_log_rows", pull_log_row, item_cotangents, no_lanes)

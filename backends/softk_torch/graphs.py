@@ -24,7 +24,7 @@ def is_one_operation(primitive: Primitive, part: Part, inputs: tuple[Any, ...], 
     # A symbol of a trace cannot be an option of an operation.
     if torch.compiler.is_exporting() or not all(map(_is_literal, options.values())):
         return False
-    if primitive.vjp is None:  # also for a tracer whose tensors are of its own types
+    if not primitive.moving:  # also for a tracer whose tensors are of its own types
         types = (torch.Tensor, type(None))
         return torch.compiler.is_compiling() or any(type(value) not in types for value in inputs)
     x = inputs[0]

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from softk._reference.threshold.masks import log_mask_at
 from softk._reference.threshold.problem import logits, sigmoid
-from softk._reference.threshold.rule import Linearization, LogLinearization
-from softk._reference.threshold.solve import solve
-from softk.backend import Array, Backend, rows_of
+from softk.backend import Array, Backend, Part, Primitive, rows_of
 
 #: The largest number of distances in a block, except that a block has at least one query.
 CELLS = 2**20
@@ -44,7 +43,7 @@ class Keys:
         """The scores (..., q, n) of centered queries (..., q, d)."""
         xp, points = self.xp, self.points
         if not self.few:
-            return self.own + 2.0 * (queries @ transpose(xp, points))
+            return self.own + (2.0 * queries) @ transpose(xp, points)
         total = self.own
         # One coordinate at a time, so that no array (..., q, n, d) is formed.
         for i in range(points.shape[-1]):
@@ -94,7 +93,7 @@ class Block:
         self.queries = keys.center(queries)
         scores = keys.scores(self.queries)
         allowed = self._allowed(where, exclude, scores.shape)
-        # Keys that may not be selected get the score -inf here, so that the rules need no `where`.
+        # Keys that may not be selected get the score -inf here, so that the top-k needs no `where`.
         self.scores = scores if allowed is None else self.xp.where(allowed, scores, -math.inf)
 
     def _allowed(self, where: Array | None, exclude: Array | None, shape: tuple[int, ...]) -> Array | None:
@@ -107,26 +106,19 @@ class Block:
         others = exclude != xp.reshape(index, (*(1,) * (len(shape) - 1), -1))
         return others if where is None else others & where
 
-    def solve(self, ranks: tuple[int, ...] | None) -> tuple[Array, Array]:
-        reference, offset, _ = solve(self.backend, self.scores, self.k, self.tau, None, None, ranks)
-        return offset, reference
+    def run(self, primitive: Primitive, part: Part, *groups: Any, **options: Any) -> tuple[Any, ...]:
+        """A part of the mask or of its logarithm, for the scores of this block."""
+        return self.backend.run(primitive, part, (self.scores, self.k, self.tau, None, None), *groups, **options)
 
-    def z(self, offset: Array, reference: Array) -> Array:
-        return logits(self.backend, self.scores, reference, self.tau, offset)
+    def log_mask(self, offset: Array, reference: Array) -> Array:
+        """The logarithm of the mask at the threshold."""
+        inputs = self.scores, self.k, self.tau, offset, reference
+        found: Array = self.backend.run(log_mask_at, "forward", inputs)[0]
+        return found
 
     def mask(self, offset: Array, reference: Array) -> Array:
-        return sigmoid(self.backend.xp, self.z(offset, reference))
-
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        return self.scores, self.k, self.tau, None, None
-
-    def rule(self, offset: Array, reference: Array, *, balanced: bool) -> Linearization:
-        """The rule of the mask. It needs no balance if only the derivative in the points is needed."""
-        return Linearization(self.backend, self.inputs, reference, offset, balanced=balanced)
-
-    def log_rule(self, offset: Array, reference: Array) -> LogLinearization:
-        return LogLinearization(self.backend, self.inputs, reference, offset)
+        """The mask at the threshold."""
+        return sigmoid(self.xp, logits(self.backend, self.scores, reference, self.tau, offset))
 
 
 def transpose(xp: Any, values: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from softk._reference.threshold.masks import mask
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks, transpose
@@ -18,8 +19,8 @@ def _votes_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[in
 
     def block(queries: Any, k: Any, *given: Any) -> Arrays:
         here = Block(backend, cache, queries, k, *given)
-        solved = here.solve(ranks)
-        return here.mask(*solved) @ values / k, *solved
+        found, *state = here.run(mask, "forward", ranks=ranks)
+        return found @ values / k, *state
 
     return backend.map_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
 
@@ -33,16 +34,15 @@ def _votes_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: Inpu
         queries: Any, offset: Any, reference: Any, dqueries: Any, dk: Any, dtau: Any, k: Any, *given: Any
     ) -> Arrays:
         here = Block(backend, cache, queries, k, *given)
-        dx = cache.push(here.queries, dqueries, dkeys)
-        balanced = dk is not None or dtau is not None
-        dmask, ds, _ = here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)
+        tangents = cache.push(here.queries, dqueries, dkeys), dk, dtau, None, None
+        dmask, ds = here.run(mask, "jvp", (None, offset, reference), tangents)
         tangent = dmask @ values
         if dvalues is not None or dk is not None:
-            mask = here.mask(offset, reference)
+            weights = here.mask(offset, reference)
             if dvalues is not None:
-                tangent = tangent + mask @ dvalues
+                tangent = tangent + weights @ dvalues
             if dk is not None:
-                tangent = tangent - mask @ values * (dk / k)
+                tangent = tangent - weights @ values * (dk / k)
         return tangent / k, ds
 
     arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
@@ -53,8 +53,8 @@ def _votes_vjp(
     backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
 ) -> Inputs:
     queries, keys, values, *others = inputs
-    of_tau, balanced = needed[4], needed[3] or needed[4]
-    wanted = (True, True, of_tau, False)
+    _, _, of_values, of_k, of_tau, *_ = needed
+    wanted = (True, of_k, of_tau, False, False)
     cache, xp = Keys(backend, keys), backend.xp
     columns = transpose(xp, values)
 
@@ -62,12 +62,16 @@ def _votes_vjp(
         for *given, offset, reference, u, c in blocks_of(queries, keys, *others, *outputs[-2:], *cotangents):
             here = Block(backend, cache, *given)
             share = xp.zeros_like(here.scores) @ values if u is None else u / here.k
-            rule = here.rule(offset, reference, balanced=balanced)
-            xbar, kbar, taubar, _ = rule.pull(share @ columns, c, None, wanted)
+            xbar, kbar, taubar, *_ = here.run(mask, "vjp", (None, offset, reference), (share @ columns, c), wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
-            mask = here.mask(offset, reference)
-            kbar = kbar - xp.sum(share * (mask @ values), axis=-1, keepdims=True) / here.k
-            yield by_queries, kbar, taubar, by_keys, transpose(xp, mask) @ share
+            by_values = None
+            if of_values or of_k:
+                weights = here.mask(offset, reference)
+                if of_k:
+                    kbar = kbar - xp.sum(share * (weights @ values), axis=-1, keepdims=True) / here.k
+                if of_values:
+                    by_values = transpose(xp, weights) @ share
+            yield by_queries, kbar, taubar, by_keys, by_values
 
     by_queries, kbar, taubar, by_keys, by_values = pull_blocks(backend, found(), 3)
     return by_queries, by_keys, by_values, kbar, taubar, None, None

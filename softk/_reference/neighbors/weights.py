@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from softk._reference.threshold.masks import mask
 from softk.backend import Array, Backend, Form, Inputs, Primitive
 
 from .block import Block, Keys, block_rows, blocks_of, pull_blocks
@@ -17,9 +18,7 @@ def _weights_forward(backend: Backend, inputs: tuple[Any, ...], *, ranks: tuple[
     cache = Keys(backend, keys)
 
     def block(*given: Any) -> Arrays:
-        here = Block(backend, cache, *given)
-        solved = here.solve(ranks)
-        return here.mask(*solved), *solved
+        return Block(backend, cache, *given).run(mask, "forward", ranks=ranks)
 
     return backend.map_rows(block, block_rows(queries, keys), queries, k, tau, where, exclude)
 
@@ -31,9 +30,8 @@ def _weights_jvp(backend: Backend, inputs: Inputs, outputs: Arrays, tangents: In
 
     def block(queries: Any, offset: Any, reference: Any, dqueries: Any, dk: Any, dtau: Any, *given: Any) -> Arrays:
         here = Block(backend, cache, queries, *given)
-        dx = cache.push(here.queries, dqueries, dkeys)
-        balanced = dk is not None or dtau is not None
-        return here.rule(offset, reference, balanced=balanced).push(dx, dk, dtau, None)[:2]
+        tangents = cache.push(here.queries, dqueries, dkeys), dk, dtau, None, None
+        return here.run(mask, "jvp", (None, offset, reference), tangents)
 
     arrays = (queries, *outputs[-2:], dqueries, dk, dtau, k, tau, where, exclude)
     return backend.map_rows(block, block_rows(queries, keys), *arrays)
@@ -43,15 +41,14 @@ def _weights_vjp(
     backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inputs, needed: tuple[bool, ...]
 ) -> Inputs:
     queries, keys, k, tau, where, exclude = inputs
-    of_tau, balanced = needed[3], needed[2] or needed[3]
-    wanted = (True, True, of_tau, False)
+    wanted = (True, *needed[2:4], False, False)
     cache = Keys(backend, keys)
 
     def found() -> Iterator[tuple[Any, ...]]:
         arrays = (k, tau, where, exclude, *outputs[-2:], *cotangents)
         for *given, offset, reference, u, c in blocks_of(queries, keys, *arrays):
             here = Block(backend, cache, *given)
-            xbar, kbar, taubar, _ = here.rule(offset, reference, balanced=balanced).pull(u, c, None, wanted)
+            xbar, kbar, taubar, *_ = here.run(mask, "vjp", (None, offset, reference), (u, c), wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             yield by_queries, kbar, taubar, by_keys
 

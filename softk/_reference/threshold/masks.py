@@ -13,7 +13,7 @@ from typing import Any
 
 from softk.backend import Array, Backend, Form, Inputs, Primitive, index_dtype
 
-from .limits import clip, limits
+from .limits import clip, exponential, limits
 from .merged import MergedLinearization
 from .pieces import PieceBackend
 from .problem import logits, selectable, sigmoid
@@ -167,6 +167,25 @@ def _log_vjp(backend: Backend, inputs: Inputs, outputs: Arrays, cotangents: Inpu
 
 
 log_mask = _like_scores("topk_log_mask", "log_mask", _log_forward, _log_jvp, _log_vjp)
+
+
+# --- the same at a threshold that is known, for rules: a framework differentiates its operations
+
+
+def _log_at_forward(backend: Backend, inputs: tuple[Any, ...]) -> Arrays:
+    x, k, tau, offset, reference = inputs
+    xp = backend.xp
+    z = logits(backend, x, reference, tau, offset)
+    found = xp.where(z < 0.0, z, 0.0) - xp.log1p(exponential(xp, -xp.abs(z)))
+    never = ((x == -math.inf) | (k <= 0.0)) & ~xp.isnan(offset)
+    return (xp.where(never, -math.inf, found),)
+
+
+def _log_at_forms(xp: Any, inputs: tuple[Any, ...]) -> tuple[Form, ...]:
+    return (Form(inputs[0].shape, inputs[0].dtype),)
+
+
+log_mask_at = Primitive("topk_log_mask_at", _log_at_forward, _log_at_forms, results=("log_mask",))
 
 
 # --- the hard mask: k ones forward, the soft mask's derivative backward (a straight-through estimator)
