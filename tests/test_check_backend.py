@@ -45,9 +45,11 @@ def test_jax() -> None:
 
 @pytest.mark.full
 def test_dask() -> None:
-    """The adapter selects within its blocks, by NumPy's."""
+    """The adapter selects and solves within its blocks, by NumPy's."""
     check_backend(
-        pytest.importorskip("dask.array").ones(1), skip=("select", "top_k", "scatter", "reduce_segments"), only=few
+        pytest.importorskip("dask.array").ones(1),
+        skip=("select", "top_k", "solve", "scatter", "reduce_segments"),
+        only=few,
     )
 
 

@@ -324,6 +324,20 @@ def test_sum_of_the_rows(rng: np.random.Generator) -> None:
     assert np.max(np.abs(rows - mask)) > 0.01
 
 
+@pytest.mark.parametrize("choice", ["numba", "none"])
+@pytest.mark.parametrize("dtype", EPS)
+def test_groups_that_are_far_apart(light: Library, dtype: str, choice: str, rng: np.random.Generator) -> None:
+    """For a large epsilon and many anchors, Newton's method must not trust a bad start, nor a rough plan."""
+    far = [(200, 109, 105.0), (400, 391, 277.0), (400, 81, 1991.0), (400, 329, 40.0)]
+    near = [(3, 1, epsilon) for epsilon in (1.0, 7.7, 30.0)]
+    for n, k, epsilon in (*far, *near):
+        x = np.concatenate([rng.normal(size=n // 2), 30.0 + rng.normal(size=n - n // 2)]).astype(dtype)
+        with softk.kernels(choice):
+            _, assignment = numpy_results(light, softk.sorted_topk, x, k, epsilon=epsilon)
+        error = np.abs(assignment.astype(np.float64).sum(axis=-1) - 1.0)
+        assert np.max(error) <= 32.0 * n * EPS[dtype], (n, k, epsilon)
+
+
 def test_values_are_the_assignment_times_the_scores(rng: np.random.Generator) -> None:
     x = rng.normal(size=(3, 12)) + 100.0
     values, assignment = softk.sorted_topk(x, 4, epsilon=0.5)
