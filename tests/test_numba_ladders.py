@@ -93,7 +93,7 @@ def test_they_find_what_the_reference_does(primitive: Any, dtype: str) -> None:
     for n, rows, is_sort in SHAPES:
         if primitive is not sorted_plan and not is_sort:
             continue
-        for epsilon in (30.0, 1.0, 0.1, 1e-3):
+        for epsilon in (3000.0, 30.0, 1.0, 0.1, 1e-3):
             inputs = inputs_of(n, rows, is_sort, epsilon, dtype, removed=epsilon == 0.1)
             found = by("numba", primitive, "forward", inputs, rows=rows, ranks=None)
             wanted = by("none", primitive, "forward", inputs, rows=rows, ranks=None)

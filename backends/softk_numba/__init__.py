@@ -78,6 +78,12 @@ def _note() -> str | None:
     return note()
 
 
+@cache
+def _name(dtype: Any) -> str:
+    """The name of a dtype without that of its library. NumPy takes microseconds to spell one."""
+    return str(dtype).rpartition(".")[2]
+
+
 def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> str | None:
     """Why the kernels do not serve a problem, None where they do."""
     x = inputs[0]
@@ -87,8 +93,7 @@ def _refuses(backend: Backend, inputs: Inputs, *groups: Any, **options: Any) -> 
         return f"the arrays must be in the memory of the host, got {getattr(x, 'device', None)}"
     if 0 in x.shape:
         return f"there must be scores, got the shape {tuple(x.shape)}"
-    dtype = str(x.dtype).rpartition(".")[2]
-    if dtype not in DTYPES:
+    if _name(x.dtype) not in DTYPES:
         return f"the scores must be of one of {', '.join(DTYPES)}, got {x.dtype}"
     if not backend.holds(chain(inputs, *groups)):
         return "a compiler, a transform or automatic differentiation records the operations"
@@ -161,7 +166,7 @@ def _push_threshold(backend: Backend, *groups: Any) -> tuple[Any, ...]:
 
 def _refuses_ladder(backend: Backend, inputs: Inputs, *, rows: int, **options: Any) -> str | None:
     reason = _refuses(backend, inputs)
-    if reason is None and str(inputs[0].dtype).rpartition(".")[2] not in WIDE:
+    if reason is None and _name(inputs[0].dtype) not in WIDE:
         return f"the scores must be of float32 or float64, got {inputs[0].dtype}"
     return reason or _weighted(inputs)
 

@@ -14,6 +14,18 @@ first, and all numbers are float64, but for some systems of scores of float32. T
   a product of a number of the score and a number of the boundary, so that a share costs no exponential of its own.
 
 `systems` solves the systems with the Jacobian.
+
+Newton's method starts at the middles between the sorted scores. If epsilon is large, the mass M_j above a boundary is
+then far more than the wanted C_j, and falls like exp(-offset): a step for M_j = C_j lowers the offset by about 1. A
+step for log M_j = log C_j has no such limit. So the first steps have one of two other right-hand sides, which equal
+M - C up to its square:
+
+    write_logs_of_sides      M log(M / C) of the smaller side of each boundary
+    write_logs_of_anchors    sum_l m_l log(m_l / c_l) of the masses of the anchors above each boundary
+
+The second one takes fewer steps, but only if many scores are shared at all boundaries. Neither is sure to ascend. A
+step that does not, that is not much shorter than the one before, or that leads far beyond all scores is not taken: the
+method starts again, by damped steps for M = C, which always ascend.
 """
 
 from __future__ import annotations
@@ -34,8 +46,16 @@ FOUND, ENDLESS, CROWDED = 0, 1, 2
 #: The largest number of Newton steps.
 STEPS = 40
 #: A step whose range is smaller is the last one in float32, and the last but one in float64: half the square of the
-#: range is what it leaves.
-OF_SINGLE, OF_DOUBLE = 5e-4, 1e-4
+#: range is what it leaves. In float64 it is the last one, too, if it leaves less than a rounding.
+OF_SINGLE, OF_DOUBLE, ENOUGH = 5e-4, 1e-4, 1e-8
+#: Boundaries are soft if so much of an anchor's mass is shared at each of them.
+SOFT = 0.1
+#: A step for the logarithms must be shorter than the one before by this factor.
+SHORTER = 0.7
+#: How many temperatures a threshold may lie beyond all scores; its mass falls by exp(-1) for each.
+BEYOND = 20.0
+#: Before a step that is not small, windows end where the shares are below this, over the number of scores.
+SMALL, ROUGH = 0.05, 1e-3
 #: A change of an offset that is a rounding of float32.
 LEAST = 2.0**-24
 #: The largest range of a step that is taken as it is.
@@ -84,6 +104,8 @@ class Room(NamedTuple):
     system: systems.Room
 
 
+#: There is room for so many boundaries whose windows have all scores.
+WHOLE = 16
 #: How many rows of scores, of boundaries and of integers for each boundary there are.
 ROWS, NUMBERS, INTEGERS = 5, 5, 7
 
@@ -143,8 +165,11 @@ def storage_for(capacity):
 
 @compiled(EXACT)
 def least_capacity(n, b):
-    """How much room for shares to begin with."""
-    return 4 * padded(n) + 4 * BLOCK * b
+    """How much room for shares to begin with: for all scores at a few boundaries, or for a few blocks at all of them.
+
+    Room that is not used costs nothing, as long as nothing is written there.
+    """
+    return min(max(b, 4), WHOLE) * padded(n) + 4 * BLOCK * b
 
 
 @compiled(EXACT)
@@ -450,32 +475,89 @@ def write_singles(tails, count, singles):
         singles[i] = tails[i]
 
 
+@compiled(EXACT)
+def is_soft(masses, band, edges):
+    """Whether many scores are shared at every boundary, for few boundaries."""
+    least = math.inf
+    for j in range(band.b):
+        least = min(least, edges[j])
+    return band.b <= systems.DENSE and least >= SOFT * masses[0]
+
+
+@compiled(EXACT)
+def times_log(excess, wanted):
+    """m log(m / c) for the mass m = c + excess, about the excess near c. The excess where there is no logarithm."""
+    found = wanted + excess
+    return found * math.log1p(excess / wanted) if found > 0.0 else excess
+
+
+@compiled(EXACT)
+def write_logs_of_anchors(masses, mass, excess, b, found):
+    """The sums above each boundary of m log(m / c), for the masses m of the anchors, which should be c.
+
+    The same part of every mass is subtracted, so that the sum over all anchors is 0, as that of m - c is.
+    """
+    before = total = 0.0
+    for j in range(b):
+        total += times_log(excess[j] - before, masses[j])
+        found[j], before = total, excess[j]
+    total += times_log(-before, masses[b])
+    part = total / (mass[b - 1] + masses[b])
+    for j in range(b):
+        found[j] -= (mass[j] + excess[j]) * part
+
+
+@compiled(EXACT)
+def write_logs_of_sides(masses, mass, excess, b, found):
+    """m log(m / c) for the mass m of the smaller side of each boundary, with the sign of the excess above it."""
+    whole = mass[b - 1] + masses[b]
+    for j in range(b):
+        if 2.0 * mass[j] < whole:
+            found[j] = times_log(excess[j], mass[j])
+        else:
+            found[j] = -times_log(-excess[j], whole - mass[j])
+
+
 @compiled(INLINED)
 def newton(masses, mass, reference, offset, tau, cut, rounding, smallest, is_product, origin, room, band, is_single):
     """Newton's method for the offsets, which are overwritten.
 
-    The windows are those of the plan of the final offsets. Returns how it has ended.
+    The first steps are for the logarithms of masses; see the head of this file. The windows are those of the plan of
+    the final offsets. Returns how it has ended.
     """
-    b, size, excess = band.b, room.size, room.excess
+    b, size, excess, right = band.b, room.size, room.excess, room.pooled
     least = LEAST if is_single else 0.0
-    careful, last, done, previous, before = False, False, False, math.inf, 1.0
+    careful, last, done, is_plain, previous, before, range_before = False, False, False, False, math.inf, 1.0, math.inf
     # The steps need not be exact.
     coarse = is_single and is_product and room.x[0] - room.x[band.n - 1] <= SINGLE_REACH * tau
+    # The windows of few boundaries are cheap.
+    roughly = max(cut, ROUGH / band.n) if b > systems.DENSE else cut
+    farthest = BEYOND + (room.x[0] - room.x[band.n - 1]) / tau
     width = 0
     for turn in range(STEPS + 1):
-        if not plan(reference, offset, mass, tau, cut, rounding, is_product, origin, room, band):
+        is_far = before > SMALL
+        here = roughly if is_far else cut
+        if not plan(reference, offset, mass, tau, here, rounding, is_product, origin, room, band):
             return CROWDED
         if done or turn == STEPS:
             break
         width = systems.prepare(masses, band, room.edges, smallest, width < 0, room.sums, room.parts, room.system)
-        precise = 1e-9 if last else max(1e-2 * min(before, 1.0), 1e-6)
+        precise = 1e-9 if last else max(5e-2 * min(before, 1.0), 1e-6)
+        is_of_logs = is_far and not is_plain
+        if not is_of_logs:
+            for j in range(b):
+                right[j] = excess[j]
+        elif is_soft(masses, band, room.edges):
+            write_logs_of_anchors(masses, mass, excess, b, right)
+        else:
+            write_logs_of_sides(masses, mass, excess, b, right)
         if width < 0 and coarse:
             write_singles(band.tails, band.at[b - 1] + band.high[b - 1] * BLOCK, band.singles)
             systems.conjugate_gradients(
-                excess, precise, least, band, band.singles, room.single_sums, room.single_parts, room.system, size
+                right, precise, least, band, band.singles, room.single_sums, room.single_parts, room.system, size
             )
         else:
-            systems.solve(excess, precise, least, width, band, band.tails, room.sums, room.parts, room.system, size)
+            systems.solve(right, precise, least, width, band, band.tails, room.sums, room.parts, room.system, size)
         decrement = potential = highest = lowest = widest = 0.0
         for j in range(b):
             decrement += size[j] * excess[j]
@@ -483,16 +565,28 @@ def newton(masses, mass, reference, offset, tau, cut, rounding, smallest, is_pro
             highest, lowest = max(highest, potential), min(lowest, potential)
             widest = max(widest, math.fabs(size[j]))
         span = highest - lowest
-        if not span < math.inf:
-            break
-        careful = careful or decrement > previous
-        previous = decrement
-        length = span if careful else widest
-        # The second derivative along a step changes by a factor of at most exp(span): a short step ascends as it is.
-        short = 1.0 if span <= FULL else math.log1p(length) / length
+        short = 1.0
+        if is_of_logs:
+            # A step that does not ascend, that is no shorter than the last one, or that goes beyond all scores.
+            if not (decrement > 0.0 and span <= SHORTER * range_before and widest <= farthest):
+                reset(offset, b, 0.0)
+                is_plain, before = True, 1.0
+                continue
+            range_before = span
+        else:
+            if not span < math.inf:
+                break
+            careful = careful or decrement > previous
+            previous = decrement
+            length = span if careful else widest
+            # The second derivative along a step changes by a factor of at most exp(span): a short step ascends.
+            if span > FULL:
+                short = math.log1p(length) / length
         for j in range(b):
             offset[j] += short * size[j]
         before = widest
-        done = last or (is_single and span <= OF_SINGLE)
-        last = span <= OF_DOUBLE
+        # After a rough plan, no step is the last one.
+        is_sure = here == cut
+        done = is_sure and (last or span <= (OF_SINGLE if is_single else ENOUGH))
+        last = is_sure and span <= OF_DOUBLE
     return FOUND if done else ENDLESS

@@ -16,16 +16,16 @@ import numpy as np
 from . import bands, ranking, sorting, systems
 from .cache import compiled, kernel
 from .operations import EXACT
-from .pointers import BLOCK, aligned, behind, filled, first_places, hold, largest_of, pointer_to, put, sum_of, take
+from .pointers import BLOCK, aligned, behind, filled, first_places, hold, pointer_to, put, sum_of, take
 from .rows import masked_row, number_of, room_for
-from .vectors import INLINED, maximum, where
+from .vectors import INLINED, where
 
 #: What becomes of a slice.
 SOLVED, INVALID, LEFT, CROWDED = 0, 1, 2, 3
 #: Scores farther from all boundaries than log(n / eps) and this margin, in temperatures, are left out.
 MARGIN = 10.0
 #: Shares below exp(-log(n / eps) - this) of the peak are left out.
-DEPTH = 6.0
+DEPTH = 2.0
 #: How far below the lowest boundary's score the boundary may lie before all scores are taken.
 BELOW = 4.0
 #: A conjugate gradient stops when it changes the solution of a derivative by less than this, in units of eps.
@@ -200,25 +200,50 @@ def anchor_shares(j, band, whole, found):
 
 
 @compiled(EXACT)
-def mean_of(found, start, stop, x, infinite, mass):
-    """The mean of the finite scores in the given blocks."""
-    near = x[max(start * BLOCK, infinite)]
-    total = nothing = filled(found, 0.0)
-    for i in range(start * BLOCK, stop * BLOCK, BLOCK):
-        part = take(found, i) * (take(x, i) - near)
-        total = total + where(first_places(found, infinite - i), nothing, part)
-    return near + sum_of(total) / mass
+def write_shares(start, stop, found, index, out):
+    """The shares of the scores from one place to another where these scores come from, and 0 elsewhere."""
+    if stop - start < out.shape[0]:
+        for i in range(out.shape[0]):
+            out[i] = 0.0
+    for i in range(start, stop):
+        out[index[i]] = found[i]
 
 
 @compiled(EXACT)
-def fill_nodes(unit, count, infinite, bound, band, room, found, means, nodes):
-    """The means of the anchors, and the nodes between which ranks are interpolated."""
+def mean_of(j, begin, band, whole, x, near, mass):
+    """The mean of the scores of one anchor, which is the peak of the scores from `begin` on."""
+    n, b = band.n, band.b
+    end = band.first[j] if j < b else n
+    total = more = filled(x, 0.0)
+    if 0 < j <= b:
+        up = band.up[j - 1]
+        for i in range(band.low[j - 1] * BLOCK, begin, BLOCK):
+            total = total + take(band.shares, up + i) * take(whole, i) * (take(x, i) - near)
+    if j < b:
+        down = band.down[j]
+        for i in range(end // BLOCK * BLOCK, band.high[j] * BLOCK, BLOCK):
+            more = more + take(band.shares, down + i) * take(whole, i) * (take(x, i) - near)
+    own = 0.0
+    for i in range(begin, end):
+        own += whole[i] * (x[i] - near)
+    return near + (sum_of(total + more) + own) / mass
+
+
+@compiled(EXACT)
+def write_means(unit, count, infinite, bound, band, room, means):
+    """The means of the anchors. Infinite scores have no part in them."""
+    x, whole = room.x, room.whole
+    if infinite > 0:
+        whole = room.sums
+        for i in range((band.n // BLOCK + 1) * BLOCK):
+            whole[i] = 0.0 if i < infinite else room.whole[i]
+    begin = 0
     for j in range(means.shape[0]):
-        begin, end = anchor_shares(j, band, room.whole, found)
         means[j] = end_of_row(j, unit, count, infinite, bound)
         if means[j] == 0.0:
-            means[j] = mean_of(found, begin, end, room.x, infinite, mass_of_row(j, unit, count, infinite, bound))
-    ranking.fill_nodes((room.x, band.n, infinite), means, nodes)
+            near = x[max(min(begin, band.n - 1), infinite)]
+            means[j] = mean_of(j, begin, band, whole, x, near, mass_of_row(j, unit, count, infinite, bound))
+        begin = band.first[j] if j < band.b else band.n
 
 
 @kernel(EXACT)
@@ -265,7 +290,8 @@ def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, referen
                 if b == n:
                     write_ranks(windows, found)
                 else:
-                    fill_nodes(unit_, count, infinite, bound, windows, room, found, means, nodes)
+                    write_means(unit_, count, infinite, bound, windows, room, means)
+                    ranking.fill_nodes((room.x, windows.n, infinite), means, nodes)
                     scores = (room.x, windows.n, infinite)
                     anchors = (unit_, count, infinite, ranking.ties_of(scores))
                     given = (tau_, reference, offset, windows.b, math.exp(-math.log(n / bound.eps) - DEPTH))
@@ -274,23 +300,18 @@ def ladder_rows(x, where, tau, unit, values, assignment, ranks, offsets, referen
                 for i in range(windows.n):
                     ranks[row, index[i]] = found[i]
             continue
-        if has_assignment:
-            for j in range(b):
-                for i in range(n):
-                    assignment[row, j, i] = 0.0 if state == SOLVED else math.nan
         if state != SOLVED:
             for j in range(b):
                 values[row, j] = math.nan
+                for i in range(n if has_assignment else 0):
+                    assignment[row, j, i] = math.nan
             continue
+        write_means(unit_, count, infinite, bound, windows, room, means)
         for j in range(b):
-            begin, end = anchor_shares(j, windows, room.whole, found)
+            values[row, j] = means[j]
             if has_assignment:
-                for i in range(begin * BLOCK, min(end * BLOCK, windows.n)):
-                    assignment[row, j, index[i]] = found[i]
-            values[row, j] = end_of_row(j, unit_, count, infinite, bound)
-            if values[row, j] == 0.0:
-                mass = mass_of_row(j, unit_, count, infinite, bound)
-                values[row, j] = mean_of(found, begin, end, room.x, infinite, mass)
+                begin, end = anchor_shares(j, windows, room.whole, found)
+                write_shares(begin * BLOCK, min(end * BLOCK, windows.n), found, index, assignment[row, j])
     hold(numbers)
     hold(integers)
     hold(places)
@@ -308,11 +329,11 @@ class Rule(NamedTuple):
 
     changes: Any  # of the scores
     places: Any  # the differences of the cotangents of the ranks
-    found: Any  # the shares of an anchor
     moved: Any  # numbers of the scores at each boundary, in the order of the tails
     rates: Any  # the cotangents of the sums whose quotients by the masses are the means
     wanted: Any
     slack: Any
+    levels: Any  # what the numbers of each boundary are measured from
 
 
 @compiled(EXACT)
@@ -322,11 +343,11 @@ def rule_of(few, scores, b, stride, moved):
     return Rule(
         changes,
         behind(changes, stride),
-        behind(changes, 2 * stride),
         moved,
         rates,
         behind(rates, b),
         behind(rates, 2 * b),
+        behind(rates, 3 * b),
     )
 
 
@@ -339,97 +360,169 @@ def plan_again(temperature, bound, n, is_product, origin, room, band, boundaries
 
 
 @compiled(EXACT)
-def measure_from_peaks(band, moved):
-    """Measure the given numbers of each boundary from that of the score with the largest Q R.
+def write_levels(band, moved, levels):
+    """The numbers of the scores with the largest Q R at each boundary, from which its other numbers are measured.
 
-    If one score dominates a boundary, the derivative is of what differs from it, and 0 there. Returns nothing; the
-    multiple of the weights that is subtracted has no part in the derivative of the scores.
+    If one score dominates a boundary, the derivative is of what differs from it, and 0 there. The multiple of the
+    weights that is subtracted has no part in the derivative of the scores. Q R is largest beside the boundary.
     """
-    nothing = filled(moved, 0.0)
+    tails = band.tails
     for j in range(band.b):
-        place, start, stop = band.at[j], band.low[j] * BLOCK, band.high[j] * BLOCK
-        most = nothing
-        for i in range(start, stop, BLOCK):
-            tail = take(band.tails, place + i)
-            most = maximum(most, tail - tail * tail)
-        largest = largest_of(most)
-        if not largest > 0.0:
-            continue
-        ties, levels = nothing, nothing
-        for i in range(start, stop, BLOCK):
-            tail = take(band.tails, place + i)
-            is_peak = tail - tail * tail == largest
-            ties = ties + where(is_peak, filled(moved, 1.0), nothing)
-            levels = levels + where(is_peak, take(moved, place + i), nothing)
-        count = sum_of(ties)
-        level = sum_of(levels) / count
-        for i in range(start, stop, BLOCK):
-            change = take(moved, place + i) - level
-            if count == 1.0:
-                tail = take(band.tails, place + i)
-                change = where(tail - tail * tail == largest, nothing, change)
-            put(change, moved, place + i)
-
-
-@compiled(EXACT)
-def across(reference, band, room, rule, found):
-    """M (moved + slack) of every score, summed over the boundaries into `changes` and over the scores into `found`.
-
-    Returns its sum times x - r over both.
-    """
-    b, tails, sums, parts = band.b, band.tails, room.sums, room.parts
-    v, moved, changes = rule.slack, rule.moved, rule.changes
-    nothing = filled(sums, 0.0)
-    for block in range(band.n // BLOCK + 1):
-        put(nothing, changes, block * BLOCK)
-        put(nothing, sums, block * BLOCK)
-    moment = nothing
-    for j in range(b):
-        place, total = band.at[j], nothing
-        for i in range(band.low[j] * BLOCK, band.high[j] * BLOCK, BLOCK):
-            tail, is_above = take(tails, place + i), first_places(tails, band.first[j] - i)
-            rest = 1.0 - tail
-            some = take(sums, i) + where(is_above, rest, tail) * (take(moved, place + i) + v[j])
-            put(some, sums, i)
-            change = where(is_above, tail, rest) * some
-            put(take(changes, i) + change, changes, i)
-            total = total + change
-            moment = moment + change * (take(room.x, i) - reference[j])
-        put(total, parts, j * BLOCK)
-    for block in range(band.n // BLOCK + 1):
-        put(nothing, sums, block * BLOCK)
-    for j in range(b - 1, -1, -1):
-        place, total = band.at[j], take(parts, j * BLOCK)
-        for i in range(band.low[j] * BLOCK, band.high[j] * BLOCK, BLOCK):
-            tail, is_above = take(tails, place + i), first_places(tails, band.first[j] - i)
-            rest, some = 1.0 - tail, take(sums, i)
-            change = where(is_above, rest, tail) * some
-            put(take(changes, i) + change, changes, i)
-            total = total + change
-            moment = moment + change * (take(room.x, i) - reference[j])
-            put(some + where(is_above, tail, rest) * (take(moved, place + i) + v[j]), sums, i)
-        found[j] = sum_of(total)
-    return sum_of(moment)
+        above, below = band.at[j] + band.first[j] - 1, band.at[j] + band.first[j]
+        has_above, has_below = band.first[j] > 0, band.first[j] < band.n
+        tail, other = tails[above] if has_above else 0.0, tails[below] if has_below else 0.0
+        of_above, of_below = tail - tail * tail, other - other * other
+        if has_above and has_below and of_above == of_below:
+            levels[j] = 0.5 * (moved[above] + moved[below]) if of_above > 0.0 else 0.0
+        else:
+            place, largest = (above, of_above) if of_above > of_below else (below, of_below)
+            levels[j] = moved[place] if largest > 0.0 else 0.0
 
 
 @compiled(INLINED)
-def add_shares(b, band, whole, rule):
-    """Add the shares of the anchors times their rates."""
-    changes, found = rule.changes, rule.found
-    for j in range(b):
-        begin, end = anchor_shares(j, band, whole, found)
-        for i in range(begin * BLOCK, end * BLOCK, BLOCK):
-            put(take(changes, i) + take(found, i) * rule.rates[j], changes, i)
+def sides(tail, is_above):
+    """The shares Q above a boundary and R below it, of which the tail is the one on the other side of the peak."""
+    rest = 1.0 - tail
+    return where(is_above, rest, tail), where(is_above, tail, rest)
+
+
+@compiled(INLINED)
+def numbers_at(i, j, band, rule):
+    """The numbers of a block at a boundary, measured from the level, and the slack."""
+    return take(rule.moved, band.at[j] + i) - rule.levels[j] + rule.slack[j]
+
+
+@compiled(INLINED)
+def descend(i, j, q, r, band, sums, rule):
+    """R times the sum of the Q times numbers of the boundaries down to j, for a block of scores."""
+    some = take(sums, i) + q * numbers_at(i, j, band, rule)
+    put(some, sums, i)
+    return r * some
+
+
+@compiled(INLINED)
+def ascend(i, j, q, r, band, sums, rule):
+    """Q times the sum of the R times numbers of the boundaries below j, for a block of scores."""
+    some = take(sums, i)
+    put(some + r * numbers_at(i, j, band, rule), sums, i)
+    return q * some
 
 
 @compiled(EXACT)
-def differences(row, b, infinite, reference, band, x, index, ubar, rule):
+def clear(found, n):
+    """Write 0 for all scores."""
+    nothing = filled(found, 0.0)
+    for block in range(n // BLOCK + 1):
+        put(nothing, found, block * BLOCK)
+
+
+@compiled(EXACT)
+def sum_across(band, room, rule, found):
+    """M (moved + slack), summed over the scores."""
+    tails, sums, parts = band.tails, room.sums, room.parts
+    nothing = filled(sums, 0.0)
+    clear(sums, band.n)
+    for j in range(band.b):
+        total, more, place, first = nothing, nothing, band.at[j], band.first[j]
+        middle = first // BLOCK * BLOCK
+        for i in range(band.low[j] * BLOCK, middle, BLOCK):
+            tail = take(tails, place + i)
+            total = total + descend(i, j, 1.0 - tail, tail, band, sums, rule)
+        q, r = sides(take(tails, place + middle), first_places(tails, first - middle))
+        total = total + descend(middle, j, q, r, band, sums, rule)
+        for i in range(middle + BLOCK, band.high[j] * BLOCK, BLOCK):
+            tail = take(tails, place + i)
+            more = more + descend(i, j, tail, 1.0 - tail, band, sums, rule)
+        put(total + more, parts, j * BLOCK)
+    clear(sums, band.n)
+    for j in range(band.b - 1, -1, -1):
+        total, more, place, first = take(parts, j * BLOCK), nothing, band.at[j], band.first[j]
+        middle = first // BLOCK * BLOCK
+        for i in range(band.low[j] * BLOCK, middle, BLOCK):
+            tail = take(tails, place + i)
+            total = total + ascend(i, j, 1.0 - tail, tail, band, sums, rule)
+        q, r = sides(take(tails, place + middle), first_places(tails, first - middle))
+        total = total + ascend(middle, j, q, r, band, sums, rule)
+        for i in range(middle + BLOCK, band.high[j] * BLOCK, BLOCK):
+            tail = take(tails, place + i)
+            more = more + ascend(i, j, tail, 1.0 - tail, band, sums, rule)
+        found[j] = sum_of(total + more)
+
+
+@compiled(INLINED)
+def change_at(i, change, near, x, changes):
+    """Add the change of a block of scores. Returns it times x - near."""
+    put(take(changes, i) + change, changes, i)
+    return change * (take(x, i) - near)
+
+
+@compiled(EXACT)
+def write_changes(reference, band, room, rule):
+    """M (moved + slack), summed over the boundaries into `changes`. Returns its sum times x - r over both."""
+    tails, sums, x, changes = band.tails, room.sums, room.x, rule.changes
+    clear(changes, band.n)
+    clear(sums, band.n)
+    moment = more = filled(sums, 0.0)
+    for j in range(band.b):
+        place, first, near = band.at[j], band.first[j], reference[j]
+        middle = first // BLOCK * BLOCK
+        for i in range(band.low[j] * BLOCK, middle, BLOCK):
+            tail = take(tails, place + i)
+            moment = moment + change_at(i, descend(i, j, 1.0 - tail, tail, band, sums, rule), near, x, changes)
+        q, r = sides(take(tails, place + middle), first_places(tails, first - middle))
+        moment = moment + change_at(middle, descend(middle, j, q, r, band, sums, rule), near, x, changes)
+        for i in range(middle + BLOCK, band.high[j] * BLOCK, BLOCK):
+            tail = take(tails, place + i)
+            more = more + change_at(i, descend(i, j, tail, 1.0 - tail, band, sums, rule), near, x, changes)
+    clear(sums, band.n)
+    for j in range(band.b - 1, -1, -1):
+        place, first, near = band.at[j], band.first[j], reference[j]
+        middle = first // BLOCK * BLOCK
+        for i in range(band.low[j] * BLOCK, middle, BLOCK):
+            tail = take(tails, place + i)
+            moment = moment + change_at(i, ascend(i, j, 1.0 - tail, tail, band, sums, rule), near, x, changes)
+        q, r = sides(take(tails, place + middle), first_places(tails, first - middle))
+        moment = moment + change_at(middle, ascend(middle, j, q, r, band, sums, rule), near, x, changes)
+        for i in range(middle + BLOCK, band.high[j] * BLOCK, BLOCK):
+            tail = take(tails, place + i)
+            more = more + change_at(i, ascend(i, j, tail, 1.0 - tail, band, sums, rule), near, x, changes)
+    return sum_of(moment + more)
+
+
+@compiled(EXACT)
+def add_shares(b, band, room, rule):
+    """Add the shares of the anchors times their rates."""
+    changes, sums, rates, shares = rule.changes, room.sums, rule.rates, band.shares
+    begin = 0
+    for j in range(b + 1):
+        end = band.first[j] if j < band.b else band.n
+        for i in range(begin, end):
+            sums[i] = rates[j] if j < b else 0.0
+        begin = end
+        if begin == band.n:
+            break
+    for i in range(band.n, (band.n // BLOCK + 1) * BLOCK):
+        sums[i] = 0.0
+    for j in range(band.b):
+        first, rate = band.first[j], rates[j]
+        for i in range(first // BLOCK * BLOCK, band.high[j] * BLOCK, BLOCK):
+            put(take(sums, i) + take(shares, band.down[j] + i) * rate, sums, i)
+        if j + 1 < b:
+            rate = rates[j + 1]
+            for i in range(band.low[j] * BLOCK, first, BLOCK):
+                put(take(sums, i) + take(shares, band.up[j] + i) * rate, sums, i)
+    for i in range(0, (band.n // BLOCK + 1) * BLOCK, BLOCK):
+        put(take(changes, i) + take(sums, i) * take(room.whole, i), changes, i)
+
+
+@compiled(EXACT)
+def differences(row, b, infinite, reference, band, x, index, ubar, has_places, rule):
     """What the cotangent of a score's share above a boundary has beyond that of its share below.
 
     Infinite scores have no part in the means.
     """
     rates, places, moved = rule.rates, rule.places, rule.moved
-    n, nothing = band.n, filled(moved, 0.0)
+    n = band.n
     for j in range(band.b):
         has_next = j + 1 < b
         above, below = rates[j], rates[j + 1] if has_next else 0.0
@@ -438,9 +531,12 @@ def differences(row, b, infinite, reference, band, x, index, ubar, rule):
         place, start, stop = band.at[j], band.low[j] * BLOCK, band.high[j] * BLOCK
         for i in range(start, stop, BLOCK):
             score = take(x, i)
-            value = (score - r) * above - (score - next_) * below
-            value = where(first_places(moved, infinite - i), nothing, value)
-            put(value + take(places, i) if has_next else value, moved, place + i)
+            put((score - r) * above - (score - next_) * below, moved, place + i)
+        for i in range(start, min(stop, infinite)):
+            moved[place + i] = 0.0
+        if has_next and has_places:
+            for i in range(start, stop, BLOCK):
+                put(take(moved, place + i) + take(places, i), moved, place + i)
         if ubar.shape[0] > 0:
             for i in range(start, min(stop, n)):
                 moved[place + i] += ubar[row, j, index[i]]
@@ -459,13 +555,13 @@ def pull(bound, room, band, boundaries, rule):
     b, wanted, slack = band.b, rule.wanted, rule.slack
     smallest = bound.smallest * bound.smallest
     width = systems.prepare(boundaries.masses, band, room.edges, smallest, False, room.sums, room.parts, room.system)
-    measure_from_peaks(band, rule.moved)
+    write_levels(band, rule.moved, rule.levels)
     bands.reset(slack, b, 0.0)
-    across(boundaries.reference, band, room, rule, room.size)
+    sum_across(band, room, rule, room.size)
     for j in range(b):
         wanted[j] -= room.size[j]
     systems.solve(wanted, PRECISE * bound.eps, 0.0, width, band, band.tails, room.sums, room.parts, room.system, slack)
-    return across(boundaries.reference, band, room, rule, room.size)
+    return write_changes(boundaries.reference, band, room, rule)
 
 
 @kernel(EXACT)
@@ -482,7 +578,7 @@ def pull_ladder_rows(
     order_sizes = sorting.sizes_of(n, b)
     places, samples = np.empty(order_sizes[0], np.int64), np.empty(order_sizes[1])
     more = bands.padded(n)
-    few, scores = np.empty(8 * b), np.empty(3 * more + BLOCK)
+    few, scores = np.empty(9 * b), np.empty(2 * more + BLOCK)
     capacity = bands.least_capacity(n, b)
     storage, cotangents = bands.storage_for(capacity), np.empty(capacity + BLOCK)
     room, order, boundaries = bands.room_of(numbers, n, b), sorting.room_of(places, samples, n), boundaries_of(few, b)
@@ -540,8 +636,9 @@ def pull_ladder_rows(
             bands.reset(room.whole, taken, 1.0)
         if is_few:
             # The cotangents of the ranks become those of the means, of the offsets and of the temperature.
-            fill_nodes(mass, count, infinite, bound, windows, room, rule.found, means, nodes)
             sorted_ = (room.x, taken, infinite)
+            write_means(mass, count, infinite, bound, windows, room, means)
+            ranking.fill_nodes(sorted_, means, nodes)
             anchors = (mass, count, infinite, ranking.ties_of(sorted_))
             cut = math.exp(-math.log(n / bound.eps) - DEPTH)
             given = (temperature, boundaries.reference, boundaries.offset, active, cut)
@@ -555,10 +652,11 @@ def pull_ladder_rows(
                 rule.rates[j] /= mass_of_row(j, mass, count, infinite, bound)
         if active > 0:
             boundaries.masses[active] = max(count - mass * active, 0.1 * mass)
-            if rbar.shape[0] > 0 and not is_few:
+            has_places = rbar.shape[0] > 0 and not is_few
+            if has_places:
                 for i in range(taken):
                     rule.places[i] = -rbar[row, index[i]]
-            differences(row, b, infinite, boundaries.reference, windows, room.x, index, ubar, rule)
+            differences(row, b, infinite, boundaries.reference, windows, room.x, index, ubar, has_places, rule)
             for j in range(active):
                 rule.wanted[j] = c[row, j] if c.shape[0] > 0 else 0.0
                 if is_few:
@@ -570,7 +668,7 @@ def pull_ladder_rows(
         else:
             bands.reset(changes, more, 0.0)
         if vbar.shape[0] > 0 or is_few:
-            add_shares(b, windows, room.whole, rule)
+            add_shares(b, windows, room, rule)
         if is_few:
             for i in range(infinite, taken):
                 changes[i] += direct[i]

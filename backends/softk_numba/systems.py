@@ -136,7 +136,7 @@ def width_of(band):
 
 
 @compiled(INLINED)
-def factorize(width, band, edges, smallest, room):
+def factorize(width, band, edges, smallest, sums, room):
     """Cholesky's factor of J, of which the diagonal is scaled to 1; the scale is 0 where a row of J vanishes.
 
     Row j of the matrix has the entries of the columns j - width to j; the rows follow each other.
@@ -146,17 +146,25 @@ def factorize(width, band, edges, smallest, room):
     for j in range(b):
         row = j * (width + 1) + width  # the place of the diagonal
         scale[j] = 1.0 / math.sqrt(edges[j]) if edges[j] > smallest else 0.0
+        # R of this boundary, and its sums with Q of those above it, over the scores that they share.
+        start = low[j] * BLOCK
+        for i in range(start, high[max(j - 1, 0)] * BLOCK, BLOCK):
+            tail = take(tails, at[j] + i)
+            put(where(first_places(tails, first[j] - i), tail, 1.0 - tail), sums, i)
         for other in range(j - width, j):
             entry = 0.0
             if other >= 0:
-                # The sum of Q of the boundary above and R of the one below, over the scores that they share.
-                total = filled(tails, 0.0)
-                for i in range(low[j] * BLOCK, high[other] * BLOCK, BLOCK):
-                    tail = take(tails, at[other] + i)
-                    above = where(first_places(tails, first[other] - i), 1.0 - tail, tail)
-                    tail = take(tails, at[j] + i)
-                    total = total + above * where(first_places(tails, first[j] - i), tail, 1.0 - tail)
-                entry = sum_of(total) * (scale[j] * scale[other])
+                place = at[other]
+                middle, stop = first[other] // BLOCK * BLOCK, high[other] * BLOCK
+                total, more = filled(tails, 0.0), filled(tails, 0.0)
+                for i in range(start, middle, BLOCK):
+                    total = total + (1.0 - take(tails, place + i)) * take(sums, i)
+                if start <= middle and middle < stop:
+                    tail = take(tails, place + middle)
+                    more = where(first_places(tails, first[other] - middle), 1.0 - tail, tail) * take(sums, middle)
+                for i in range(max(start, middle + BLOCK), stop, BLOCK):
+                    more = more + take(tails, place + i) * take(sums, i)
+                entry = sum_of(total + more) * (scale[j] * scale[other])
             matrix[row + other - j] = entry
         matrix[row] = 1.0 + b * ROUNDING
     for j in range(b):
@@ -276,7 +284,7 @@ def prepare(masses, band, edges, smallest, keeps_rows, sums, parts, room):
     b = band.b
     width = width_of(band)
     if b <= DENSE or width <= BAND:
-        factorize(width, band, edges, smallest, room)
+        factorize(width, band, edges, smallest, sums, room)
         return width
     if keeps_rows:
         return -1
