@@ -1,4 +1,4 @@
-"""Newton's method and Sinkhorn's algorithm on the sorted top-k: steps, time and error of the plan for each epsilon.
+"""Newton's method and Sinkhorn's algorithm on the sorted top-k: time and error of the plan for each epsilon.
 
 ``python -m benchmarks.convergence`` prints the table, writes it into ``docs/transport.md`` and draws the picture there.
 """
@@ -58,7 +58,7 @@ def sorted_topk(x: np.ndarray, k: int, epsilon: float) -> np.ndarray:
 
 
 def error_of(assignment: np.ndarray) -> Solved:
-    """The error of an assignment. Sinkhorn's algorithm needs its error to know when to stop; this one is for us."""
+    """The error of an assignment. It is not part of the time: the operator does not need it to stop."""
     return Solved(0.0, float(np.max(np.abs(np.sum(assignment, axis=-1) - 1.0))))
 
 

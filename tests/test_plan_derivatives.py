@@ -833,6 +833,21 @@ def test_derivatives_of_sorted_values_near_the_largest_number(eager: Library, dt
                 assert_close(name, other, one, 2e-5 if dtype == "float32" else 1e-11)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tangents_as_large_as_huge_scores(eager: Library, dtype: str) -> None:
+    """Along a common factor of the scores and epsilon, the sorted values change by that factor."""
+    if eager.name == "jax":
+        pytest.skip("compiling takes too long; run by the other libraries")
+    half = np.finfo(dtype).maxexp // 2 + 3
+    for power in (half, np.finfo(dtype).maxexp - 2):
+        x = eager.array((2.0**power * np.asarray([1.5, -1.75, 0.25, 1.0, -0.5])).astype(dtype))
+        epsilon = eager.array((2.0**power * np.asarray([0.75])).astype(dtype))
+        with softk.kernels("none"):
+            values, rate = softk.jvp(softk.sort, x, epsilon=epsilon, tangents={"x": x, "epsilon": epsilon})
+        values, rate = (np.asarray(eager.numpy(value), float) for value in (values, rate))
+        np.testing.assert_allclose(rate, values, rtol=2e-5 if dtype == "float32" else 1e-12)
+
+
 def _both_rules(lib: Library, call: Any, name: str, given: list[Any], u: Any, dx: Any, de: Any) -> list[np.ndarray]:
     """Cotangents of x and epsilon, and the tangent of the values along both; in JAX by its own reverse mode."""
     if lib.name == "jax":

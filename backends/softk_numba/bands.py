@@ -15,17 +15,17 @@ first, and all numbers are float64, but for some systems of scores of float32. T
 
 `systems` solves the systems with the Jacobian.
 
-Newton's method starts at the middles between the sorted scores. If epsilon is large, the mass M_j above a boundary is
-then far more than the wanted C_j, and falls like exp(-offset): a step for M_j = C_j lowers the offset by about 1. A
-step for log M_j = log C_j has no such limit. So the first steps have one of two other right-hand sides, which equal
-M - C up to its square:
+Newton's method starts at the middles between the sorted scores. If epsilon is large and the anchors take few of the
+scores, the mass M_j above a boundary is then far more than the wanted C_j, and falls like exp(-offset): a step for
+M_j = C_j raises the offset by about 1. A step for log M_j = log C_j has no such limit. So the first steps have one of
+two other right-hand sides, which equal M - C up to its square:
 
     write_logs_of_sides      M log(M / C) of the smaller side of each boundary
     write_logs_of_anchors    sum_l m_l log(m_l / c_l) of the masses of the anchors above each boundary
 
 The second one takes fewer steps, but only if many scores are shared at all boundaries. Neither is sure to ascend. A
-step that does not, that is not much shorter than the one before, or that leads far beyond all scores is not taken: the
-method starts again, by damped steps for M = C, which always ascend.
+step that does not, that is not much shorter than the one before, or that is longer than the range of the scores is not
+taken: the method starts again, by damped steps for M = C. The array operations damp them alike.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ OF_SINGLE, OF_DOUBLE, ENOUGH = 5e-4, 1e-4, 1e-8
 SOFT = 0.1
 #: A step for the logarithms must be shorter than the one before by this factor.
 SHORTER = 0.7
-#: How many temperatures a threshold may lie beyond all scores; its mass falls by exp(-1) for each.
+#: A step for the logarithms may change a threshold by the range of the scores and so many temperatures.
 BEYOND = 20.0
-#: Before a step that is not small, windows end where the shares are below this, over the number of scores.
+#: At the start and after a step above the first number, the next step may be rough: windows of many boundaries then end
+#: where the shares are below the second number, over the number of scores.
 SMALL, ROUGH = 0.05, 1e-3
 #: A change of an offset that is a rounding of float32.
 LEAST = 2.0**-24
-#: The largest range of a step that is taken as it is.
+#: The largest range of a step for M = C that is taken as it is.
 FULL = 1.0
 #: The largest range of the scores, in temperatures, for which exp(z) is formed as a product.
 REACH = 300.0
@@ -574,7 +575,7 @@ def newton(masses, mass, reference, offset, tau, cut, rounding, smallest, is_pro
                 continue
             range_before = span
         else:
-            if not span < math.inf:
+            if not (span < math.inf and decrement == decrement):  # an infinity, or a NaN
                 break
             careful = careful or decrement > previous
             previous = decrement

@@ -201,7 +201,7 @@ def anchor_shares(j, band, whole, found):
 
 @compiled(EXACT)
 def write_shares(start, stop, found, index, out):
-    """The shares of the scores from one place to another where these scores come from, and 0 elsewhere."""
+    """Write the shares of the sorted scores from `start` to `stop` at their own places, and 0 at all others."""
     if stop - start < out.shape[0]:
         for i in range(out.shape[0]):
             out[i] = 0.0
@@ -211,7 +211,7 @@ def write_shares(start, stop, found, index, out):
 
 @compiled(EXACT)
 def mean_of(j, begin, band, whole, x, near, mass):
-    """The mean of the scores of one anchor, which is the peak of the scores from `begin` on."""
+    """The mean of the scores of anchor j, at which the scores from `begin` to `first[j]` have their peak."""
     n, b = band.n, band.b
     end = band.first[j] if j < b else n
     total = more = filled(x, 0.0)
@@ -231,7 +231,7 @@ def mean_of(j, begin, band, whole, x, near, mass):
 
 @compiled(EXACT)
 def write_means(unit, count, infinite, bound, band, room, means):
-    """The means of the anchors. Infinite scores have no part in them."""
+    """The means of the anchors. Infinite scores have no part in the finite ones."""
     x, whole = room.x, room.whole
     if infinite > 0:
         whole = room.sums
@@ -361,10 +361,10 @@ def plan_again(temperature, bound, n, is_product, origin, room, band, boundaries
 
 @compiled(EXACT)
 def write_levels(band, moved, levels):
-    """The numbers of the scores with the largest Q R at each boundary, from which its other numbers are measured.
+    """The level of each boundary, from which its numbers are measured: that of the score beside it with the larger Q R.
 
-    If one score dominates a boundary, the derivative is of what differs from it, and 0 there. The multiple of the
-    weights that is subtracted has no part in the derivative of the scores. Q R is largest beside the boundary.
+    A score that dominates a boundary lies beside it. The derivative is then of what differs from it, and 0 there. The
+    level that is subtracted has no part in the derivative of the scores.
     """
     tails = band.tails
     for j in range(band.b):

@@ -9,7 +9,7 @@ nobody counts, and no index is checked. The array that it points into must be al
     p = behind(p, count)          the pointer to a later number
     take(p, i), put(v, p, i)      a vector, from a place on
     filled(p, number)             a vector of the dtype, with a number in all places
-    sum_of(v), largest_of(v)      a number from all places
+    sum_of(v)                     the sum of all places
 """
 
 from __future__ import annotations
@@ -219,6 +219,3 @@ def _reduction(combine: Any, doc: str) -> Any:
 
 
 sum_of = _reduction(lambda builder, x, y: builder.fadd(x, y), "The sum of the places.")
-largest_of = _reduction(
-    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y), "The largest place of a vector."
-)

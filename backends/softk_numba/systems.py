@@ -159,7 +159,7 @@ def factorize(width, band, edges, smallest, sums, room):
                 total, more = filled(tails, 0.0), filled(tails, 0.0)
                 for i in range(start, middle, BLOCK):
                     total = total + (1.0 - take(tails, place + i)) * take(sums, i)
-                if start <= middle and middle < stop:
+                if start <= middle:
                     tail = take(tails, place + middle)
                     more = where(first_places(tails, first[other] - middle), 1.0 - tail, tail) * take(sums, middle)
                 for i in range(max(start, middle + BLOCK), stop, BLOCK):

@@ -21,8 +21,7 @@ class Shares:
     def __init__(self, block: Block, targets: Array, values: Array, floor: Array, offset: Array, logs: Array) -> None:
         self.xp = xp = block.xp
         self.logs = logs
-        self.integers = xp.isdtype(targets.dtype, "integral")
-        if self.integers:
+        if xp.isdtype(targets.dtype, "integral"):
             votes, terms = targets == transpose(xp, values), logs
         else:
             agreement = targets @ transpose(xp, values)
@@ -42,8 +41,9 @@ class Shares:
         self.likelihood = xp.where(none, -math.inf, self.peak + xp.log(self.total)) - xp.log(block.k)
         self.scale = xp.where(none, 0.0, 1.0 / self.total)
 
-    def shares(self) -> Array:
-        return self.parts * self.scale
+    def shares(self, u: Any = 1.0) -> Array:
+        """The shares, times a number per query."""
+        return self.parts * (u * self.scale)
 
     def per_agreement(self) -> Array:
         """s / a, which is the mask over the likelihood, clipped to the largest value that a derivative may have."""
@@ -115,7 +115,7 @@ def _likelihood_vjp(
             part = Shares(here, own, values, floor, offset, here.log_mask(offset, reference))
             if u is None:
                 u = xp.zeros_like(offset)
-            upon = part.parts * (u * part.scale)
+            upon = part.shares(u)
             xbar, kbar, taubar, *_ = here.run(log_mask, "vjp", (None, offset, reference), (upon, c), wanted)
             by_queries, by_keys = cache.pull(here.queries, xbar)
             if of_k:

@@ -4,12 +4,14 @@ r"""The boundaries of a plan by Newton's method.
 masks of neighboring boundaries form a plan with the right masses. The offset starts at the mean of (x - r) / tau minus
 the log-odds of this plan. That is exact for epsilon -> 0 and close for a large epsilon. Scores in groups that are far
 apart, many boundaries and a large epsilon together may make this start useless: the errors of all boundaries add up in
-the potentials. If the first steps show that, the method starts again at the middles between the sorted scores. These
-are the solution for epsilon = 0, whose dual misses the optimum by no more than epsilon times the entropy of a plan.
+the potentials. If a step is very long, or Newton's decrement grows, the method starts again, once, at the middles
+between the sorted scores. These are the solution for epsilon = 0, whose dual misses the optimum by no more than epsilon
+times the entropy of a plan.
 
 **The step.** The dual is a sum of logarithms of sums of exponentials. If |d| is the range of a Newton step d in the
 potentials, the step times log(1 + |d|) / |d| always ascends. With the largest change of a threshold instead of the
-range, the steps are longer and nearly always better. Once Newton's decrement has grown, the range is used.
+range, the steps are longer and nearly always better. If Newton's decrement grows after a second start, the range is
+used from then on.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .system import Boundaries, System, Task, excess, log_odds, plan, running, s
 
 #: The largest number of Newton steps. In measurements over the supported range, 30 always sufficed, 10 nearly always.
 STEPS = 40
-#: A step that changes a threshold by more temperatures than this shows that the start is useless.
+#: A step that changes a threshold by more temperatures than this is very long: it shows that the start is useless.
 LONG = 10.0
 
 

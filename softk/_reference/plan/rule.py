@@ -21,6 +21,8 @@ the rule of the mask.
 
 from __future__ import annotations
 
+from typing import Any
+
 from softk._reference.threshold.limits import limits, safe_denominator
 from softk.backend import Array, Backend
 
@@ -90,27 +92,30 @@ class PlanLinearization:
         return self.xp.expand_dims((self.task.x >= -most) & (self.task.x <= most), axis=-2)
 
     def push(
-        self, dx: Array | None, dtau: Array | None, da: Array | None, dmasses: Array | None
+        self, dx: Array | None, dtau: Array | None, da: Array | None, dmasses: Array | None, scale: Any = 1.0
     ) -> tuple[Array, Array]:
-        """Tangents (dP, ds), from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c (..., m, 1)."""
+        """Tangents (dP, ds) times a scale, from those of scores and weights (..., 1, n), tau (..., m - 1, 1) and c
+        (..., m, 1).
+        """
         xp, tau = self.xp, self.task.tau
         w = xp.zeros_like(self.apart)
         # At a small temperature w may overflow before its mean is subtracted, so it is computed in a smaller unit.
         least = xp.min(tau, axis=-2, keepdims=True)
         unit = xp.where(least < 2.0**-40, xp.sqrt(least), 1.0)
+        scaled = unit * scale
         if dx is not None:
-            w = w + xp.where(self.moving(), dx, 0.0) * (unit / tau)
+            w = w + xp.where(self.moving(), dx, 0.0) * (scaled / tau)
         if dtau is not None:
-            w = w - self.apart * (dtau * (unit / tau))
+            w = w - self.apart * (dtau * (scaled / tau))
         # Measure w from the dominating score, where it is then exactly 0.
         origin = self.at_peak(w)
         w = xp.where(self.alone, 0.0, w - origin)
         change = self.weighed(w, self.task.weights)
         if da is not None:
             by_weights = self.system.choose(self.total(da * self.above), self.total(da * self.share[..., :-1, :]))
-            change = change + unit * by_weights
+            change = change + scaled * by_weights
         if dmasses is not None:
-            change = change - unit * self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
+            change = change - scaled * self.system.choose(running(xp, dmasses)[..., 1:-1, :], dmasses[..., :-1, :])
         ds = self.system.solve(change)
         return self.spread(*self.sums(w - ds)) / unit, (ds + origin) / unit
 

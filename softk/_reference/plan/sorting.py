@@ -80,11 +80,14 @@ def weights_pushed(rule: PlanLinearization, inputs: tuple[Any, ...], da: Array |
     return xp.expand_dims(da, axis=-2) - own * xp.expand_dims(xp.sum(da, axis=-1, keepdims=True) / count, axis=-2)
 
 
-def push(rule: PlanLinearization, tangents: Inputs, da: Array | None) -> tuple[Array, Array]:
-    """Tangents of the whole plan without the weights, and of the offsets; `da` is from `weights_pushed`."""
+def push(rule: PlanLinearization, tangents: Inputs, da: Array | None, scale: Any = 1.0) -> tuple[Array, Array]:
+    """Tangents of the whole plan without the weights, and of the offsets, times a scale.
+
+    `da` is from `weights_pushed`.
+    """
     dx, dtau, *_ = tangents
     dtau = None if dtau is None else column(rule.xp, dtau)
-    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), dtau, da, None)
+    return rule.push(None if dx is None else rule.xp.expand_dims(dx, axis=-2), dtau, da, None, scale)
 
 
 def pull(
@@ -115,16 +118,32 @@ def pull(
     return xbar, shared, xp.where(x == -math.inf, 0.0, scale * (own - mean))
 
 
-def small_unit(rule: PlanLinearization) -> Array:
-    """The unit (..., 1) of the derivative of sorted values: 1, but a small power of 2 if a score is huge.
+def _huge(xp: Any, values: Array) -> float:
+    """A power of 2 of about the square root of the largest number."""
+    return float(2.0 ** math.floor(math.log2(limits(xp, values.dtype).farthest)))
 
-    Differences of scores times cotangents could overflow, although the derivatives of the values are of the size of 1.
-    Cotangents are multiplied by the unit, and tangents divided; their results are divided and multiplied.
+
+def small_unit(rule: PlanLinearization) -> Array:
+    """What cotangents (..., 1) of sorted values are multiplied by: 1, but a small power of 2 if a score is huge.
+
+    A cotangent times a difference of scores could overflow, although the cotangents of the scores are of the size of
+    those of the values. What is found of the small cotangents is divided by the unit.
     """
     xp, x = rule.xp, rule.task.x
     size = xp.max(xp.where(xp.abs(x) < math.inf, xp.abs(x), 0.0), axis=-1, keepdims=True)
-    huge = 2.0 ** math.floor(math.log2(limits(xp, x.dtype).farthest))
+    huge = _huge(xp, x)
     return xp.where(size > huge, 1.0 / huge, xp.ones_like(size))
+
+
+def large_scale(rule: PlanLinearization) -> Array:
+    """What tangents (..., 1, 1) of a plan are multiplied by: 1, but a large power of 2 if all temperatures are huge.
+
+    The tangent of a share is that of a score over the temperature, and could underflow, although the tangents of the
+    sorted values are of the size of those of the scores.
+    """
+    xp, tau = rule.xp, rule.task.tau
+    least, huge = xp.min(tau, axis=-2, keepdims=True), _huge(xp, tau)
+    return xp.where(least > huge, huge, xp.ones_like(least))
 
 
 def column(xp: Any, values: Array) -> Array:
@@ -175,9 +194,10 @@ class Means:
         found = (self.unit * self.near + beyond) / self.unit + self.end
         return self.xp.where(self.xp.isnan(beyond), math.nan, found)
 
-    def push(self, share: Array, dshare: Array, dx: Array | None) -> Array:
+    def push(self, share: Array, dshare: Array, dx: Array | None, scale: Any) -> Array:
+        """The tangent of the means, from that of the rows of the plan times a scale."""
         xp = self.xp
-        moved = dshare * self.apart
+        moved = dshare * (self.apart / scale)
         if dx is not None:
             dx = xp.expand_dims(self.unit * dx, axis=-2)
             moved = moved + share * xp.where(self.finite, dx, 0.0)
@@ -206,12 +226,16 @@ def means_pushed(
     dshare: Array,
     dx: Array | None,
     da: Array | None,
+    scale: Any = 1.0,
 ) -> Array:
-    """The tangent of the means, from those of the plan without the weights, the scores and the divided weights."""
+    """The tangent of the means, from those of the plan without the weights, the scores and the divided weights.
+
+    That of the plan was multiplied by a scale.
+    """
     weights = rule.task.weights
-    dshare = weights * dshare if da is None else weights * dshare + da * rule.share
+    dshare = weights * dshare if da is None else weights * dshare + scale * (da * rule.share)
     means = Means(backend, rule.task, outputs[-1], inputs[2])
-    return means.push((weights * rule.share)[..., :-1, :], dshare[..., :-1, :], dx)
+    return means.push((weights * rule.share)[..., :-1, :], dshare[..., :-1, :], dx, scale)
 
 
 def means_pulled(
@@ -247,16 +271,14 @@ def means_pulled(
 
 def _sorted_jvp(backend: Backend, inputs: tuple[Any, ...], outputs: Arrays, tangents: Inputs) -> Arrays:
     rule = linearize(backend, inputs, outputs)
-    unit = small_unit(rule)
-    tangents = tuple(None if tangent is None else tangent / unit for tangent in tangents)
+    scale = large_scale(rule)
     weights, da = rule.task.weights, weights_pushed(rule, inputs, tangents[4])
-    dshare, doffset = push(rule, tangents, da)
-    dvalues = means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da)
-    rows = backend.xp.expand_dims(unit, axis=-1)
-    dshare = (weights * rows) * dshare
+    dshare, doffset = push(rule, tangents, da, scale)
+    dvalues = means_pushed(backend, rule, inputs, outputs, dshare, tangents[0], da, scale)
+    dshare = weights * (dshare / scale)
     if da is not None:
-        dshare = dshare + (da * rows) * rule.share
-    return dvalues * unit, dshare[..., :-1, :], doffset * rows
+        dshare = dshare + da * rule.share
+    return dvalues, dshare[..., :-1, :], doffset / scale
 
 
 def _sorted_vjp(

@@ -67,8 +67,8 @@ def _transport(xp: Any, inputs: tuple[Any, ...]) -> _Transport:
     anchors, marginals = order.sorted(anchors), order.sorted(marginals)
     valid = xp.all((marginals >= 0.0) & (marginals < math.inf), axis=-1, keepdims=True)
     taken = marginals > 0.0
-    # tau is divided by the distance, which is therefore 1 beside an anchor of marginal 0, and bounded below elsewhere:
-    # at the largest temperature, the scores differ by a small part of it.
+    # tau is divided by the distance, which is therefore 1 beside an anchor of marginal 0, and bounded below elsewhere,
+    # so that a boundary between equal anchors has a temperature of at least farthest^0.5 times the scores.
     both = taken[..., :-1] & taken[..., 1:]
     x = selectable(xp, x, where)
     bound = limits(xp, x.dtype)
