@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -707,3 +708,43 @@ def test_over_two_devices(function: str, pull: str) -> None:
     print("same")
     """
     assert run(source.replace("FUNCTION", function).replace("PULL", pull), devices=2) == "same\n"
+
+
+_COMPILED = """
+import sys
+from softk_numba.xla import target
+target(sys.argv[1], "float32", False, lambda name, capsule: None)
+"""
+
+_DERIVATIVES = """
+import jax
+import jax.numpy as jnp
+
+import softk
+
+x, u = jnp.asarray([[0.5, 2.0, -1.0, 1.0]]), jnp.asarray([[1.0, -2.0, 0.5, 0.25]])
+for f in (softk.topk, softk.log_topk):
+    print(*jax.jit(jax.grad(lambda x: jnp.sum(u * f(x, 2, epsilon=0.5))))(x)[0])
+"""
+
+
+def test_handlers_from_a_cache_that_several_processes_wrote(tmp_path: Path) -> None:
+    """Each is the first function that its process compiles. They have the same types, and are still told apart."""
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+    def printed(*command: str, **more: str) -> str:
+        command = (sys.executable, "-c", *command)
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for part in ("pull", "pull_log"):
+        printed(_COMPILED, part)
+    found, wanted = (
+        np.asarray(printed(_DERIVATIVES, SOFTK_KERNELS=choice).split(), float) for choice in ("numba", "none")
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

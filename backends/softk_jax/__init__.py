@@ -123,6 +123,11 @@ class JaxBackend(Backend):
 
     def solve(self, matrix: Array, right: Array) -> Array:
         """By Cholesky factors: faster than with pivoting, and compiled in a fraction of the time."""
+        if any(kind.name == "Explicit" for kind in jax.typeof(matrix).sharding.mesh.axis_types):
+            # JAX's factorization does not take arrays whose types say how they are sharded.
+            solved: Array = jnp.linalg.solve(matrix, right)
+            return solved
+
         factor = jax.lax.linalg.cholesky(jax.lax.stop_gradient(matrix), symmetrize_input=False)
 
         def solve(_: Any, right: Array) -> Array:

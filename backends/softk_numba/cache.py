@@ -74,10 +74,22 @@ def compiled(options: dict[str, Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def named(function: Any, name: str) -> Any:
+    """The function, with a name that no other one has.
+
+    Numba makes the symbols of the machine code from the name, the types, and a count of functions in the process. Two
+    functions that another function made, as its `loop`, may get the same symbol in two processes. A third process that
+    loads both from the cache would call the first one for the second.
+    """
+    function.__qualname__ = name
+    return function
+
+
 def kernel(options: dict[str, Any], name: str | None = None) -> Callable[[Any], Any]:
     """Compile a function that Python calls, and keep its machine code under a name of its own."""
 
     def decorate(function: Any) -> Any:
+        function = function if name is None else named(function, name)
         dispatcher = numba.njit(**options, no_cfunc_wrapper=True)(function)
         if hasattr(dispatcher, "_cache"):
             dispatcher._cache = _Store(name or function.__name__)
@@ -90,7 +102,7 @@ def kernel(options: dict[str, Any], name: str | None = None) -> Callable[[Any], 
 
 def callback(function: Any, signature: Any, name: str, dtype: str) -> Any:
     """Compile a function that C calls, and keep its machine code under a name. `dtype` is what a user is told."""
-    found = CFunc(function, normalize_signature(signature), {}, {"error_model": "numpy"})
+    found = CFunc(named(function, name), normalize_signature(signature), {}, {"error_model": "numpy"})
     if hasattr(found, "_cache"):
         found._cache = _Store(name, dtype)
     found.compile()
